@@ -1,0 +1,1 @@
+"""Long text from a handful of model calls."""

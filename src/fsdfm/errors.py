@@ -1,0 +1,33 @@
+"""The errors that a user can cause and mend.
+
+    FsdfmError
+    |-- ConfigError       a setting, or a combination of settings, that cannot work
+    |-- DataError         an input that is missing, empty, not text, or too short; an output that cannot be written
+    |-- CheckpointError   a model, run or checkpoint that is missing, corrupt, truncated or foreign
+    `-- TrainingError     training that cannot go on (the loss is not finite)
+
+Every message is one line that says what is wrong and what to do. Only the command line turns these
+into exit codes; anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class FsdfmError(Exception):
+    """Base of every error that is the user's to mend."""
+
+
+class ConfigError(FsdfmError, ValueError):
+    """A setting, or a combination of settings, that cannot work."""
+
+
+class DataError(FsdfmError):
+    """An input that is missing, empty, not text or too short, or an output that cannot be written."""
+
+
+class CheckpointError(FsdfmError):
+    """A model, run or checkpoint that is missing, corrupt, truncated or foreign."""
+
+
+class TrainingError(FsdfmError):
+    """Training that cannot go on."""

@@ -1,0 +1,39 @@
+"""The times at which the model is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def even_grid(steps: int) -> Tensor:
+    """0, 1/N, ..., 1 for a budget of N calls.
+
+    Args:
+        steps: the budget N, at least 1; it need not be a power of two.
+
+    Returns:
+        float64, shape (N + 1,), exactly 0 and 1 at its ends.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+    if steps < 1:
+        raise ValueError(f"A grid needs at least one step, got steps={steps}.")
+    return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def checked_grid(times: Sequence[float] | Tensor) -> Tensor:
+    """Any increasing times from 0 to 1 as a grid.
+
+    Raises:
+        ValueError: fewer than two times, not strictly increasing, or ends other than 0 and 1.
+    """
+    grid = torch.as_tensor(times, dtype=torch.float64)
+    if grid.ndim != 1 or len(grid) < 2 or grid[0] != 0.0 or grid[-1] != 1.0:
+        raise ValueError("A grid is a list of times that starts at 0 and ends at 1.")
+    if not bool((grid[1:] > grid[:-1]).all()):
+        raise ValueError("The times of a grid must increase strictly.")
+    return grid

@@ -1,0 +1,126 @@
+"""What a big step should land on, from several small ones: the targets of distillation.
+
+A target is a mixture of posteriors, each the head applied to some final hidden rows. A mean of
+logits is a single component, since the head is linear: the mean of hidden rows.
+
+Shapes: B sequences, L positions, D hidden, V data tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fsdfm.flow.sampler import FlowModel
+from fsdfm.flow.schedule import Schedule
+from fsdfm.flow.step import StepRule, advance, sharpen
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """sum_k weights_k softmax(head(hiddens_k))."""
+
+    hiddens: tuple[Tensor, ...]
+    """Final hidden rows of each component, (B L, D)."""
+    weights: tuple[Tensor, ...]
+    """Weight of each component at each position, (B L,); they sum to 1."""
+
+    def probabilities(self, model: FlowModel, rows: slice, vocab_size: int) -> Tensor:
+        """The target at some of the B L positions, float32, shape (n, V)."""
+        parts = zip(self.hiddens, self.weights, strict=True)
+        return torch.stack(
+            [w[rows, None] * sharpen(model.head(hid[rows])[:, :vocab_size]) for hid, w in parts]
+        ).sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Jumper:
+    """The sampler's own step, as targets take it: independent movers, temperature 1."""
+
+    model: FlowModel
+    schedule: Schedule
+    rule: StepRule
+    vocab_size: int
+    generator: torch.Generator
+
+    def hidden(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """Final hidden rows, (B, L, D)."""
+        return self.model.body(x, t.float(), h.float())
+
+    def jump(self, x: Tensor, hidden: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """The state after a step of size h from (x, t), whose hidden rows are given; (B, L)."""
+        flat = hidden.flatten(0, 1)
+        a = self.rule.mover_probability(self.schedule, t, h)
+        u = torch.rand(
+            (2, *x.shape), dtype=torch.float64, generator=self.generator, device=x.device
+        )
+
+        def posterior(rows: Tensor) -> Tensor:
+            return sharpen(self.model.head(flat[rows])[:, : self.vocab_size])
+
+        return advance(x, u[0] < a[:, None], posterior, a, u[1], self.rule, chunk=1024)
+
+
+TargetRule = Callable[[Jumper, Tensor, Tensor, Tensor], Target]
+"""(jumper, x_t (B, L), t (B,), h (B,)), t and h float64 -> the target of a step of size h."""
+
+
+def rk4_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Target:
+    """softmax((l_1 + 2 l_2 + 2 l_3 + l_4) / 6) over three half jumps.
+
+    As published, the third state has jumped three half steps while its clock says two.
+
+    Source: FS-DFM, arXiv 2509.20624.
+    """
+    half, middle = h / 2, t + h / 2
+    l_1 = jumper.hidden(x_t, t, half)
+    x_1 = jumper.jump(x_t, l_1, t, half)
+    l_2 = jumper.hidden(x_1, middle, half)
+    x_2 = jumper.jump(x_1, l_2, middle, half)
+    l_3 = jumper.hidden(x_2, middle, half)
+    x_3 = jumper.jump(x_2, l_3, middle, half)
+    l_4 = jumper.hidden(x_3, t + h, half)
+    return _single((l_1 + 2 * l_2 + 2 * l_3 + l_4) / 6)
+
+
+def rk2_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Target:
+    """softmax((l_1 + l_2) / 2), l_2 after one half jump.
+
+    Source: FS-DFM, arXiv 2509.20624, there called Heun.
+    """
+    half, middle = h / 2, t + h / 2
+    l_1 = jumper.hidden(x_t, t, half)
+    l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half)
+    return _single((l_1 + l_2) / 2)
+
+
+def semigroup_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Target:
+    """Two half steps of the exact rule, composed in closed form.
+
+        w p(x, t; h/2) + (1 - w) p(y, u; h/2),   y = Jump(x, t, h/2), u = t + h/2, s = t + h,
+        w = (1 - kappa_s) (kappa_u - kappa_t) / ((1 - kappa_u) (kappa_s - kappa_t))
+
+    Linear in probability, so one draw of y is unbiased. It presumes the exact rule.
+    """
+    half, middle = h / 2, t + h / 2
+    l_1 = jumper.hidden(x_t, t, half)
+    l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half)
+    k_t, k_u, k_s = (jumper.schedule.kappa(time) for time in (t, middle, t + h))
+    w = ((1 - k_s) * (k_u - k_t) / ((1 - k_u) * (k_s - k_t))).float()
+    w = w.repeat_interleave(x_t.shape[1])
+    return Target((l_1.flatten(0, 1), l_2.flatten(0, 1)), (w, 1.0 - w))
+
+
+def _single(hidden: Tensor) -> Target:
+    rows = hidden.flatten(0, 1)
+    return Target((rows,), (torch.ones(rows.shape[0], device=rows.device),))
+
+
+TARGETS: dict[str, TargetRule] = {
+    "rk4": rk4_target,
+    "rk2": rk2_target,
+    "semigroup": semigroup_target,
+}

@@ -1,0 +1,329 @@
+"""The network: a bidirectional transformer conditioned on time and, for a student, on step size.
+
+Shapes: B sequences, L positions, V tokens, D hidden width, C width of the condition.
+
+The network is in two halves. `body` turns states into final hidden rows; `head` turns any of those
+rows into logits. Samplers and losses run the head only on the rows that they need.
+
+Parameter names are those of the published checkpoints (method note, section 8).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fsdfm.errors import ConfigError
+from fsdfm.model.rotary import Rotary, rotate
+
+Source = Literal["uniform", "mask"]
+StepEmbedding = Literal["none", "raw", "log2"]
+
+SINUSOIDS = 256
+MLP_RATIO = 4
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """Shape and conventions of one network; config.json holds exactly these fields."""
+
+    vocab_size: int
+    """V, the number of data tokens (the mask id is not counted)."""
+    hidden_size: int
+    """D, divisible by heads; D / heads even."""
+    blocks: int
+    heads: int
+    cond_size: int
+    """C, width of the embedded time and step size."""
+    context_length: int = 1024
+    """Longest sequence that training showed the network, in tokens."""
+    source: Source = "uniform"
+    """Where x_0 comes from; `mask` adds one id, V, to the embedding and the head."""
+    step_embedding: StepEmbedding = "none"
+    """`none`: a DFM teacher; `raw`: the published student; `log2`: ours, zero at the start."""
+    schedule_power: float = 1.0
+    """n in kappa_t = t ** n, the path the network was trained on."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "blocks", "heads", "cond_size", "context_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(
+                    f"Model config: {name} must be a whole number >= 1, got {value!r}."
+                )
+        if self.hidden_size % (2 * self.heads):
+            raise ConfigError(
+                f"Model config: hidden_size={self.hidden_size} must be a multiple of twice "
+                f"heads={self.heads} (rotary positions rotate pairs)."
+            )
+        if self.source not in ("uniform", "mask"):
+            raise ConfigError(f"Model config: source must be uniform or mask, got {self.source!r}.")
+        if self.step_embedding not in ("none", "raw", "log2"):
+            raise ConfigError(
+                f"Model config: step_embedding must be none, raw or log2, "
+                f"got {self.step_embedding!r}."
+            )
+        if not isinstance(self.schedule_power, int | float) or not self.schedule_power >= 1.0:
+            raise ConfigError(
+                f"Model config: schedule_power must be >= 1, got {self.schedule_power!r}."
+            )
+
+    @property
+    def embedding_rows(self) -> int:
+        """Rows of the embedding and of the head: V, or V + 1 with the mask source."""
+        return self.vocab_size + (self.source == "mask")
+
+    @property
+    def mask_id(self) -> int | None:
+        """The id that is never data, or None with the uniform source."""
+        return self.vocab_size if self.source == "mask" else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ConfigError: a field is missing, unknown or out of range.
+        """
+        known = {f.name for f in fields(cls)}
+        if unknown := sorted(values.keys() - known):
+            raise ConfigError(f"Model config: unknown fields {', '.join(unknown)}.")
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"Model config: {str(error).split('__init__() ')[-1]}.") from None
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 192, "blocks": 4, "heads": 6, "cond_size": 64},
+    "small": {"hidden_size": 384, "blocks": 6, "heads": 6, "cond_size": 128},
+    "0.17B": {"hidden_size": 768, "blocks": 12, "heads": 12, "cond_size": 128},
+    "1.3B": {"hidden_size": 2048, "blocks": 21, "heads": 32, "cond_size": 256},
+    "1.7B": {"hidden_size": 2048, "blocks": 28, "heads": 32, "cond_size": 256},
+}
+"""Shapes by name; the last three are the published ones."""
+
+
+class ScalarEmbedding(nn.Module):
+    """One number per sequence -> C features: sinusoids (cos first), Linear, SiLU, Linear."""
+
+    def __init__(self, cond_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(
+            nn.Linear(SINUSOIDS, cond_size), nn.SiLU(), nn.Linear(cond_size, cond_size)
+        )
+
+    def forward(self, value: Tensor) -> Tensor:
+        """value (B,) -> (B, C)."""
+        half = SINUSOIDS // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=value.device) / half
+        angles = value.float()[:, None] * torch.exp(-math.log(10_000.0) * exponents)
+        features: Tensor = self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1))
+        return features
+
+
+class Norm(nn.Module):
+    """Layer norm with a weight and no bias, computed in float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x.float(), x.shape[-1:], self.weight.float())
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (1 + scale) + shift, with one shift and scale (B, D) for all positions of a sequence."""
+    return x * (1.0 + scale[:, None]) + shift[:, None]
+
+
+def fuse(linear: nn.Linear | None, c: Tensor) -> Tensor:
+    """The published student narrows its (B, 2 C) condition anew in every block; others pass it."""
+    return c if linear is None else F.silu(linear(c))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each behind a norm, modulated and gated by the condition (adaLN)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, cond = config.hidden_size, config.cond_size
+        self.heads = config.heads
+        self.norm1 = Norm(width)
+        self.qw = nn.Linear(width, width, bias=False)
+        self.kw = nn.Linear(width, width, bias=False)
+        self.vw = nn.Linear(width, width, bias=False)
+        self.attn_out = nn.Linear(width, width, bias=False)
+        self.norm2 = Norm(width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, MLP_RATIO * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(MLP_RATIO * width, width),
+        )
+        self.condition_fuser = _fuser(config)
+        self.adaLN_modulation = nn.Linear(cond, 6 * width)
+
+    def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, L, D), c the condition, rotary tables (L, head_dim) -> (B, L, D)."""
+        modulation = self.adaLN_modulation(fuse(self.condition_fuser, c))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
+        attended = self._attend(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
+        x = x + gate_a[:, None] * attended
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+    def _attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for linear in (self.qw, self.kw, self.vw)
+        )
+        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
+        attended: Tensor = self.attn_out(y.transpose(1, 2).flatten(2))
+        return attended
+
+
+class OutputLayer(nn.Module):
+    """The final norm and modulation (part of the body) and the linear head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm_final = Norm(config.hidden_size)
+        self.linear = nn.Linear(config.hidden_size, config.embedding_rows)
+        self.condition_fuser = _fuser(config)
+        self.adaLN_modulation = nn.Linear(config.cond_size, 2 * config.hidden_size)
+
+    def final(self, x: Tensor, c: Tensor) -> Tensor:
+        """Last hidden rows, (B, L, D): what the head is applied to."""
+        shift, scale = self.adaLN_modulation(fuse(self.condition_fuser, c)).chunk(2, dim=-1)
+        return modulate(self.norm_final(x), shift, scale)
+
+
+def _fuser(config: ModelConfig) -> nn.Linear | None:
+    if config.step_embedding != "raw":
+        return None
+    return nn.Linear(2 * config.cond_size, config.cond_size)
+
+
+class Transformer(nn.Module):
+    """p(. given x_t, t, h) as `head(body(x_t, t, h))`.
+
+    Args:
+        config: shape and conventions.
+
+    Source: FS-DFM, arXiv 2509.20624; the block is that of DiT, arXiv 2212.09748.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_embed = nn.Embedding(config.embedding_rows, config.hidden_size)
+        self.time_embedding = ScalarEmbedding(config.cond_size)
+        if config.step_embedding != "none":
+            self.dt_embedding = ScalarEmbedding(config.cond_size)
+        if config.step_embedding == "raw":
+            self.time_condition_fuser = nn.Linear(2 * config.cond_size, 2 * config.cond_size)
+        self.rotary_emb = Rotary(config.hidden_size // config.heads)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.output_layer = OutputLayer(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal(0.02) matrices, zero biases; everything that must start silent starts at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        silent = [block.adaLN_modulation for block in self._blocks()]
+        silent += [self.output_layer.adaLN_modulation, self.output_layer.linear]
+        if self.config.step_embedding == "log2":
+            silent.append(self.dt_embedding.mlp[2])
+        for linear in silent:
+            nn.init.zeros_(linear.weight)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def condition(self, t: Tensor, h: Tensor) -> Tensor:
+        """What every block is conditioned on.
+
+        none: SiLU(e(t)); raw: SiLU(W [e(t), e'(h)]); log2: SiLU(e(t) + e'(log2 h)).
+
+        Args:
+            t: time, shape (B,).
+            h: step size, shape (B,), positive.
+
+        Returns:
+            (B, C), or (B, 2 C) for the raw variant.
+        """
+        kind, e_t = self.config.step_embedding, self.time_embedding(t)
+        if kind == "none":
+            return F.silu(e_t)
+        if kind == "raw":
+            return F.silu(self.time_condition_fuser(torch.cat((e_t, self.dt_embedding(h)), -1)))
+        return F.silu(e_t + self.dt_embedding(torch.log2(h)))
+
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """Final hidden rows.
+
+        Args:
+            x_t: token ids, int64, shape (B, L).
+            t: time of each sequence in [0, 1], shape (B,).
+            h: step size of each sequence in (0, 1], shape (B,); ignored by a DFM teacher.
+
+        Returns:
+            (B, L, D), ready for `head`.
+        """
+        cos, sin = self.rotary_emb.tables(x_t.shape[1])
+        c = self.condition(t, h)
+        x = self.vocab_embed(x_t)
+        for block in self.blocks:
+            x = block(x, c, cos, sin)
+        return self.output_layer.final(x, c)
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Logits of hidden rows, (..., D) -> (..., V), or V + 1 columns with the mask source."""
+        logits: Tensor = self.output_layer.linear(rows)
+        return logits
+
+    def head_parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight (V or V + 1, D) and bias of the head, for losses that run it in chunks."""
+        return self.output_layer.linear.weight, self.output_layer.linear.bias
+
+    def forward(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """Logits at every position, (B, L, V or V + 1)."""
+        return self.head(self.body(x_t, t, h))
+
+
+def student_from_teacher(teacher: Transformer, step_embedding: StepEmbedding) -> Transformer:
+    """A step-aware network that starts from a teacher's weights.
+
+    With `log2` it equals the teacher at every h. With `raw` (published) the fusers are fresh, and
+    it does not.
+
+    Args:
+        teacher: a network with or without a step-size branch.
+        step_embedding: the student's branch, `raw` or `log2`.
+
+    Returns:
+        A new network; the teacher is left as it was.
+    """
+    config = {**teacher.config.to_dict(), "step_embedding": step_embedding}
+    student = Transformer(ModelConfig.from_dict(config)).to(teacher.vocab_embed.weight.device)
+    if step_embedding == "none" or teacher.config.step_embedding not in ("none", step_embedding):
+        raise ConfigError(
+            f"A {step_embedding} student cannot start from a network whose step embedding is "
+            f"{teacher.config.step_embedding}."
+        )
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student

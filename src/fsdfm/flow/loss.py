@@ -23,6 +23,10 @@ RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits of some rows (n, V), which rows) -> loss of each, (n,)."""
 
 
+PositionLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""(logits (N, V), x_t (N,), x_1 (N,), g (N,)) -> nats (N,)."""
+
+
 class TrainableModel(Protocol):
     """What losses need of a network."""
 
@@ -60,8 +64,8 @@ def generalized_kl(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tenso
     return g * torch.where(done, 1.0 - p_here, -p_here - log_p_data)
 
 
-def cross_entropy(logits: Tensor, x_1: Tensor) -> Tensor:
-    """-ln p(x_1), nats, shape (N,); logits (N, V), x_1 (N,)."""
+def cross_entropy(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tensor:
+    """-ln p(x_1), nats, shape (N,); arguments as for `generalized_kl`, x_t and g unused."""
     return F.cross_entropy(logits.float(), x_1, reduction="none")
 
 
@@ -109,6 +113,12 @@ class _RowsLoss(torch.autograd.Function):
         return grad * d_hidden, grad * d_weight, grad * d_bias, None, None
 
 
+POSITION_LOSSES: dict[str, PositionLoss] = {
+    "generalized_kl": generalized_kl,
+    "cross_entropy": cross_entropy,
+}
+
+
 def mean_over_rows(
     model: TrainableModel, hidden: Tensor, loss: RowLoss, vocab_size: int, chunk: int = 1024
 ) -> Tensor:
@@ -135,8 +145,8 @@ def mean_over_rows(
             rows = slice(start, start + chunk)
             total += loss(F.linear(hidden[rows], weight, bias).float(), rows).sum()
         return total / hidden.shape[0]
-    total: Tensor = _RowsLoss.apply(hidden, weight, bias, loss, chunk)  # type: ignore[no-untyped-call]
-    return total / hidden.shape[0]
+    summed: Tensor = _RowsLoss.apply(hidden, weight, bias, loss, chunk)  # type: ignore[no-untyped-call]
+    return summed / hidden.shape[0]
 
 
 @torch.no_grad()
@@ -187,8 +197,9 @@ def path_loss(
     h: Tensor,
     vocab_size: int,
     schedule: Schedule,
+    position_loss: PositionLoss = generalized_kl,
 ) -> Tensor:
-    """Mean generalized KL of a batch on the path.
+    """Mean loss of a batch on the path.
 
     Args:
         model: the posterior.
@@ -197,6 +208,7 @@ def path_loss(
         h: step sizes shown to the network, shape (B,).
         vocab_size: V.
         schedule: kappa.
+        position_loss: generalized KL, or cross-entropy.
 
     Returns:
         Scalar, nats a token.
@@ -207,6 +219,6 @@ def path_loss(
     return mean_over_rows(
         model,
         hidden,
-        lambda logits, rows: generalized_kl(logits, at[rows], data[rows], g[rows]),
+        lambda logits, rows: position_loss(logits, at[rows], data[rows], g[rows]),
         vocab_size,
     )

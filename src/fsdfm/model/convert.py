@@ -1,0 +1,180 @@
+"""Published .pth checkpoints in: pickled dicts of state dicts become a model directory.
+
+The files say nothing about the network but its tensors, so its shape is read from those; the
+source follows from the number of embedding rows, counted against the tokenizer.
+Nothing but tensors and plain containers is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.model.pretrained import build, save_pretrained, vocabulary_size
+from fsdfm.model.rotary import Rotary
+from fsdfm.model.transformer import ModelConfig, Source
+
+NETWORKS = {
+    "student_ema": "student_ema_model",
+    "student": "student_model",
+    "model": "model",
+    "teacher": "teacher_model",
+}
+"""Key in the file by our name, best first: the default is the first that the file holds."""
+
+GENERATION: Mapping[str, Any] = {"step": "exact", "temperature": 1.0, "top_p": 1.0, "steps": 8}
+
+WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
+INV_FREQ = "rotary_emb.inv_freq"
+
+
+def convert_published(
+    path: str | Path,
+    out: str | Path,
+    *,
+    tokenizer_json: str,
+    weights: str | None = None,
+    context_length: int = 1024,
+    generation: Mapping[str, Any] = GENERATION,
+) -> ModelConfig:
+    """Turn one network of a published checkpoint into a model directory.
+
+    Args:
+        path: the .pth file.
+        out: model directory to write.
+        tokenizer_json: text of the tokenizer that the network was trained with (GPT-2's, for the
+            published ones).
+        weights: student_ema, student, model or teacher; None takes the first of them in the file.
+        context_length: tokens in a training sequence; the file does not say.
+        generation: defaults for generating that the directory will name.
+
+    Returns:
+        The network's config, as read from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: no such file; not a checkpoint, truncated, or with objects other than
+            tensors; tensors missing, unknown or mis-shaped.
+        ConfigError: the file lacks the wanted network, or the tokenizer has the wrong size.
+    """
+    path = Path(path)
+    vocabulary = vocabulary_size(tokenizer_json, "The tokenizer")
+    name, state = _choose(_unpickle(path), weights, path)
+    where = f"{path} ({name})"
+    config = infer_config(state, vocabulary, where, context_length=context_length)
+    _check_frequencies(state[INV_FREQ], where)
+    model = build(config, {k: v for k, v in state.items() if k != INV_FREQ}, where)
+    save_pretrained(out, model, tokenizer_json=tokenizer_json, generation=generation)
+    return config
+
+
+def infer_config(
+    state: Mapping[str, Tensor], vocabulary: int, where: str, *, context_length: int = 1024
+) -> ModelConfig:
+    """Read a network's shape from its tensors.
+
+    Args:
+        state: tensors by published name, with `rotary_emb.inv_freq` (half a head's width).
+        vocabulary: ids of the tokenizer; as many embedding rows mean a uniform source, one more a
+            mask source.
+        where: what to call the network in an error.
+        context_length: tokens in a training sequence.
+
+    Raises:
+        CheckpointError: tensors that say the shape are missing or no matrix.
+        ConfigError: the rows fit neither source.
+    """
+    rows, hidden_size = _shape(state, "vocab_embed.weight", 2, where)
+    cond_size, _ = _shape(state, "time_embedding.mlp.2.weight", 2, where)
+    (frequencies,) = _shape(state, INV_FREQ, 1, where)
+    numbers = [int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))]
+    if not numbers:
+        raise CheckpointError(f"{where} has no tensors of blocks.")
+    if not frequencies or hidden_size % (2 * frequencies):
+        raise CheckpointError(
+            f"{where}: {frequencies} rotary frequencies do not divide a width of {hidden_size}."
+        )
+    sources: dict[int, Source] = {vocabulary: "uniform", vocabulary + 1: "mask"}
+    if rows not in sources:
+        raise ConfigError(
+            f"{where} has {rows} embedding rows but the tokenizer has {vocabulary} ids: a uniform "
+            f"source needs {vocabulary} rows, a mask source {vocabulary + 1}; "
+            "give the tokenizer that the network was trained with."
+        )
+    return ModelConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden_size,
+        blocks=max(numbers) + 1,
+        heads=hidden_size // (2 * frequencies),
+        cond_size=cond_size,
+        context_length=context_length,
+        source=sources[rows],
+        step_embedding="raw" if any(key.startswith("dt_embedding.") for key in state) else "none",
+    )
+
+
+def _unpickle(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"There is no file {path}.")
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            # Mapped, the optimizer state and the other networks stay on the disk.
+            data = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # damaged pickles fail in every possible way
+        if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+            raise CheckpointError(
+                f"{path} holds the Python object {found[1]}, not only tensors: it is refused, "
+                "because loading it could run code."
+            ) from error
+        raise CheckpointError(
+            f"{path} is truncated, corrupt, or no PyTorch checkpoint: fetch it again."
+        ) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not a dict of networks.")
+    return data
+
+
+def _choose(
+    data: Mapping[str, Any], wanted: str | None, path: Path
+) -> tuple[str, dict[str, Tensor]]:
+    """The name and the tensors of the wanted network, or of the best one."""
+    held = [name for name, key in NETWORKS.items() if isinstance(data.get(key), dict)]
+    if not held:
+        raise CheckpointError(
+            f"{path} holds no network: none of {', '.join(NETWORKS.values())} is in it."
+        )
+    if wanted is not None and wanted not in held:
+        raise ConfigError(f"{path} has no weights {wanted!r}: it holds {', '.join(held)}.")
+    name = wanted or held[0]
+    state = {WRAPPERS.sub("", str(key)): value for key, value in data[NETWORKS[name]].items()}
+    if strange := [key for key, value in state.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{path} ({name}) has entries that are no tensors: {strange[0]}.")
+    return name, state
+
+
+def _shape(state: Mapping[str, Tensor], name: str, rank: int, where: str) -> tuple[int, ...]:
+    if name not in state:
+        raise CheckpointError(f"{where} is not a published network: missing {name}.")
+    if state[name].dim() != rank:
+        raise CheckpointError(
+            f"{where}: mis-shaped {name} {list(state[name].shape)}, which must have rank {rank}."
+        )
+    return tuple(state[name].shape)
+
+
+def _check_frequencies(inv_freq: Tensor, where: str) -> None:
+    """Theirs must be ours, up to the rounding of bfloat16 (2 ** -8)."""
+    ours = Rotary(2 * len(inv_freq)).inv_freq
+    if not torch.allclose(inv_freq.float(), ours, rtol=2.0**-8, atol=0.0):
+        raise CheckpointError(
+            f"{where} has rotary frequencies of another base than 10,000: cannot convert it."
+        )

@@ -1,0 +1,364 @@
+"""A model as a directory: config.json, model.safetensors, tokenizer.json, generation.json.
+
+A save is staged in full inside the directory, committed by one rename, and then moved into place
+file by file. Whoever dies in between leaves a directory that loads: before the rename the old
+model, after it the new one, because a reader prefers a committed file to the one beside it.
+The weights carry the config and the tokenizer's digest, so files of two saves never mix unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.model.rotary import Rotary
+from fsdfm.model.transformer import ModelConfig, Transformer
+
+FORMAT = "fsdfm"
+FORMAT_VERSION = 1
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+TOKENIZER, GENERATION = "tokenizer.json", "generation.json"
+FILES = (WEIGHTS, CONFIG, TOKENIZER, GENERATION)
+
+STAGED, COMMITTED = ".saving", ".saved"
+
+SHOWN_NAMES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrained:
+    """What a model directory holds."""
+
+    model: Transformer
+    """float32, in evaluation mode, on the device asked for."""
+    tokenizer_json: str
+    """Text of tokenizer.json."""
+    generation: dict[str, Any]
+    """Defaults for generating; empty where the directory names none."""
+
+
+def save_pretrained(
+    directory: str | Path,
+    model: Transformer,
+    *,
+    tokenizer_json: str,
+    generation: Mapping[str, Any] | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model directory; an older model there is replaced whole or not at all.
+
+    Args:
+        directory: made if missing; its other files are left alone.
+        model: network to save.
+        tokenizer_json: text of the tokenizer that goes with it.
+        generation: defaults for generating, e.g. {"step": "exact", "steps": 8}.
+        dtype: number format of the saved weights; None keeps the model's own.
+
+    Raises:
+        CheckpointError: weights that are not finite, a tokenizer that does not fit, or a directory
+            that cannot be written (the old model stays).
+        ConfigError: a dtype that cannot hold the weights.
+    """
+    directory = Path(directory)
+    _check_tokenizer(tokenizer_json, model.config, "The tokenizer")
+    tensors = _to_save(model, dtype)
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **model.config.to_dict()}
+    metadata = {
+        "format": FORMAT,
+        "config": json.dumps(header),
+        "tokenizer_sha256": _digest(tokenizer_json),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _move_committed(directory)
+        staged = directory / STAGED
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        save_file(tensors, staged / WEIGHTS, metadata)
+        (staged / CONFIG).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
+        (staged / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
+        (staged / GENERATION).write_text(
+            json.dumps(dict(generation or {}), indent=2) + "\n", encoding="utf-8"
+        )
+        # The library makes the weights readable by their owner alone; follow the umask instead.
+        shutil.copymode(staged / CONFIG, staged / WEIGHTS)
+        for path in (*(staged / name for name in FILES), staged):
+            _sync(path)
+        staged.rename(directory / COMMITTED)
+        _sync(directory)
+        _move_committed(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(directory / STAGED, ignore_errors=True)
+        raise CheckpointError(f"Cannot save a model in {directory}: {one_line(error)}.") from error
+
+
+def load_pretrained(
+    directory_or_hub_id: str | Path, *, device: str | torch.device = "cpu"
+) -> Pretrained:
+    """Read a model directory, or fetch one from the Hugging Face Hub.
+
+    Args:
+        directory_or_hub_id: a directory; or `org/name` where there is no such path.
+        device: where the network goes.
+
+    Returns:
+        The network in float32 and evaluation mode, its tokenizer and its generation defaults.
+
+    Raises:
+        CheckpointError: the directory is missing, foreign, newer than this package, or damaged.
+        ConfigError: the device cannot be used.
+    """
+    directory = _resolve(directory_or_hub_id)
+    config = _read_config(directory)
+    state, metadata = _read_weights(_find(directory, WEIGHTS))
+    _check_metadata(metadata, config, directory)
+    model = build(config, state, str(_find(directory, WEIGHTS)))
+    tokenizer_json = _read_text(_find(directory, TOKENIZER))
+    _check_tokenizer(tokenizer_json, config, str(directory / TOKENIZER))
+    if metadata.get("tokenizer_sha256") != _digest(tokenizer_json):
+        raise CheckpointError(
+            f"{directory / TOKENIZER} is not the tokenizer that these weights were saved with: "
+            "restore it, or save the model again."
+        )
+    generation_path = _find(directory, GENERATION)
+    generation = _read_object(generation_path) if generation_path.exists() else {}
+    try:
+        model = model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"Cannot use device {str(device)!r}: {one_line(error)}.") from error
+    return Pretrained(model, tokenizer_json, generation)
+
+
+def build(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> Transformer:
+    """A network that owns exactly these weights.
+
+    Args:
+        config: shape and conventions.
+        state: tensors by name; converted to float32.
+        where: what to call their origin in an error.
+
+    Returns:
+        The network in float32, evaluation mode, on the tensors' device.
+
+    Raises:
+        CheckpointError: tensors that are missing, unknown, mis-shaped or not finite, named.
+    """
+    # Meta: no time spent on initial weights, and the global random state stays as it is.
+    with torch.device("meta"):
+        model = Transformer(config)
+    expected = model.state_dict()
+    problems = {
+        "missing": sorted(expected.keys() - state.keys()),
+        "unknown": sorted(state.keys() - expected.keys()),
+        "mis-shaped": [
+            f"{name} {list(state[name].shape)} for {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{kind} {_names(names)}" for kind, names in problems.items() if names)
+        raise CheckpointError(f"The tensors of {where} do not fit the network: {text}.")
+    floats = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+    _check_finite(floats, CheckpointError(f"{where} is damaged: values that are not finite in "))
+    model.load_state_dict(floats, assign=True)
+    model.rotary_emb = Rotary(config.hidden_size // config.heads)
+    return model.eval()
+
+
+def vocabulary_size(tokenizer_json: str, where: str) -> int:
+    """Ids that a tokenizer can give: the largest one plus 1.
+
+    Args:
+        tokenizer_json: text of a tokenizer.json.
+        where: what to call it in an error.
+
+    Raises:
+        CheckpointError: the text is not a tokenizer.
+    """
+    try:
+        vocabulary = Tokenizer.from_str(tokenizer_json).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError(
+            f"{where} is not a tokenizer of the tokenizers library: {one_line(error)}."
+        ) from error
+    return max(vocabulary.values(), default=-1) + 1
+
+
+def _to_save(model: Transformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The state dict on the CPU in the given dtype, finite."""
+    own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    _check_finite(own, CheckpointError("Nothing was saved: weights that are not finite in "))
+    if dtype is None:
+        return {name: tensor.contiguous() for name, tensor in own.items()}
+    if not dtype.is_floating_point:
+        raise ConfigError(f"Weights cannot be saved as {dtype}: use float32, float16 or bfloat16.")
+    cast = {name: tensor.to(dtype).contiguous() for name, tensor in own.items()}
+    _check_finite(cast, ConfigError(f"Save in bfloat16 or float32: {dtype} overflows in "))
+    return cast
+
+
+def _check_finite(tensors: Mapping[str, Tensor], error: Exception) -> None:
+    """Raise the error, its message completed by the names of tensors with an inf or a NaN."""
+    if names := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise type(error)(f"{error}{_names(names)}.")
+
+
+def _check_tokenizer(tokenizer_json: str, config: ModelConfig, where: str) -> None:
+    if (size := vocabulary_size(tokenizer_json, where)) > config.vocab_size:
+        raise CheckpointError(
+            f"{where} has {size} ids but the network has {config.vocab_size}: "
+            "use the tokenizer that the network was trained with."
+        )
+
+
+def _check_metadata(metadata: Mapping[str, str], config: ModelConfig, directory: Path) -> None:
+    """The weights must say that they were saved with this config."""
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{directory / WEIGHTS} was not saved by fsdfm.")
+    try:
+        saved = _parse_config(json.loads(metadata.get("config", "")), directory / WEIGHTS)
+    except ValueError as error:
+        raise CheckpointError(f"{directory / WEIGHTS} names no readable config.") from error
+    if saved != config:
+        raise CheckpointError(
+            f"{CONFIG} and {WEIGHTS} in {directory} are of different models: "
+            "restore the pair, or save the model again."
+        )
+
+
+def _read_config(directory: Path) -> ModelConfig:
+    path = _find(directory, CONFIG)
+    if not path.is_file():
+        raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG}.")
+    return _parse_config(_read_object(path), path)
+
+
+def _parse_config(values: Any, path: Path) -> ModelConfig:
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        kind = values.get("model_type") if isinstance(values, dict) else None
+        found = f" (model_type {kind!r})" if kind else ""
+        raise CheckpointError(
+            f"{path} is not of an fsdfm model{found}: give a directory that fsdfm saved."
+        )
+    version = values.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise CheckpointError(f"{path} has no valid format_version: {version!r}.")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}, this fsdfm reads up to {FORMAT_VERSION}: "
+            "upgrade fsdfm."
+        )
+    fields = {k: v for k, v in values.items() if k not in ("format", "format_version")}
+    try:
+        return ModelConfig.from_dict(fields)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is truncated or corrupt: {one_line(error)}.") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(_read_text(path))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {one_line(error)}.") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return values
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"Cannot read {path}: {one_line(error)}.") from error
+
+
+def _resolve(name: str | Path) -> Path:
+    """A local directory, or the local copy of a model on the Hub."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path} is a file: give the directory of a model.")
+    # A first part that exists here makes it a mistyped path, not a name on the Hub.
+    looks_remote = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
+    if not looks_remote or path.parent.exists():
+        raise CheckpointError(f"There is no model directory {path}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
+    except Exception as error:  # HTTP, offline, authorisation: the library has many trees
+        raise CheckpointError(
+            f"There is no directory {path}, and the Hugging Face Hub does not give it: "
+            f"{one_line(error)}."
+        ) from error
+
+
+def _find(directory: Path, name: str) -> Path:
+    """Where a file of the model lies: a committed save that was not moved yet comes first."""
+    committed = directory / COMMITTED / name
+    return committed if committed.exists() else directory / name
+
+
+def _move_committed(directory: Path) -> None:
+    """Bring a committed save into place; does nothing without one."""
+    committed = directory / COMMITTED
+    if not committed.is_dir():
+        return
+    for name in FILES:
+        if (committed / name).exists():
+            os.replace(committed / name, directory / name)
+    committed.rmdir()
+    _sync(directory)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(tokenizer_json: str) -> str:
+    """SHA-256 of the JSON's meaning: line ends and indentation do not count."""
+    canonical = json.dumps(json.loads(tokenizer_json), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _names(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(names[:SHOWN_NAMES]) + more
+
+
+def one_line(error: BaseException) -> str:
+    """First line of an error's message, at most 200 characters, without its full stop."""
+    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

@@ -1,0 +1,338 @@
+"""The training loop, shared by every objective."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fsdfm.errors import CheckpointError, ConfigError, TrainingError
+from fsdfm.flow.loss import elbo_nats_per_token
+from fsdfm.flow.path import Source
+from fsdfm.flow.schedule import Schedule
+from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from fsdfm.train.ema import Ema, Module
+from fsdfm.train.objective import Objective
+from fsdfm.train.optim import learning_rate, make_optimizer
+
+Watched = TypeVar("Watched", bound=nn.Module, contravariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """Numbers of one run. The same settings, data and start give the same weights."""
+
+    steps: int
+    """Updates of the whole run."""
+    batch_size: int
+    """Sequences in one forward pass."""
+    learning_rate: float
+    """Peak learning rate."""
+    accumulate: int = 1
+    """Forward passes for one update."""
+    warmup_steps: int = 100
+    """Updates of linear warm-up."""
+    final_fraction: float = 0.1
+    """Learning rate at the end, as a fraction of the peak."""
+    weight_decay: float = 0.03
+    """AdamW's, on matrices."""
+    clip_norm: float = 1.0
+    """Longest gradient."""
+    ema_decay: float = 0.9995
+    """Of the moving average that is evaluated, saved and, in distillation, followed."""
+    seed: int = 0
+    """Of initial weights, batches and noise."""
+    log_every: int = 10
+    """Updates between lines of metrics.jsonl."""
+    evaluate_every: int = 500
+    """Updates between validations (and printed samples)."""
+    checkpoint_every: int = 250
+    """Updates between checkpoints."""
+    validation_sequences: int = 32
+    """Sequences that the validation ELBO is measured on."""
+
+    def __post_init__(self) -> None:
+        counts = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every")
+        for name in (*counts, "checkpoint_every", "validation_sequences"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}.")
+        if not self.learning_rate > 0.0:
+            raise ConfigError(f"--learning-rate must be positive, got {self.learning_rate}.")
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ConfigError(f"--ema-decay must be in [0, 1), got {self.ema_decay}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"--seed must be in [0, 2 ** 63), got {self.seed}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is trained on what."""
+
+    objective: Objective
+    source: Source
+    schedule: Schedule
+    batch: Callable[[int], Tensor]
+    """Pass number -> data, int64, (batch_size, L): a pure function."""
+    validation: Tensor
+    """Held-out data, int64, (sequences, L)."""
+    device: torch.device
+    autocast: torch.dtype
+    """Of matrix products; float32 turns autocast off."""
+
+
+class Watcher(Protocol[Watched]):
+    """What the outside sees of a run."""
+
+    def advanced(self, step: int, steps: int, loss: float | None) -> None:
+        """After every update; a loss only when one was logged."""
+        ...
+
+    def evaluated(self, record: dict[str, Any], ema: Watched) -> None:
+        """After every validation."""
+        ...
+
+    def saved(self, ema: Watched) -> None:
+        """After every checkpoint."""
+        ...
+
+
+@dataclass
+class Run(Generic[Module]):
+    """One training run in a directory: metrics.jsonl and checkpoint.safetensors.
+
+    Args:
+        directory: exists and is writable.
+        settings: the numbers.
+        task: what is trained on what.
+        watcher: progress, samples, export.
+    """
+
+    directory: Path
+    settings: TrainSettings
+    task: Task
+    watcher: Watcher[Module]
+
+    @property
+    def checkpoint(self) -> Path:
+        """The resume state."""
+        return self.directory / "checkpoint.safetensors"
+
+    def train(self, model: Module) -> bool:
+        """Train, from the checkpoint if there is one.
+
+        SIGINT or SIGTERM ends the run after the update in progress, with a checkpoint.
+
+        Args:
+            model: the network at its start; trained in place.
+
+        Returns:
+            Whether the run is finished (False: it was interrupted).
+
+        Raises:
+            TrainingError: the loss is not finite; the last good checkpoint is kept.
+            CheckpointError: the checkpoint cannot be read or written.
+        """
+        settings = self.settings
+        state = TrainState(
+            model,
+            Ema(model, settings.ema_decay),
+            make_optimizer(model, settings.weight_decay),
+        )
+        if self.checkpoint.exists():
+            load_checkpoint(self.checkpoint, state)
+        self._forget_metrics_after(state.step)
+        resumed_at, healthy = state.step, torch.tensor(True, device=self.task.device)
+        started, sums = time.perf_counter(), _Sums()
+        with _graceful_stop() as stopping:
+            # One turn past the end, so that the last update is logged, evaluated and saved too.
+            while True:
+                step, last = state.step, state.step == settings.steps or stopping.is_set()
+                fresh = step > resumed_at
+                loss = None
+                if fresh and (step % settings.log_every == 0 or last) and sums.count:
+                    loss = self._log(step, sums, resumed_at, started)
+                if fresh and (step % settings.checkpoint_every == 0 or last):
+                    self._check(healthy, step)
+                    save_checkpoint(self.checkpoint, state)
+                    self.watcher.saved(state.ema.model)
+                if fresh and (step % settings.evaluate_every == 0 or step == settings.steps):
+                    self._evaluate(state)
+                self.watcher.advanced(step, settings.steps, loss)
+                if last:
+                    return step == settings.steps
+                healthy &= self._update(state, sums)
+
+    def _update(self, state: TrainState[Module], sums: _Sums) -> Tensor:
+        """One update of weights and average; returns whether loss and gradient were finite."""
+        settings, task = self.settings, self.task
+        state.model.train()
+        healthy = torch.tensor(True, device=task.device)
+        for micro in range(settings.accumulate):
+            x_1 = task.batch(state.step * settings.accumulate + micro).to(task.device)
+            generator = _generator(task.device, settings.seed, state.step, micro)
+            with _autocast(task):
+                parts = task.objective.loss(
+                    state.model,  # type: ignore[arg-type]
+                    state.ema.model,  # type: ignore[arg-type]
+                    x_1,
+                    generator,
+                )
+            (parts["loss"] / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+            healthy &= parts["loss"].isfinite()
+            sums.add(parts, x_1.numel())
+        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
+        healthy &= norm.isfinite()
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate(
+                state.step,
+                peak=settings.learning_rate,
+                warmup_steps=settings.warmup_steps,
+                steps=settings.steps,
+                final_fraction=settings.final_fraction,
+            )
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        state.ema.update(state.model)
+        state.step += 1
+        return healthy
+
+    def _check(self, healthy: Tensor, step: int) -> None:
+        """Refuse to save weights that a non-finite loss or gradient has touched."""
+        if bool(healthy):
+            return
+        kept = "its last checkpoint is kept" if self.checkpoint.exists() else "nothing was saved"
+        raise TrainingError(
+            f"The loss or its gradient was not finite before step {step}; {kept}. "
+            f"Try a lower --learning-rate or a longer --warmup-steps in a new --out."
+        )
+
+    def _log(self, step: int, sums: _Sums, resumed_at: int, started: float) -> float:
+        """Write means since the last line; the only place where an update syncs the device."""
+        means = sums.means()
+        elapsed = time.perf_counter() - started
+        self._write(
+            {
+                "step": step,
+                **means,
+                "tokens": sums.tokens,
+                "tokens_per_second": sums.tokens / elapsed,
+                "elapsed_seconds": elapsed,
+            }
+        )
+        if not np.isfinite(means["loss"]):
+            self._check(torch.tensor(False), step)
+        return means["loss"]
+
+    def _evaluate(self, state: TrainState[Module]) -> None:
+        """Validation ELBO of the average, to metrics.jsonl and the watcher."""
+        blocks = self.task.validation.split(self.settings.batch_size)  # type: ignore[no-untyped-call]
+        total = 0.0
+        for i, x_1 in enumerate(blocks):
+            with _autocast(self.task):
+                estimates = list(
+                    elbo_nats_per_token(
+                        state.ema.model,  # type: ignore[arg-type]
+                        x_1.to(self.task.device),
+                        self.task.source,
+                        self.task.schedule,
+                        times=8,
+                        seed=i,
+                    )
+                )
+            total += x_1.numel() * sum(estimates) / len(estimates)
+        record = {
+            "step": state.step,
+            "elbo_nats_per_token": total / self.task.validation.numel(),
+        }
+        self._write(record)
+        self.watcher.evaluated(record, state.ema.model)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        try:
+            with (self.directory / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write {self.directory / 'metrics.jsonl'} ({error}); free some space, "
+                f"then run the same command again."
+            ) from None
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Drop lines that a killed run wrote past its checkpoint: they will come again."""
+        path = self.directory / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        path.write_text("".join(kept))
+
+
+class _Sums:
+    """Sums of what the objective returned, kept on the device until they are logged."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[Tensor]] = {}
+        self.count = self.tokens = 0
+
+    def add(self, parts: dict[str, Tensor], tokens: int) -> None:
+        for name, value in parts.items():
+            self.parts.setdefault(name, []).append(value.detach())
+        self.count += 1
+        self.tokens += tokens
+
+    def means(self) -> dict[str, float]:
+        """Means since the last call."""
+        means = {name: float(torch.stack(v).mean()) for name, v in self.parts.items()}
+        self.parts, self.count = {}, 0
+        return means
+
+
+def _generator(device: torch.device, *entropy: int) -> torch.Generator:
+    """Randomness of one forward pass: a function of (seed, step, pass) alone."""
+    (word,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
+
+
+def _autocast(task: Task) -> torch.autocast:
+    return torch.autocast(
+        task.device.type, dtype=task.autocast, enabled=task.autocast != torch.float32
+    )
+
+
+@contextlib.contextmanager
+def _graceful_stop() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, frame: object) -> None:
+        event.set()
+        restore()
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield event
+    finally:
+        restore()

@@ -1,0 +1,178 @@
+"""What a run minimises: the only difference between pretraining and distillation.
+
+Shapes: B sequences, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fsdfm.flow.loss import (
+    LATEST_TIME,
+    PositionLoss,
+    TrainableModel,
+    generalized_kl,
+    kl,
+    mean_over_rows,
+    path_loss,
+)
+from fsdfm.flow.path import Source, mixture_state
+from fsdfm.flow.sampler import FlowModel
+from fsdfm.flow.schedule import Schedule
+from fsdfm.flow.step import PUBLISHED, StepRule
+from fsdfm.flow.target import Jumper, TargetRule, rk4_target
+
+SMALLEST_EXPONENT = 10
+"""Step sizes are 2 ** 0 ... 2 ** -10; times are multiples of the smallest."""
+
+
+class Network(FlowModel, TrainableModel, Protocol):
+    """A network that can be sampled and trained."""
+
+
+class Objective(Protocol):
+    """One training objective."""
+
+    def loss(
+        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Scalars by name; `loss` is the one that is minimised.
+
+        Args:
+            model: the network in training.
+            ema: its moving average; no gradient flows into it.
+            x_1: data, int64, shape (B, L).
+            generator: the only source of randomness, on the device of x_1.
+        """
+        ...
+
+
+def stratified(count: int, generator: torch.Generator) -> Tensor:
+    """One uniform number in each of `count` equal parts of [0, 1), in random order, float64."""
+    device = generator.device
+    order = torch.randperm(count, generator=generator, device=device)
+    jitter = torch.rand(count, dtype=torch.float64, generator=generator, device=device)
+    return (order + jitter) / count
+
+
+@dataclass(frozen=True, slots=True)
+class Pretrain:
+    """Path loss at times uniform over [0, 1), stratified over the batch: the DFM teacher."""
+
+    source: Source
+    schedule: Schedule
+    position_loss: PositionLoss = generalized_kl
+
+    def loss(
+        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
+        x_0 = self.source.draw(tuple(x_1.shape), generator)
+        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
+        h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
+        return {
+            "loss": path_loss(
+                model, x_t, x_1, t, h, self.source.vocab_size, self.schedule, self.position_loss
+            )
+        }
+
+
+def published_weights() -> Tensor:
+    """Proportional to 1 / h: half of the rows see h = 1/1024. Shape (11,), h = 1 first."""
+    weights = 2.0 ** torch.arange(SMALLEST_EXPONENT + 1, dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def even_weights(smallest_share: float = 0.25) -> Tensor:
+    """A share on the smallest h, the rest even over the others. Shape (11,), h = 1 first."""
+    weights = torch.full(
+        (SMALLEST_EXPONENT + 1,), (1.0 - smallest_share) / SMALLEST_EXPONENT, dtype=torch.float64
+    )
+    weights[-1] = smallest_share
+    return weights
+
+
+STEP_WEIGHTS = {"published": published_weights, "even": even_weights}
+
+
+@dataclass(frozen=True, slots=True)
+class Distill:
+    """A step-aware student: path loss at the smallest h, KL to a multi-step target at the others.
+
+    Source: FS-DFM, arXiv 2509.20624; the semigroup target and the even weights are ours.
+    """
+
+    source: Source
+    schedule: Schedule
+    target: TargetRule = rk4_target
+    rule: StepRule = PUBLISHED
+    """The jump inside the target."""
+    weights: Tensor = field(default_factory=published_weights)
+    """Chance of h = 1, 1/2, ..., 1/1024, shape (11,)."""
+
+    def loss(
+        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """See `Objective`."""
+        batch = x_1.shape[0]
+        t, h = self._times(batch, generator)
+        x_0 = self.source.draw(tuple(x_1.shape), generator)
+        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
+        small = h <= 2.0**-SMALLEST_EXPONENT
+        parts: dict[str, Tensor] = {}
+        share: dict[str, int] = {}
+        if small.any():
+            parts["path_loss"] = path_loss(
+                model,
+                x_t[small],
+                x_1[small],
+                t[small],
+                h[small],
+                self.source.vocab_size,
+                self.schedule,
+            )
+            share["path_loss"] = int(small.sum())
+        if not small.all():
+            parts["kl"] = self._consistency(
+                model, ema, x_t[~small], t[~small], h[~small], generator
+            )
+            share["kl"] = batch - share.get("path_loss", 0)
+        loss = torch.stack([parts[name] * share[name] for name in parts]).sum() / batch
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+
+    def _times(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """t and h, float64, shape (B,): multiples of the smallest h with t + h <= 1."""
+        edges = self.weights.to(generator.device).cumsum(0)
+        exponent = torch.searchsorted(edges, stratified(batch, generator), right=True)
+        cells = 2**SMALLEST_EXPONENT
+        span = cells >> exponent.clamp_max(SMALLEST_EXPONENT)
+        u = torch.rand(batch, dtype=torch.float64, generator=generator, device=generator.device)
+        start = (u * (cells - span + 1)).floor()
+        return start / cells, span.double() / cells
+
+    def _consistency(
+        self,
+        model: Network,
+        ema: Network,
+        x_t: Tensor,
+        t: Tensor,
+        h: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """KL(target || student) at steps h, the target from the moving average at h / 2."""
+        vocab_size = self.source.vocab_size
+        with torch.no_grad():
+            jumper = Jumper(ema, self.schedule, self.rule, vocab_size, generator)
+            target = self.target(jumper, x_t, t, h)
+        hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
+        return mean_over_rows(
+            model,
+            hidden,
+            lambda logits, rows: kl(target.probabilities(ema, rows, vocab_size), logits),
+            vocab_size,
+        )

@@ -1,0 +1,41 @@
+"""AdamW with decay on matrices only, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+
+def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW (0.9, 0.95); biases and norm weights are not decayed.
+
+    Args:
+        model: whose parameters to train.
+        weight_decay: for matrices.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, steps: int, final_fraction: float
+) -> float:
+    """Linear warm-up, then a cosine down to a fraction of the peak.
+
+    Args:
+        step: updates done so far.
+        peak: learning rate after the warm-up.
+        warmup_steps: length of the warm-up.
+        steps: updates of the whole run.
+        final_fraction: of the peak, at the end.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done)))

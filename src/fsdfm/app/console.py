@@ -1,0 +1,139 @@
+"""What a training run shows in the terminal, and when it exports its model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fsdfm.app.config import TrainArgs
+from fsdfm.flow.grid import even_grid
+from fsdfm.flow.path import make_source
+from fsdfm.flow.sampler import Drawing, Noise, sample
+from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.model.transformer import Transformer
+from fsdfm.text.tokenizer import Tokenizer
+
+PREVIEW_TOKENS = 96
+
+
+class TrainingConsole:
+    """A progress bar with rate and ETA on a terminal, plain lines elsewhere.
+
+    Args:
+        args: settings of the run.
+        tokenizer: to print samples.
+        generation: steps and rule of the printed samples.
+        tokens_per_step: tokens of one update, for the rate.
+    """
+
+    export: Callable[[Transformer], None]
+    """Writes the model directory; called with every checkpoint."""
+
+    def __init__(
+        self,
+        args: TrainArgs,
+        tokenizer: Tokenizer,
+        generation: dict[str, Any],
+        tokens_per_step: int,
+    ) -> None:
+        self.args, self.tokenizer, self.generation = args, tokenizer, generation
+        self.tokens_per_step = tokens_per_step
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}  ETA"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.bar = self.progress.add_task("loss ...", total=args.steps, rate="")
+        self.first_step: int | None = None
+        self.started = 0.0
+        self.step = 0
+
+    def __enter__(self) -> TrainingConsole:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.progress.stop()
+
+    def advanced(self, step: int, steps: int, loss: float | None) -> None:
+        """Move the bar; without a terminal, print a line with every tenth logged loss."""
+        if self.first_step is None:
+            self.first_step, self.started = step, time.perf_counter()
+            if 0 < step < steps:
+                self.console.print(f"Resumed at step {step} of {steps}.")
+        self.step = step
+        elapsed = time.perf_counter() - self.started
+        rate = self.tokens_per_step * (step - self.first_step) / max(elapsed, 1e-9)
+        text = f"{rate:,.0f} tokens/s" if step > self.first_step else ""
+        self.progress.update(self.bar, completed=step, rate=text)
+        if loss is None:
+            return
+        self.progress.update(self.bar, description=f"loss {loss:.3f}")
+        if not self.console.is_terminal and step % (10 * self.args.log_every) == 0:
+            left = (steps - step) * elapsed / max(1, step - self.first_step)
+            self.console.print(
+                f"step {step}/{steps}  loss {loss:.4f}  {text}  ETA {left / 60:.1f} min"
+            )
+
+    def evaluated(self, record: dict[str, Any], ema: Transformer) -> None:
+        """Print the validation figure and, now and then, a sample."""
+        nats = record["elbo_nats_per_token"]
+        self.console.print(f"step {record['step']}  validation ELBO {nats:.4f} nats/token")
+        every = self.args.sample_every
+        if every and (record["step"] % every == 0 or record["step"] == self.args.steps):
+            self.console.print(escape(self._preview(ema)), style="dim", highlight=False)
+
+    def saved(self, ema: Transformer) -> None:
+        """Keep the model directory in step with the checkpoint."""
+        self.export(ema)
+
+    def summary(self, finished: bool) -> None:
+        """Say what there is now and how to go on."""
+        out = self.args.out
+        if finished:
+            self.console.print(f"Done: try  fsdfm generate --model {out}", highlight=False)
+        else:
+            self.console.print(
+                f"Stopped at step {self.step} of {self.args.steps}, saved in {out}: run the same "
+                f"command again to go on.",
+                highlight=False,
+            )
+
+    def _preview(self, ema: Transformer) -> str:
+        """A short sample from the moving average; it draws from its own noise."""
+        config, noise = ema.config, Noise([self.args.seed % 2**32])
+        device = next(ema.parameters()).device
+        x_0 = noise.start(
+            make_source(config.source, config.vocab_size),
+            min(PREVIEW_TOKENS, config.context_length),
+        )
+        states = sample(
+            ema,
+            x_0.to(device),
+            even_grid(self.generation["steps"]),
+            noise,
+            vocab_size=config.vocab_size,
+            schedule=Polynomial(config.schedule_power),
+            drawing=Drawing(STEP_RULES[self.generation["step"]]),
+        )
+        *_, last = states
+        with torch.no_grad():
+            return self.tokenizer.decode(last.x[0].tolist())

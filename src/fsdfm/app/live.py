@@ -1,0 +1,92 @@
+"""The terminal view: one text while it is denoised."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import time
+from collections.abc import Iterable
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from fsdfm.app.generator import Snapshot
+
+MASKED = "░"
+NOISE, SETTLED, CHANGED = "dim", "", "bold green"
+
+SHORTEST_FRAME = 1 / 30
+"""Seconds; snapshots that come faster are skipped, but for the last."""
+BAR_WIDTH = 24
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str) -> str:
+    """The text without the control characters that would act on a terminal (tab and newline stay)."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def show(snapshots: Iterable[Snapshot], console: Console) -> Snapshot:
+    """Show a text as it settles; the view is wiped at its end.
+
+    Tokens that are still noise are dim, those that the last step changed are green.
+
+    Args:
+        snapshots: as `Generator.stream` gives them, at least one.
+        console: a terminal.
+
+    Returns:
+        The last snapshot.
+    """
+    snapshots = iter(snapshots)
+    last = before = first = next(snapshots)
+    shown_at = 0.0
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        for snapshot in itertools.chain((first,), snapshots):
+            last = snapshot
+            now = time.monotonic()
+            if now - shown_at >= SHORTEST_FRAME or snapshot.step == snapshot.steps:
+                live.update(frame(first, before, snapshot, console), refresh=True)
+                before, shown_at = snapshot, now
+    return last
+
+
+def frame(first: Snapshot, before: Snapshot, now: Snapshot, console: Console) -> Group:
+    """One picture: a line of figures, and as much of the text as the terminal is high.
+
+    Args:
+        first: the noise; a token that differs from it has moved.
+        before: what was shown last; a token that differs from it is highlighted.
+        now: what to show.
+        console: its width and height are kept to.
+    """
+    width, rows = console.width, max(console.height - 4, 1)
+    text = Text(overflow="fold")
+    for index, piece in enumerate(now.pieces):
+        token = now.token_ids[index]
+        if now.step and token != before.token_ids[index]:
+            style = CHANGED
+        elif token != first.token_ids[index] or now.step == now.steps:
+            style = SETTLED
+        else:
+            style = NOISE
+        # Noise is full of line ends; only settled ones may move the text below them.
+        piece = piece if style != NOISE else piece.replace("\n", " ")
+        text.append(printable(piece) or MASKED, style=style)
+        if len(text) > width * rows:
+            break
+    lines = text.wrap(console, width)
+    return Group(_figures(now), Text(), *lines[:rows])
+
+
+def _figures(now: Snapshot) -> Text:
+    done = round(BAR_WIDTH * now.step / now.steps)
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append("━" * done, style="green").append("━" * (BAR_WIDTH - done), style="dim")
+    line.append(f"  step {now.step}/{now.steps}  {now.calls} model calls  {now.seconds:.1f} s")
+    if now.step:
+        rate = now.tokens * now.step / now.steps / now.seconds
+        line.append(f"  {rate:,.0f} tokens/s")
+    return line

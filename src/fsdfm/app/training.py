@@ -1,0 +1,248 @@
+"""`fsdfm pretrain` and `fsdfm distill`: where text, flow, model and training meet."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
+from fsdfm.app.console import TrainingConsole
+from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.flow.loss import POSITION_LOSSES
+from fsdfm.flow.path import make_source
+from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.flow.target import TARGETS
+from fsdfm.model.pretrained import Pretrained, load_pretrained, save_pretrained
+from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_from_teacher
+from fsdfm.text.packing import TokenStore
+from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.train.loop import Run, Task
+from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
+
+CHANGEABLE = ("out", "device", "data", "teacher", "init")
+"""Settings that may differ when a run goes on: places, which are compared by content instead."""
+
+
+def pretrain(args: PretrainArgs) -> bool:
+    """Train a flow model; returns whether the run is finished (False: interrupted).
+
+    Raises:
+        FsdfmError: settings, data, checkpoint or training went wrong.
+    """
+    settings = args.settings()
+    store = TokenStore.open(args.data)
+    torch.manual_seed(args.seed)
+    if args.init is not None:
+        start = load_pretrained(args.init)
+        _same_tokenizer(start, args.init, store, args.data)
+        model = start.model
+        if model.config.source != args.source:
+            raise ConfigError(f"{args.init} has a {model.config.source} source: say --source so.")
+        length = args.context_length or model.config.context_length
+    else:
+        length = args.context_length or 1024
+        model = Transformer(
+            ModelConfig.from_dict(
+                {
+                    "vocab_size": Tokenizer.from_json(store.tokenizer_json).vocab_size,
+                    "context_length": length,
+                    "source": args.source,
+                    "schedule_power": args.schedule_power,
+                    **PRESETS[args.preset],
+                }
+            )
+        )
+    if length > model.config.context_length:
+        model = _with_context(model, length)
+    config = model.config
+    objective = Pretrain(
+        make_source(config.source, config.vocab_size),
+        Polynomial(config.schedule_power),
+        POSITION_LOSSES[args.loss],
+    )
+    return _train(args, settings, store, model, objective, length, {"steps": 64, "step": "exact"})
+
+
+def distill(args: DistillArgs) -> bool:
+    """Train a few-step student; returns whether the run is finished (False: interrupted).
+
+    Raises:
+        FsdfmError: settings, data, checkpoint or training went wrong.
+    """
+    settings = args.settings()
+    if args.target == "semigroup" and args.target_rule != "exact":
+        raise ConfigError("--target semigroup presumes the exact rule: add --target-rule exact.")
+    store = TokenStore.open(args.data)
+    teacher = load_pretrained(args.teacher)
+    _same_tokenizer(teacher, args.teacher, store, args.data)
+    torch.manual_seed(args.seed)
+    model = student_from_teacher(teacher.model, args.step_embedding)
+    config = model.config
+    objective = Distill(
+        make_source(config.source, config.vocab_size),
+        Polynomial(config.schedule_power),
+        TARGETS[args.target],
+        STEP_RULES[args.target_rule],
+        STEP_WEIGHTS[args.step_weights](),
+    )
+    length = args.context_length or config.context_length
+    if length > config.context_length:
+        raise ConfigError(
+            f"--context-length {length} is more than the teacher's {config.context_length}."
+        )
+    defaults = {"steps": 8, "step": args.target_rule}
+    return _train(args, settings, store, model, objective, length, defaults)
+
+
+def _train(
+    args: TrainArgs,
+    settings: Any,
+    store: TokenStore,
+    model: Transformer,
+    objective: Objective,
+    length: int,
+    generation: dict[str, Any],
+) -> bool:
+    """Claim the run directory, then run the loop with a console that shows and exports."""
+    store.train.require(length)
+    store.validation.require(length)
+    device = pick_device(args.device)
+    facts = {
+        "format": "fsdfm-run",
+        "command": type(args).__name__.removesuffix("Args").lower(),
+        "settings": {k: v for k, v in asdict(args).items() if k not in CHANGEABLE},
+        "model": model.config.to_dict(),
+        "data_sha256": _digest(json.dumps(store.manifest, sort_keys=True, default=str)),
+        "start_sha256": _digest_weights(model),
+    }
+    _claim(args.out, facts)
+    tokenizer = Tokenizer.from_json(store.tokenizer_json)
+    config = model.config
+    source, schedule = objective_parts(config)
+    count = min(settings.validation_sequences, store.validation.blocks(length))
+    task = Task(
+        objective=objective,
+        source=source,
+        schedule=schedule,
+        batch=_batches(store, settings.batch_size, length, settings.seed),
+        validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
+        device=device,
+        autocast=preferred_dtype(device),
+    )
+
+    def export(ema: Transformer) -> None:
+        save_pretrained(args.out, ema, tokenizer_json=store.tokenizer_json, generation=generation)
+
+    with TrainingConsole(
+        args, tokenizer, generation, tokens_per_step=settings.batch_size * args.accumulate * length
+    ) as console:
+        console.export = export
+        finished = Run(args.out, settings, task, console).train(model.to(device))
+    console.summary(finished)
+    return finished
+
+
+def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
+    """The source and schedule that a network was built for."""
+    return make_source(config.source, config.vocab_size), Polynomial(config.schedule_power)
+
+
+def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Callable[[int], Tensor]:
+    def batch(index: int) -> Tensor:
+        return store.train.batch(index, batch_size=batch_size, length=length, seed=seed)
+
+    return batch
+
+
+def _with_context(model: Transformer, length: int) -> Transformer:
+    """The same weights, for longer sequences; rotary positions need no new ones."""
+    values = {**model.config.to_dict(), "context_length": length}
+    longer = Transformer(ModelConfig.from_dict(values))
+    longer.load_state_dict(model.state_dict())
+    return longer
+
+
+def _claim(out: Path, facts: dict[str, Any]) -> None:
+    """Make the run directory, or check that it holds this very run.
+
+    Raises:
+        ConfigError: it holds another run.
+        CheckpointError: it cannot be written, or holds something else.
+    """
+    path = out / "run.json"
+    facts = json.loads(json.dumps(facts, default=str))
+    try:
+        if path.exists():
+            _same_run(out, json.loads(path.read_text()), facts)
+            return
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"--out {out} is not empty and holds no run: choose another.")
+        out.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(facts, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"Cannot write run directory {out} ({error.strerror}): choose another --out."
+        ) from None
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise CheckpointError(f"{path} is not a run's settings: choose another --out.") from None
+
+
+def _same_run(out: Path, old: Any, new: dict[str, Any]) -> None:
+    if not isinstance(old, dict) or old.get("format") != "fsdfm-run":
+        raise CheckpointError(f"{out / 'run.json'} is not a run's settings: choose another --out.")
+    was, now = ({**f.get("settings", {}), **f.get("model", {})} for f in (old, new))
+    differences = [
+        f"{key} {was.get(key)} -> {now.get(key)}"
+        for key in sorted(was.keys() | now.keys())
+        if was.get(key) != now.get(key)
+    ]
+    for key, what in (
+        ("command", "command"),
+        ("data_sha256", "data"),
+        ("start_sha256", "starting weights"),
+    ):
+        if old.get(key) != new[key]:
+            differences.append(f"other {what}")
+    if differences:
+        raise ConfigError(
+            f"--out {out} holds another run ({'; '.join(differences)}): "
+            f"give the same settings to go on with it, or choose another --out."
+        )
+
+
+def _same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Path) -> None:
+    """Raises ConfigError unless a model and a data directory speak the same token ids."""
+    ours, theirs = (
+        Tokenizer.from_json(text).fingerprint
+        for text in (start.tokenizer_json, store.tokenizer_json)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            f"{where} and {data} have different tokenizers: prepare the data again with "
+            f"--tokenizer {where}/tokenizer.json."
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest_weights(model: Transformer) -> str:
+    """Tells starting weights apart; bytes of all parameters in order."""
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        digest.update(parameter.detach().numpy().tobytes())
+    return digest.hexdigest()

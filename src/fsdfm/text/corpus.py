@@ -1,0 +1,246 @@
+"""Documents from files: .txt and .jsonl, plain or compressed."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import zstandard
+
+from fsdfm.errors import DataError
+
+READ_BYTES = 1 << 20
+SUFFIXES = (".txt", ".jsonl")
+COMPRESSIONS = ("", ".gz", ".zst")
+PIECE_CHARACTERS = 1 << 20
+"""Longest piece of text held at once; a longer document is cut at line ends."""
+
+Advance = Callable[[int], None]
+"""Called with the number of file bytes just read."""
+
+
+def check_files(paths: list[Path]) -> None:
+    """Look at every file before any work is done.
+
+    Raises:
+        DataError: no file, a missing one, a directory, an empty one, or an unknown kind.
+    """
+    if not paths:
+        raise DataError("No input files: name at least one .txt or .jsonl file.")
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path} is a directory: name the files in it.")
+        if not path.exists():
+            raise DataError(f"{path} does not exist.")
+        _kind(path)
+        try:
+            with path.open("rb") as file:
+                empty = not file.read(1)
+        except OSError as error:
+            raise DataError(f"Cannot read {path} ({error.strerror}).") from None
+        if empty:
+            raise DataError(f"{path} is empty.")
+
+
+def read_documents(path: Path, advance: Advance | None = None) -> Iterator[Iterator[str]]:
+    """Documents of a file, each as an iterator over pieces of its text.
+
+    A .txt file is one document, or several if form feeds part it. A .jsonl file holds one object a
+    line with its text under "text".
+
+    Args:
+        path: a file of a known kind; the suffix decides.
+        advance: told of progress through the file, in (compressed) bytes.
+
+    Yields:
+        Pieces of at most about a million characters; joined, they are the document. Each iterator
+        must be used up before the next one is asked for.
+
+    Raises:
+        DataError: not UTF-8 text, binary, a line that is not such an object, or a cut file.
+    """
+    kind = _kind(path)
+    with _opened(path, advance) as file:
+        text = _decoded(file, path)
+        if kind == ".jsonl":
+            yield from (iter(_pieces(document)) for document in _json_texts(text, path))
+        else:
+            yield from _split_at_form_feeds(text)
+
+
+def _kind(path: Path) -> str:
+    suffixes = path.suffixes
+    compression = suffixes.pop() if suffixes and suffixes[-1] in COMPRESSIONS[1:] else ""
+    kind = suffixes[-1] if suffixes else ""
+    if kind not in SUFFIXES:
+        raise DataError(
+            f"{path}: cannot tell its kind from {kind + compression or 'no suffix'!r}; "
+            f"name it .txt or .jsonl, or one of these with .gz or .zst."
+        )
+    return kind
+
+
+class _Counted(io.RawIOBase):
+    """A file that reports how much of it has been read."""
+
+    def __init__(self, file: BinaryIO, advance: Advance | None) -> None:
+        self.file, self.advance = file, advance
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: object) -> int:
+        view = memoryview(buffer)  # type: ignore[arg-type]
+        data = self.file.read(len(view))
+        view[: len(data)] = data
+        if self.advance is not None:
+            self.advance(len(data))
+        return len(data)
+
+
+@contextmanager
+def _opened(path: Path, advance: Advance | None) -> Iterator[BinaryIO]:
+    """The decompressed bytes of a file; errors of any layer are one DataError."""
+    try:
+        with path.open("rb") as raw:
+            counted = io.BufferedReader(_Counted(raw, advance), READ_BYTES)
+            if path.suffix == ".gz":
+                with gzip.open(counted) as file:
+                    yield file  # type: ignore[misc]
+            elif path.suffix == ".zst":
+                yield _Frames(counted)  # type: ignore[misc]
+            else:
+                yield counted
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(f"{path} is cut short or not a {path.suffix} file ({error}).") from None
+    except OSError as error:
+        raise DataError(f"Cannot read {path} ({error.strerror or error}).") from None
+
+
+class _Frames:
+    """Zstandard frames one after the other; unlike the library's reader it notices a cut one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.open = False
+        self.rest = b""
+
+    def read(self, size: int) -> bytes:
+        out = b""
+        while not out:
+            data = self.rest or self.file.read(size)
+            if not data:
+                if self.open:
+                    raise EOFError("the last frame is incomplete")
+                return b""
+            if not self.open:
+                self.frame = zstandard.ZstdDecompressor().decompressobj()
+            out = self.frame.decompress(data)
+            self.open = not self.frame.eof
+            self.rest = self.frame.unused_data if self.frame.eof else b""
+        return out
+
+
+def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
+    """UTF-8 text of a file, chunk by chunk."""
+    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
+    while True:
+        data = file.read(READ_BYTES)
+        if b"\0" in data:
+            raise DataError(
+                f"{path} is binary (a zero byte at offset {offset + data.index(0)}): "
+                f"give text in UTF-8."
+            )
+        pending = len(decoder.getstate()[0])
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path} is not UTF-8 (byte {offset - pending + error.start}): convert it first, "
+                f"e.g. iconv -f latin1 -t utf-8."
+            ) from None
+        if text:
+            yield text
+        if not data:
+            return
+        offset += len(data)
+
+
+def _lines(chunks: Iterator[str]) -> Iterator[str]:
+    """Lines with their ends; only \\n ends a line."""
+    waiting: list[str] = []
+    for chunk in chunks:
+        *whole, rest = chunk.split("\n")
+        for line in whole:
+            yield "".join(waiting) + line + "\n"
+            waiting = []
+        waiting.append(rest)
+    if last := "".join(waiting):
+        yield last
+
+
+def _json_texts(chunks: Iterator[str], path: Path) -> Iterator[str]:
+    for number, line in enumerate(_lines(chunks), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            raise DataError(f"{path}, line {number}: not JSON.") from None
+        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise DataError(f'{path}, line {number}: no object with a string under "text".')
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{path}, line {number}: half a surrogate pair in the text.") from None
+        yield text
+
+
+def _split_at_form_feeds(chunks: Iterator[str]) -> Iterator[Iterator[str]]:
+    """Documents parted by form feeds, each lazily."""
+    rest: list[str] = []
+    ended = False
+
+    def document() -> Iterator[str]:
+        nonlocal ended
+        while True:
+            if rest:
+                chunk = rest.pop()
+            else:
+                following = next(chunks, None)
+                if following is None:
+                    ended = True
+                    return
+                chunk = following
+            before, feed, after = chunk.partition("\f")
+            yield from _pieces(before)
+            if feed:
+                rest.append(after)
+                return
+
+    while not ended:
+        current = document()
+        yield current
+        for _ in current:  # whatever the caller left
+            pass
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text cut after line ends (or anywhere, if there are none) into bounded pieces."""
+    start = 0
+    while len(text) - start > PIECE_CHARACTERS:
+        end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+        end = end if end > start else start + PIECE_CHARACTERS
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]

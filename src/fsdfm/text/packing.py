@@ -1,0 +1,443 @@
+"""Documents to token shards, and token shards to batches.
+
+A prepared directory holds manifest.json, tokenizer.json and, for each of the two splits, shards of
+little-endian token ids: all documents of the split, each followed by EOS.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fsdfm.errors import ConfigError, DataError
+from fsdfm.text.corpus import Advance, check_files, read_documents
+from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
+
+FORMAT, FORMAT_VERSION = "fsdfm-data", 1
+SPLITS = ("train", "validation")
+BATCH_CHARACTERS = 1 << 22
+"""Text that is tokenized at once."""
+
+Progress = Callable[[str, int, int], None]
+"""(phase, bytes done, bytes in all); phases are `tokenizer` and `tokens`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    """How documents become shards."""
+
+    vocab_size: int = 8192
+    """Entries of a tokenizer that is trained here."""
+    validation_fraction: float = 0.02
+    """Chance that a document is held out for validation."""
+    seed: int = 0
+    """Of the choice of validation documents."""
+    shard_tokens: int = 1 << 27
+    """Most tokens in one shard."""
+    tokenizer_bytes: int = 200_000_000
+    """Most text that a tokenizer is trained on."""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < SMALLEST_VOCABULARY:
+            raise ConfigError(
+                f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and the end of "
+                f"text), got {self.vocab_size}."
+            )
+        if not 0.0 < self.validation_fraction < 1.0:
+            raise ConfigError(
+                f"--validation-fraction must be between 0 and 1, got {self.validation_fraction}."
+            )
+        if self.shard_tokens < 1 or self.tokenizer_bytes < 1:
+            raise ConfigError("shard_tokens and tokenizer_bytes must be at least 1.")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, got {self.seed}.")
+
+
+def prepare(
+    files: list[Path],
+    out: Path,
+    *,
+    settings: PrepareSettings | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Tokenize and pack files into a directory that training reads.
+
+    Everything is written to a sibling directory that takes the final name at the very end, so an
+    interrupted run leaves nothing that could be taken for a whole one; run it again.
+
+    Args:
+        files: .txt and .jsonl, each also .gz or .zst.
+        out: directory to make.
+        settings: numbers.
+        tokenizer: to use, instead of training one.
+        progress: told how far it is.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: unusable input, or an output that exists or cannot be written.
+        ConfigError: settings out of range.
+    """
+    settings = settings or PrepareSettings()
+    check_files(files)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out} exists already: choose another --out, or delete it.")
+    with _staging(out) as staged:
+        trained = tokenizer is None
+        if tokenizer is None:
+            sample = _limited(_all_pieces(files, progress, "tokenizer"), settings.tokenizer_bytes)
+            tokenizer = train_bpe(sample, settings.vocab_size)
+        (staged / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        splits = _write_splits(files, staged, tokenizer, settings, progress)
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "dtype": _dtype(tokenizer).name,
+            "vocab_size": tokenizer.vocab_size,
+            "eos_id": tokenizer.eos_id,
+            "tokenizer_sha256": tokenizer.fingerprint,
+            "tokenizer_trained_here": trained,
+            "settings": asdict(settings),
+            "files": [_describe(path) for path in files],
+            "splits": splits,
+        }
+        (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A fresh sibling directory that becomes `out` if the block succeeds, and goes if it fails."""
+    staged = out.with_name(f".{out.name}.partial")
+    try:
+        if staged.exists():
+            shutil.rmtree(staged)
+        staged.mkdir(parents=True)
+        yield staged
+        if out.exists():
+            out.rmdir()
+        staged.replace(out)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write {out} ({error.strerror or error}): choose another --out or free some "
+            f"space, then run the same command again."
+        ) from None
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _describe(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _counter(files: list[Path], progress: Progress | None, phase: str) -> Advance | None:
+    if progress is None:
+        return None
+    total, done = sum(path.stat().st_size for path in files), 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(phase, done, total)
+
+    return advance
+
+
+def _documents(files: list[Path], advance: Advance | None) -> Iterator[Iterator[str]]:
+    for path in files:
+        yield from read_documents(path, advance)
+
+
+def _all_pieces(files: list[Path], progress: Progress | None, phase: str) -> Iterator[str]:
+    for document in _documents(files, _counter(files, progress, phase)):
+        yield from document
+
+
+def _limited(pieces: Iterator[str], most: int) -> Iterator[str]:
+    """Pieces until `most` characters have gone by."""
+    for piece in pieces:
+        yield piece
+        most -= len(piece)
+        if most <= 0:
+            return
+
+
+def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+@dataclass
+class _SplitWriter:
+    """Shards of one split, and their counts."""
+
+    directory: Path
+    name: str
+    dtype: np.dtype[Any]
+    shard_tokens: int
+    documents: int = 0
+    tokens: int = 0
+    text_bytes: int = 0
+    shards: list[dict[str, Any]] = field(default_factory=list)
+    _file: BinaryIO | None = None
+    _digest: Any = None
+
+    def write(self, ids: NDArray[Any]) -> None:
+        """Append token ids, over as many shards as they need."""
+        while len(ids):
+            if self._file is None:
+                path = self.directory / f"{self.name}-{len(self.shards):05d}.bin"
+                self._file, self._digest = path.open("wb"), hashlib.sha256()
+                self.shards.append({"file": path.name, "tokens": 0})
+            shard = self.shards[-1]
+            now, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
+            data = now.astype(self.dtype).tobytes()
+            self._file.write(data)
+            self._digest.update(data)
+            shard["tokens"] += len(now)
+            self.tokens += len(now)
+            if shard["tokens"] == self.shard_tokens:
+                self.close()
+
+    def close(self) -> None:
+        """End the present shard."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            self.shards[-1]["sha256"] = self._digest.hexdigest()
+            self._file = None
+
+    def summary(self) -> dict[str, Any]:
+        """Counts for the manifest."""
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+            "shards": self.shards,
+        }
+
+
+def _write_splits(
+    files: list[Path],
+    staged: Path,
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Tokenize every document into the split that it falls into."""
+    writers = {
+        name: _SplitWriter(staged, name, _dtype(tokenizer), settings.shard_tokens)
+        for name in SPLITS
+    }
+    chance = np.random.default_rng(settings.seed)
+    try:
+        for document in _documents(files, _counter(files, progress, "tokens")):
+            held_out = bool(chance.random() < settings.validation_fraction)
+            _write_document(document, writers[SPLITS[held_out]], tokenizer)
+        for writer in writers.values():
+            writer.close()
+        _ensure_validation(writers, staged, tokenizer, settings)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return {name: writer.summary() for name, writer in writers.items()}
+
+
+def _write_document(document: Iterator[str], writer: _SplitWriter, tokenizer: Tokenizer) -> None:
+    """Append one document and EOS; a document of white space alone is left out."""
+    empty, size = True, 0
+    waiting: list[str] = []
+
+    def flush() -> None:
+        nonlocal waiting, size
+        for ids in tokenizer.encode_batch(waiting):
+            writer.write(np.asarray(ids, dtype=np.int64))
+        writer.text_bytes += sum(len(piece.encode()) for piece in waiting)
+        waiting, size = [], 0
+
+    for piece in document:
+        if empty and not piece.strip():
+            continue
+        empty = False
+        waiting.append(piece)
+        size += len(piece)
+        if size >= BATCH_CHARACTERS:
+            flush()
+    if not empty:
+        flush()
+        writer.write(np.asarray([tokenizer.eos_id]))
+        writer.documents += 1
+
+
+def _ensure_validation(
+    writers: dict[str, _SplitWriter],
+    staged: Path,
+    tokenizer: Tokenizer,
+    settings: PrepareSettings,
+) -> None:
+    """Where chance left a split empty (few documents, e.g. one book), cut off the text's tail.
+
+    Raises:
+        DataError: there is no text at all.
+    """
+    total = sum(writer.tokens for writer in writers.values())
+    if total < 4:
+        raise DataError("The files hold no text (white space only): give some.")
+    if all(writer.tokens for writer in writers.values()):
+        return
+    stream = np.concatenate(
+        [
+            np.fromfile(staged / shard["file"], dtype=writers[name].dtype)
+            for name in SPLITS
+            for shard in writers[name].shards
+        ]
+    )
+    documents = sum(writer.documents for writer in writers.values())
+    text_bytes = sum(writer.text_bytes for writer in writers.values())
+    cut = total - max(1, min(total // 2, round(total * settings.validation_fraction)))
+    for writer, ids in zip(writers.values(), np.split(stream.astype(np.int64), [cut]), strict=True):
+        for shard in writer.shards:
+            (staged / shard["file"]).unlink()
+        writer.shards, writer.tokens = [], 0
+        writer.write(ids)
+        writer.close()
+        writer.documents = int((ids == tokenizer.eos_id).sum())
+        writer.text_bytes = round(text_bytes * len(ids) / total)
+    assert sum(writer.documents for writer in writers.values()) == documents
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSplit:
+    """One logical stream of tokens over memory-mapped shards."""
+
+    name: str
+    shards: tuple[NDArray[Any], ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stream."""
+        return sum(len(shard) for shard in self.shards)
+
+    def blocks(self, length: int) -> int:
+        """Whole blocks of `length` tokens."""
+        return self.tokens // length
+
+    def require(self, length: int) -> None:
+        """Raises DataError unless the split holds at least one block of `length` tokens."""
+        if self.tokens < length:
+            raise DataError(
+                f"The {self.name} split has {self.tokens:,} tokens, fewer than one block of "
+                f"{length:,}: prepare more text, or use a smaller --context-length."
+            )
+
+    def block(self, index: int, length: int) -> Tensor:
+        """Block number `index` in file order, int64, shape (length,)."""
+        return torch.from_numpy(self._read(index * length, length))
+
+    def batch(self, step: int, *, batch_size: int, length: int, seed: int) -> Tensor:
+        """Batch number `step`: a pure function of (seed, step).
+
+        Every epoch visits each block once, in an order of its own, with the block borders shifted
+        by an amount of its own.
+
+        Args:
+            step: counts batches from 0.
+            batch_size: blocks in a batch.
+            length: tokens in a block.
+            seed: of order and shift.
+
+        Returns:
+            int64, shape (batch_size, length).
+
+        Raises:
+            DataError: the split is shorter than one block.
+        """
+        self.require(length)
+        count, rows = self.blocks(length), []
+        for index in range(step * batch_size, (step + 1) * batch_size):
+            epoch, place = divmod(index, count)
+            shift, order = _epoch(seed, epoch, count, self.tokens - count * length)
+            rows.append(self._read(shift + int(order[place]) * length, length))
+        return torch.from_numpy(np.stack(rows))
+
+    def _read(self, start: int, length: int) -> NDArray[np.int64]:
+        """Tokens [start, start + length) of the stream, over shard borders."""
+        parts: list[NDArray[Any]] = []
+        for shard in self.shards:
+            parts.append(shard[max(start, 0) : max(start + length, 0)])
+            start -= len(shard)
+        return np.concatenate(parts).astype(np.int64)
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch(seed: int, epoch: int, blocks: int, slack: int) -> tuple[int, NDArray[np.int64]]:
+    """Shift of the block borders in [0, slack], and the order of the blocks."""
+    generator = np.random.default_rng([seed, epoch])
+    return int(generator.integers(slack + 1)), generator.permutation(blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStore:
+    """A prepared directory, open for reading."""
+
+    manifest: dict[str, Any]
+    tokenizer_json: str
+    train: TokenSplit
+    validation: TokenSplit
+
+    @classmethod
+    def open(cls, directory: Path) -> TokenStore:
+        """Open what `prepare` wrote.
+
+        Raises:
+            DataError: missing, incomplete, damaged, or of another format.
+        """
+        remedy = "make it with fsdfm prepare FILES --out DIR"
+        try:
+            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+            tokenizer_json = (directory / "tokenizer.json").read_text(encoding="utf-8")
+        except FileNotFoundError as error:
+            raise DataError(f"{error.filename} is missing: {remedy}.") from None
+        except (OSError, ValueError) as error:
+            raise DataError(f"{directory} is not prepared data ({error}): {remedy}.") from None
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise DataError(f"{directory} is not prepared data: {remedy}.")
+        if manifest.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{directory} has data format {manifest.get('format_version')}, this version reads "
+                f"{FORMAT_VERSION}: prepare it again."
+            )
+        try:
+            if Tokenizer.from_json(tokenizer_json).fingerprint != manifest["tokenizer_sha256"]:
+                raise DataError(f"{directory}: tokenizer.json is not the one of its tokens.")
+            splits = [_open_split(directory, manifest, name) for name in SPLITS]
+        except (KeyError, TypeError, ConfigError) as error:
+            raise DataError(f"{directory} is damaged ({error}): prepare it again.") from None
+        return cls(manifest, tokenizer_json, *splits)
+
+
+def _open_split(directory: Path, manifest: dict[str, Any], name: str) -> TokenSplit:
+    dtype, shards = np.dtype(manifest["dtype"]).newbyteorder("<"), []
+    for shard in manifest["splits"][name]["shards"]:
+        path = directory / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
+            raise DataError(f"{path} is missing or has the wrong size: prepare the data again.")
+        shards.append(np.memmap(path, dtype=dtype, mode="r"))
+    return TokenSplit(name, tuple(shards))

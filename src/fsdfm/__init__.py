@@ -1,9 +1,9 @@
 """Long text from a handful of model calls.
 
-    import fsdfm
+import fsdfm
 
-    model = fsdfm.load()  # the bundled one, or fsdfm.load("RUN")
-    print(model.generate(steps=8, length=1024, seed=1).texts[0])
+model = fsdfm.load()  # the bundled one, or fsdfm.load("RUN")
+print(model.generate(steps=8, length=1024, seed=1).texts[0])
 """
 
 from __future__ import annotations

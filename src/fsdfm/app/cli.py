@@ -12,13 +12,22 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from tyro.conf import Positional, arg
 
 from fsdfm.errors import ConfigError, DataError, FsdfmError
@@ -142,6 +151,10 @@ class ConvertArgs:
     """Which of its networks to take."""
 
 
+class _Stopped(Exception):
+    """Training was interrupted, saved its state and said so."""
+
+
 def generate(args: GenerateArgs) -> None:
     """Print texts; live in a terminal."""
     terminal = Console()
@@ -169,11 +182,9 @@ def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Co
         _note(_cost(last.tokens, last.calls, last.seconds, rate, args.seed))
         return
     batches, done = generator.batches(**args.options()), 0
-    while True:
+    while done < args.num_samples:
         with _status(f"Generating text {done + 1} of {args.num_samples}"):
-            batch = next(batches, None)
-        if batch is None:
-            return
+            batch = next(batches)
         for sample in batch:
             _write(_separated(printable(sample.text), done))
             cost = sample.tokens, sample.nfe, sample.seconds, sample.tokens_per_second
@@ -182,8 +193,28 @@ def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Co
 
 
 def prepare(args: PrepareArgs) -> None:
-    """Pack text files."""
-    raise NotImplementedError
+    """Pack text files and say what came out."""
+    with _bars({"tokenizer": "Training a tokenizer", "tokens": "Packing"}) as progress:
+        from fsdfm.text.packing import PrepareSettings, prepare
+        from fsdfm.text.tokenizer import Tokenizer
+
+        manifest = prepare(
+            list(args.files),
+            args.out,
+            settings=PrepareSettings(
+                vocab_size=args.vocab_size,
+                validation_fraction=args.validation_fraction,
+                seed=args.seed,
+            ),
+            tokenizer=Tokenizer.from_file(args.tokenizer) if args.tokenizer else None,
+            progress=progress,
+        )
+    train, validation = (manifest["splits"][name] for name in ("train", "validation"))
+    _write(
+        f"{args.out}: {train['tokens']:,} training tokens of {train['documents']:,} documents, "
+        f"{validation['tokens']:,} validation tokens of {validation['documents']:,}, "
+        f"vocabulary {manifest['vocab_size']:,}\n"
+    )
 
 
 def pretrain(argv: Sequence[str]) -> None:
@@ -193,7 +224,8 @@ def pretrain(argv: Sequence[str]) -> None:
     args = _parse(PretrainArgs, "pretrain", argv)
     from fsdfm.app import training
 
-    training.pretrain(args)
+    if not training.pretrain(args):
+        raise _Stopped
 
 
 def distill(argv: Sequence[str]) -> None:
@@ -203,7 +235,8 @@ def distill(argv: Sequence[str]) -> None:
     args = _parse(DistillArgs, "distill", argv)
     from fsdfm.app import training
 
-    training.distill(args)
+    if not training.distill(args):
+        raise _Stopped
 
 
 def convert(args: ConvertArgs) -> None:
@@ -252,6 +285,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FsdfmError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except _Stopped:
+        return INTERRUPTED
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -322,6 +357,29 @@ def _status(text: str) -> Iterator[None]:
     console = Console(stderr=True)
     with console.status(text) if console.is_terminal else contextlib.nullcontext():
         yield
+
+
+@contextlib.contextmanager
+def _bars(titles: Mapping[str, str]) -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, one for each phase, told (phase, bytes done, bytes in all)."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bars: dict[str, TaskID] = {}
+
+        def advance(phase: str, done: int, total: int) -> None:
+            if phase not in bars:
+                bars[phase] = progress.add_task(titles.get(phase, phase))
+            progress.update(bars[phase], completed=done, total=total)
+
+        yield advance
 
 
 def _use_utf8(stream: Any) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fsdfm.app.config import TrainArgs
+from fsdfm.app.live import printable
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, sample
@@ -35,7 +36,7 @@ class TrainingConsole:
     """
 
     export: Callable[[Transformer], None]
-    """Writes the model directory; called with every checkpoint."""
+    """Writes the model directory; called before every checkpoint."""
 
     def __init__(
         self,
@@ -60,6 +61,8 @@ class TrainingConsole:
         self.first_step: int | None = None
         self.started = 0.0
         self.step = 0
+        # Soft wrap: a path or a line of figures is not to be broken at 80 columns in a file.
+        self.say = partial(self.console.print, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> TrainingConsole:
         self.progress.start()
@@ -78,7 +81,7 @@ class TrainingConsole:
         if self.first_step is None:
             self.first_step, self.started = step, time.perf_counter()
             if 0 < step < steps:
-                self.console.print(f"Resumed at step {step} of {steps}.")
+                self.say(f"Resumed at step {step} of {steps}.")
         self.step = step
         elapsed = time.perf_counter() - self.started
         rate = self.tokens_per_step * (step - self.first_step) / max(elapsed, 1e-9)
@@ -89,33 +92,32 @@ class TrainingConsole:
         self.progress.update(self.bar, description=f"loss {loss:.3f}")
         if not self.console.is_terminal and step % (10 * self.args.log_every) == 0:
             left = (steps - step) * elapsed / max(1, step - self.first_step)
-            self.console.print(
-                f"step {step}/{steps}  loss {loss:.4f}  {text}  ETA {left / 60:.1f} min"
-            )
+            self.say(f"step {step}/{steps}  loss {loss:.4f}  {text}  ETA {left / 60:.1f} min")
 
     def evaluated(self, record: dict[str, Any], ema: Transformer) -> None:
         """Print the validation figure and, now and then, a sample."""
-        nats = record["elbo_nats_per_token"]
-        self.console.print(f"step {record['step']}  validation ELBO {nats:.4f} nats/token")
-        every = self.args.sample_every
-        if every and (record["step"] % every == 0 or record["step"] == self.args.steps):
-            self.console.print(escape(self._preview(ema)), style="dim", highlight=False)
+        step, nats, every = record["step"], record["elbo_nats_per_token"], self.args.sample_every
+        self.say(f"step {step}  validation ELBO {nats:.4f} nats/token")
+        before = max(0, step - self.args.evaluate_every)
+        if every and (step // every > before // every or step == self.args.steps):
+            self.say(printable(self._preview(ema)), style="dim")
 
     def saved(self, ema: Transformer) -> None:
-        """Keep the model directory in step with the checkpoint."""
+        """Write the model directory, which is never older than the checkpoint."""
         self.export(ema)
 
     def summary(self, finished: bool) -> None:
         """Say what there is now and how to go on."""
         out = self.args.out
-        if finished:
-            self.console.print(f"Done: try  fsdfm generate --model {out}", highlight=False)
-        else:
-            self.console.print(
+        if not finished:
+            self.say(
                 f"Stopped at step {self.step} of {self.args.steps}, saved in {out}: run the same "
-                f"command again to go on.",
-                highlight=False,
+                f"command again to go on."
             )
+        elif self.first_step == self.step:
+            self.say(f"Finished already, nothing to do: try  fsdfm generate --model {out}")
+        else:
+            self.say(f"Done: try  fsdfm generate --model {out}")
 
     def _preview(self, ema: Transformer) -> str:
         """A short sample from the moving average; it draws from its own noise."""

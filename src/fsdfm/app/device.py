@@ -51,6 +51,7 @@ def _has_amx() -> bool:
     """Matrix tiles that PyTorch will use; the query is private, so it may go."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
     try:
-        return supported is not None and torch.backends.mkldnn.is_available() and bool(supported())
+        used = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        return supported is not None and bool(used and supported())
     except RuntimeError:
         return False

@@ -26,7 +26,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import MOVERS, STEP_RULES
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.model.transformer import Transformer
-from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
 T = TypeVar("T")
 
@@ -105,6 +105,8 @@ class Snapshot:
     """Wall-clock time so far."""
     tokens: int
     """Tokens that are being generated; those of the prompt are not counted."""
+    frozen: list[bool]
+    """Which of the L positions are the prompt's, and never move."""
     token_ids: list[int]
     """All L tokens; a position that is still masked holds the id V."""
     text: str
@@ -200,6 +202,7 @@ class Generator:
 
         Raises:
             ConfigError: a value out of range, or a prompt that does not fit.
+            DataError: a prompt that is not Unicode.
         """
         batches = self.batches(
             steps=steps,
@@ -253,7 +256,7 @@ class Generator:
             seconds = time.perf_counter() - began
             yield [
                 Sample(
-                    text=self.tokenizer.decode(ids),
+                    text=self._text(ids),
                     token_ids=ids,
                     tokens=request.free,
                     nfe=last.calls,
@@ -268,15 +271,15 @@ class Generator:
         began = time.perf_counter()
         for state in self._states(request, [request.seed]):
             ids: list[int] = state.x[0].tolist()
-            shown = [i for i in ids if i != self.config.mask_id]
             yield Snapshot(
                 step=state.step,
                 steps=request.steps,
                 calls=state.calls,
                 seconds=time.perf_counter() - began,
                 tokens=request.free,
+                frozen=request.frozen.tolist(),
                 token_ids=ids,
-                text=self.tokenizer.decode(shown),
+                text=self._text(ids),
                 pieces=[self._piece(i) for i in ids],
             )
 
@@ -301,10 +304,14 @@ class Generator:
                 "take a smaller batch_size or length, or the device cpu."
             ) from None
 
+    def _text(self, ids: list[int]) -> str:
+        """Decode; a mask, or a row that pads the network's vocabulary, is no text."""
+        return self.tokenizer.decode(i for i in ids if i < self.tokenizer.vocab_size)
+
     def _piece(self, token: int) -> str:
         if token not in self._pieces:
-            piece = "" if token == self.config.mask_id else self.tokenizer.decode([token])
-            self._pieces[token] = "\n\n" if token == self.tokenizer.eos_id else piece
+            end = token == self.tokenizer.eos_id
+            self._pieces[token] = DOCUMENT_SEPARATOR if end else self._text([token])
         return self._pieces[token]
 
     def _request(self, options: Options) -> _Request:
@@ -339,10 +346,6 @@ class Generator:
 
     def _encode(self, prompt: str, length: int) -> Tensor:
         """The prompt's tokens, int64, at least one fewer than length."""
-        try:
-            prompt.encode()
-        except UnicodeEncodeError:
-            raise ConfigError("The prompt is not valid UTF-8.") from None
         ids = self.tokenizer.encode(prompt) if prompt else []
         if len(ids) >= length:
             raise ConfigError(

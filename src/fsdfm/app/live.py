@@ -24,7 +24,7 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def printable(text: str) -> str:
-    """The text without the control characters that would act on a terminal (tab and newline stay)."""
+    """The text with control characters, which a terminal would obey, replaced; not tab, newline."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
@@ -65,20 +65,22 @@ def frame(first: Snapshot, before: Snapshot, now: Snapshot, console: Console) ->
     width, rows = console.width, max(console.height - 4, 1)
     text = Text(overflow="fold")
     for index, piece in enumerate(now.pieces):
-        token = now.token_ids[index]
-        if now.step and token != before.token_ids[index]:
-            style = CHANGED
-        elif token != first.token_ids[index] or now.step == now.steps:
-            style = SETTLED
-        else:
-            style = NOISE
+        style = _style(first, before, now, index)
         # Noise is full of line ends; only settled ones may move the text below them.
-        piece = piece if style != NOISE else piece.replace("\n", " ")
-        text.append(printable(piece) or MASKED, style=style)
+        shown = printable(piece.replace("\n", " ") if style == NOISE else piece)
+        text.append(shown or MASKED, style=style)
         if len(text) > width * rows:
             break
     lines = text.wrap(console, width)
     return Group(_figures(now), Text(), *lines[:rows])
+
+
+def _style(first: Snapshot, before: Snapshot, now: Snapshot, index: int) -> str:
+    token = now.token_ids[index]
+    if now.step and token != before.token_ids[index]:
+        return CHANGED
+    settled = token != first.token_ids[index] or now.frozen[index] or now.step == now.steps
+    return SETTLED if settled else NOISE
 
 
 def _figures(now: Snapshot) -> Text:

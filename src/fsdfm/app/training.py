@@ -25,7 +25,7 @@ from fsdfm.model.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_from_teacher
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
-from fsdfm.train.loop import Run, Task
+from fsdfm.train.loop import Run, Task, TrainSettings
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
 
 CHANGEABLE = ("out", "device", "data", "teacher", "init")
@@ -46,7 +46,15 @@ def pretrain(args: PretrainArgs) -> bool:
         _same_tokenizer(start, args.init, store, args.data)
         model = start.model
         if model.config.source != args.source:
-            raise ConfigError(f"{args.init} has a {model.config.source} source: say --source so.")
+            raise ConfigError(
+                f"{args.init} has a {model.config.source} source: add "
+                f"--source {model.config.source}."
+            )
+        if model.config.schedule_power != args.schedule_power:
+            power = model.config.schedule_power
+            raise ConfigError(
+                f"{args.init} has schedule power {power}: add --schedule-power {power}."
+            )
         length = args.context_length or model.config.context_length
     else:
         length = args.context_length or 1024
@@ -93,6 +101,7 @@ def distill(args: DistillArgs) -> bool:
         TARGETS[args.target],
         STEP_RULES[args.target_rule],
         STEP_WEIGHTS[args.step_weights](),
+        POSITION_LOSSES[args.loss],
     )
     length = args.context_length or config.context_length
     if length > config.context_length:
@@ -105,7 +114,7 @@ def distill(args: DistillArgs) -> bool:
 
 def _train(
     args: TrainArgs,
-    settings: Any,
+    settings: TrainSettings,
     store: TokenStore,
     model: Transformer,
     objective: Objective,
@@ -178,47 +187,50 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         ConfigError: it holds another run.
         CheckpointError: it cannot be written, or holds something else.
     """
-    path = out / "run.json"
+    path, partial = out / "run.json", out / "run.partial"
     facts = json.loads(json.dumps(facts, default=str))
     try:
         if path.exists():
             _same_run(out, json.loads(path.read_text()), facts)
             return
-        if out.exists() and any(out.iterdir()):
+        if out.exists() and set(out.iterdir()) - {partial}:
             raise ConfigError(f"--out {out} is not empty and holds no run: choose another.")
         out.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(facts, indent=2) + "\n")
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(facts, indent=2) + "\n")
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write run directory {out} ({error.strerror}): choose another --out."
         ) from None
-    except ValueError as error:
-        if isinstance(error, ConfigError):
-            raise
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path} is not a run's settings: choose another --out.") from None
 
 
 def _same_run(out: Path, old: Any, new: dict[str, Any]) -> None:
     if not isinstance(old, dict) or old.get("format") != "fsdfm-run":
-        raise CheckpointError(f"{out / 'run.json'} is not a run's settings: choose another --out.")
-    was, now = ({**f.get("settings", {}), **f.get("model", {})} for f in (old, new))
-    differences = [
-        f"{key} {was.get(key)} -> {now.get(key)}"
+        raise ValueError("foreign")
+    # Settings last: --context-length is not the network's, and must not hide behind it.
+    differences = {
+        key: f"{key} {was.get(key)} -> {now.get(key)}"
+        for was, now in ((dict(old[part]), new[part]) for part in ("model", "settings"))
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
-    ]
+    }
     for key, what in (
         ("command", "command"),
         ("data_sha256", "data"),
         ("start_sha256", "starting weights"),
     ):
         if old.get(key) != new[key]:
-            differences.append(f"other {what}")
+            differences[key] = f"other {what}"
     if differences:
         raise ConfigError(
-            f"--out {out} holds another run ({'; '.join(differences)}): "
+            f"--out {out} holds another run ({'; '.join(differences.values())}): "
             f"give the same settings to go on with it, or choose another --out."
         )
 

@@ -1,7 +1,7 @@
 """Losses per position, the ELBO, and a mean over rows that never stores all logits.
 
 Shapes: B sequences, L positions, N rows (some of the B L positions), D hidden, V data tokens.
-All of them take logits to float32 first: near-equal rows in bf16 give negative divergences.
+All of them take bf16 logits to float32 first: near-equal rows in bf16 give negative divergences.
 """
 
 from __future__ import annotations
@@ -39,6 +39,11 @@ class TrainableModel(Protocol):
         ...
 
 
+def _precise(x: Tensor) -> Tensor:
+    """As float32, or float64 where it is float64 already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def generalized_kl(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tensor:
     """Divergence between the true and the model's jump rates at one position.
 
@@ -55,7 +60,7 @@ def generalized_kl(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tenso
 
     Source: FS-DFM, arXiv 2509.20624.
     """
-    log_p = logits.float().log_softmax(-1)
+    log_p = _precise(logits).log_softmax(-1)
     last = logits.shape[-1] - 1
     at = log_p.gather(-1, x_t.clamp_max(last)[:, None])[:, 0].exp()
     p_here = torch.where(x_t <= last, at, 0.0)
@@ -66,7 +71,7 @@ def generalized_kl(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tenso
 
 def cross_entropy(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tensor:
     """-ln p(x_1), nats, shape (N,); arguments as for `generalized_kl`, x_t and g unused."""
-    return F.cross_entropy(logits.float(), x_1, reduction="none")
+    return F.cross_entropy(_precise(logits), x_1, reduction="none")
 
 
 def kl(target: Tensor, logits: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ def kl(target: Tensor, logits: Tensor) -> Tensor:
         (N,).
     """
     log_target = torch.where(target > 0.0, target, 1.0).log()
-    return (target * (log_target - logits.float().log_softmax(-1))).sum(-1)
+    return (target * (log_target - _precise(logits).log_softmax(-1))).sum(-1)
 
 
 class _RowsLoss(torch.autograd.Function):
@@ -90,13 +95,13 @@ class _RowsLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, loss: RowLoss, chunk: int
     ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = _precise(hidden.new_zeros(()))
         d_hidden = torch.empty_like(hidden)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             with torch.enable_grad():
-                logits = F.linear(hidden[rows], weight, bias).float().detach().requires_grad_()
+                logits = _precise(F.linear(hidden[rows], weight, bias)).detach().requires_grad_()
                 value = loss(logits, rows).sum()
                 (d_logits,) = torch.autograd.grad(value, logits)
             total += value.detach()
@@ -140,10 +145,10 @@ def mean_over_rows(
     weight, bias = model.head_parameters()
     weight, bias = weight[:vocab_size], bias[:vocab_size]
     if not torch.is_grad_enabled():
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        total = _precise(hidden.new_zeros(()))
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            total += loss(F.linear(hidden[rows], weight, bias).float(), rows).sum()
+            total += loss(_precise(F.linear(hidden[rows], weight, bias)), rows).sum()
         return total / hidden.shape[0]
     summed: Tensor = _RowsLoss.apply(hidden, weight, bias, loss, chunk)  # type: ignore[no-untyped-call]
     return summed / hidden.shape[0]
@@ -182,8 +187,10 @@ def elbo_nats_per_token(
     generator = torch.Generator(x_1.device).manual_seed(seed)
     batch, length = x_1.shape
     for k in range(times):
-        strata = (torch.arange(batch, dtype=torch.float64, device=x_1.device) + 0.5) / batch
-        t = ((k + strata) / times).clamp_max(LATEST_TIME)
+        # Shuffled and jittered: midpoints in order would tie each sequence to its own times.
+        jitter = torch.rand(batch, dtype=torch.float64, generator=generator, device=x_1.device)
+        order = torch.randperm(batch, generator=generator, device=x_1.device)
+        t = ((k + (order + jitter) / batch) / times).clamp_max(LATEST_TIME)
         x_t = mixture_state(source.draw((batch, length), generator), x_1, t, schedule, generator)
         loss = path_loss(model, x_t, x_1, t, torch.full_like(t, h), source.vocab_size, schedule)
         yield float(loss)

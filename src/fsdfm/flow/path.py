@@ -5,6 +5,7 @@ Shapes: B sequences, L positions, V data tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,9 +50,18 @@ class MaskSource:
         return torch.full(shape, self.vocab_size, dtype=torch.int64, device=generator.device)
 
 
+SOURCES: dict[str, Callable[[int], Source]] = {"uniform": UniformSource, "mask": MaskSource}
+
+
 def make_source(name: str, vocab_size: int) -> Source:
-    """The source called `uniform` or `mask`."""
-    return MaskSource(vocab_size) if name == "mask" else UniformSource(vocab_size)
+    """The source called `uniform` or `mask`.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in SOURCES:
+        raise ValueError(f"The source must be one of {', '.join(SOURCES)}, got {name}.")
+    return SOURCES[name](vocab_size)
 
 
 def mixture_state(

@@ -47,18 +47,20 @@ def _euler_probability(schedule: Schedule, t: Tensor, h: Tensor) -> Tensor:
 def _land_published(p: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
     """A mover leaves with probability pi / a, pi = 1 - (1 - a) ** (1 - p(x_t)), and never for x_t.
 
+    So it stays with probability 1 - pi / a = (1 - a) ((1 - a) ** -p(x_t) - 1) / a.
     Where a = 1 (the last step) it lands on the whole of p instead.
     """
     at = x_t[:, None]
     known = at < p.shape[1]  # a mask id has p(x_t) = 0: nothing to exclude
     column = at.clamp_max(p.shape[1] - 1)
     stay_mass = torch.where(known, p.gather(1, column), 0.0)
-    # ln(1 - a) (1 - p): expm1 and log1p keep the digits of a small a.
-    leave = -torch.expm1(torch.log1p(-a[:, None]) * (1.0 - stay_mass)) / a[:, None]
     others = torch.where(known, p.scatter(1, column, 0.0), p)
     mass = others.sum(1, keepdim=True)
-    landing = torch.where(mass > 0.0, others * (leave / mass), 0.0)
-    stays = torch.where(known, 1.0 - torch.where(mass > 0.0, leave, 0.0), 0.0)
+    # expm1 and log1p keep the digits of a small a; and p(x_t) = 0 gives exactly 0, never less.
+    hazard = -torch.log1p(-a[:, None])
+    stays = ((1.0 - a[:, None]) * torch.expm1(hazard * stay_mass) / a[:, None]).clamp_max(1.0)
+    stays = torch.where(mass > 0.0, stays, 1.0)
+    landing = torch.where(mass > 0.0, others * ((1.0 - stays) / mass), 0.0)
     landing = landing.scatter_add(1, column, stays)
     return torch.where(a[:, None] >= 1.0, p, landing)
 
@@ -79,13 +81,14 @@ def transition(rule: StepRule, p: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
     Args:
         rule: the step rule.
         p: posterior, shape (N, V).
-        x_t: current tokens, shape (N,).
+        x_t: current tokens, shape (N,); a mask id is V.
         a: mover probability, shape (N,).
 
     Returns:
-        (N, V), rows summing to 1.
+        (N, V), rows summing to 1; to a, where x_t is a mask id, which stays with the rest.
     """
-    stay = F.one_hot(x_t, p.shape[1]).to(p.dtype)
+    vocab_size = p.shape[1]
+    stay = F.one_hot(x_t, vocab_size + 1)[:, :vocab_size].to(p.dtype)
     return (1.0 - a[:, None]) * stay + a[:, None] * rule.land(p, x_t, a)
 
 
@@ -123,7 +126,8 @@ def systematic_movers(a: float, u: Tensor, offset: float) -> Tensor:
 
     Source: compare systematic hazard sampling, arXiv 2601.02799.
     """
-    count = min(int(a * len(u) + offset), len(u))
+    whole, fraction = divmod(a * len(u), 1.0)
+    count = int(whole) + (offset < fraction)
     moves = torch.zeros(len(u), dtype=torch.bool, device=u.device)
     moves[u.argsort()[:count]] = True
     return moves
@@ -172,7 +176,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
         Token ids, int64, shape (N,).
     """
     blocks = F.pad(weights, (0, -weights.shape[1] % DRAW_BLOCK))
-    blocks = blocks.view(len(weights), -1, DRAW_BLOCK)
+    blocks = blocks.view(len(weights), blocks.shape[1] // DRAW_BLOCK, DRAW_BLOCK)
     block, rest = _invert(blocks.sum(-1, dtype=torch.float64), u)
     rows = torch.arange(len(u), device=u.device)
     token, _ = _invert(blocks[rows, block].double(), rest)

@@ -238,18 +238,30 @@ class Transformer(nn.Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal(0.02) matrices, zero biases; everything that must start silent starts at zero."""
+        """Normal(0.02) matrices, zero biases; everything that must start silent starts at zero.
+
+        The head starts as a copy of the embedding (they are not tied), at a scale that gives the
+        present token a logit of ln V + 1 and so about half of the mass: near t = 1 nearly every
+        token is to be copied, and a head that must first learn V such pairs wastes thousands of
+        updates on it.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        silent = [block.adaLN_modulation for block in self._blocks()]
-        silent += [self.output_layer.adaLN_modulation, self.output_layer.linear]
+        silent: list[nn.Module] = [block.adaLN_modulation for block in self._blocks()]
+        silent.append(self.output_layer.adaLN_modulation)
         if self.config.step_embedding == "log2":
             silent.append(self.dt_embedding.mlp[2])
         for linear in silent:
+            assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
+        # Normed hidden rows have length sqrt(D), embedding rows std sqrt(D): the logit is D std.
+        copy_logit = math.log(self.config.embedding_rows) + 1.0
+        nn.init.normal_(self.vocab_embed.weight, std=copy_logit / self.config.hidden_size)
+        with torch.no_grad():
+            self.output_layer.linear.weight.copy_(self.vocab_embed.weight)
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
@@ -266,12 +278,13 @@ class Transformer(nn.Module):
         Returns:
             (B, C), or (B, 2 C) for the raw variant.
         """
-        kind, e_t = self.config.step_embedding, self.time_embedding(t)
-        if kind == "none":
-            return F.silu(e_t)
+        kind = self.config.step_embedding
+        e: Tensor = self.time_embedding(t)
         if kind == "raw":
-            return F.silu(self.time_condition_fuser(torch.cat((e_t, self.dt_embedding(h)), -1)))
-        return F.silu(e_t + self.dt_embedding(torch.log2(h)))
+            e = self.time_condition_fuser(torch.cat((e, self.dt_embedding(h)), -1))
+        elif kind == "log2":
+            e = e + self.dt_embedding(torch.log2(h))
+        return F.silu(e)
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """Final hidden rows.

@@ -1,170 +1,219 @@
-"""Text to token ids and back: byte-level BPE, by the Hugging Face tokenizers library."""
+"""Text to token ids and back: a byte-level BPE over the Hugging Face `tokenizers` library."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
-import tokenizers
+from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fsdfm.errors import ConfigError, DataError
 
 EOS = "<|endoftext|>"
-DOCUMENT_BREAK = "\n\n"
+"""The token that ends every document."""
+
+DOCUMENT_SEPARATOR = "\n\n"
+"""What `Tokenizer.decode` puts between documents."""
+
 SMALLEST_VOCABULARY = 257
-"""256 bytes and EOS."""
+"""One token per byte, and EOS."""
 
 
 class Tokenizer:
-    """A byte-level BPE: any text survives `decode(encode(text))`.
+    """A tokenizer with an end-of-document token.
 
-    Args:
-        inner: a tokenizer that knows the token `<|endoftext|>`.
-
-    Raises:
-        ConfigError: it does not.
+    Text is not normalised: with a byte-level BPE (all that this package trains, and GPT-2's),
+    decode(encode(text)) == text. "<|endoftext|>" inside a text is encoded as the characters it
+    consists of; the EOS token itself is only ever added by the packing.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer) -> None:
-        eos_id = inner.token_to_id(EOS)
-        if eos_id is None:
-            raise ConfigError(f"The tokenizer has no {EOS} token: add it, or use another.")
-        self._inner = inner
-        self.eos_id: int = eos_id
-        self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
-        self._json: str = inner.to_str(pretty=False)
+    def __init__(self, backend: Backend, *, name: str) -> None:
+        """Wrap a backend.
 
-    @classmethod
-    def from_json(cls, text: str) -> Tokenizer:
-        """From the text of a tokenizer.json.
+        Args:
+            backend: the Hugging Face tokenizer; its truncation and padding are switched off.
+            name: what to call it in an error message.
 
         Raises:
-            ConfigError: it is not one, or lacks `<|endoftext|>`.
+            DataError: the vocabulary has no "<|endoftext|>".
+        """
+        backend.no_truncation()
+        backend.no_padding()
+        # "<|endoftext|>" in a document is text, not the end of the document.
+        backend.encode_special_tokens = True
+        eos_id = backend.token_to_id(EOS)
+        if eos_id is None:
+            raise DataError(f'{name} has no "{EOS}" token: add one, or use another tokenizer.')
+        self.eos_id: int = eos_id
+        self._backend = backend
+        # Ids may have gaps: the network needs a row for each up to the highest.
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self._json: str = backend.to_str()
+
+    @classmethod
+    def from_json(cls, text: str, *, name: str = "the tokenizer.json") -> Tokenizer:
+        """Read the contents of a tokenizer.json.
+
+        Args:
+            text: the JSON.
+            name: what to call it in an error message.
+
+        Raises:
+            DataError: it is not a tokenizer, or has no "<|endoftext|>".
         """
         try:
-            inner = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises bare Exception
-            raise ConfigError(f"Not a tokenizer.json ({_first_line(error)}).") from None
-        return cls(inner)
+            backend = Backend.from_str(text)
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(
+                f"{name} is not a Hugging Face tokenizer.json ({_one_line(error)}): give another."
+            ) from error
+        return cls(backend, name=name)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Tokenizer:
-        """From a tokenizer.json.
+        """Read a tokenizer.json.
 
         Raises:
-            DataError: it cannot be read.
-            ConfigError: it is not a tokenizer, or lacks `<|endoftext|>`.
+            DataError: the file cannot be read, is not a tokenizer, or has no "<|endoftext|>".
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"Cannot read tokenizer {path} ({_first_line(error)}).") from None
-        try:
-            return cls.from_json(text)
-        except ConfigError as error:
-            raise ConfigError(f"{path}: {error}") from None
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: give the path of a tokenizer.json.") from None
+        except IsADirectoryError:
+            raise DataError(f"{path} is a directory: give the tokenizer.json inside it.") from None
+        except OSError as error:
+            raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from error
+        return cls.from_json(text, name=str(path))
 
     @classmethod
     def from_gpt2_files(cls, vocab: str | Path, merges: str | Path) -> Tokenizer:
-        """From GPT-2's vocab.json and merges.txt.
+        """Build GPT-2's tokenizer from its two files.
+
+        Args:
+            vocab: vocab.json (encoder.json).
+            merges: merges.txt (vocab.bpe).
 
         Raises:
-            DataError: a file cannot be read, or is not of this kind.
+            DataError: a file cannot be read, or is not one of GPT-2's.
         """
+        for path in (vocab, merges):
+            if not Path(path).is_file():
+                raise DataError(f"{path} is not a file: give GPT-2's vocab.json and merges.txt.")
         try:
-            inner = _byte_level(models.BPE.from_file(str(vocab), str(merges)))
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"Cannot read {vocab} and {merges} ({_first_line(error)}).") from None
-        inner.add_special_tokens([EOS])
-        return cls(inner)
+            model = models.BPE.from_file(str(vocab), str(merges))
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(
+                f"{vocab} and {merges} are not a BPE vocabulary and its merges "
+                f"({_one_line(error)}): give GPT-2's vocab.json and merges.txt."
+            ) from error
+        backend = _byte_level(model)
+        if backend.token_to_id(EOS) is not None:  # else the constructor refuses it
+            backend.add_special_tokens([EOS])
+        return cls(backend, name=str(vocab))
 
     @property
     def fingerprint(self) -> str:
-        """sha256 of the JSON: equal for equal tokenizers."""
+        """SHA-256 of `to_json()`, in hexadecimal: equal for equal tokenizers."""
         return hashlib.sha256(self._json.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Text of a tokenizer.json."""
+        """The contents of a tokenizer.json, EOS included, on one line."""
         return self._json
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text; EOS is not added, and never made from the text's own letters."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, in parallel."""
-        # A document that spells out the special token must not end there: encode it in parts.
-        if any(EOS in text for text in texts):
-            return [self._encode_spelled(text) for text in texts]
-        return [e.ids for e in self._inner.encode_batch(list(texts), add_special_tokens=False)]
-
-    def _encode_spelled(self, text: str) -> list[int]:
-        cut = len(EOS) // 2
-        parts = text.replace(EOS, EOS[:cut] + "\0" + EOS[cut:]).split("\0")
-        encoded = self._inner.encode_batch(parts, add_special_tokens=False)
-        return [token for part in encoded for token in part.ids]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids; EOS becomes a blank line between documents.
-
-        Args:
-            ids: each in [0, vocab_size); ids that the tokenizer does not have are an error.
+        """Token ids of a text, without EOS.
 
         Raises:
-            ValueError: an id out of range, e.g. a mask id.
+            DataError: the text is not Unicode (a command line that is not UTF-8 gives such texts).
         """
-        documents: list[list[int]] = [[]]
-        for token in ids:
-            if not 0 <= token < self.vocab_size:
-                raise ValueError(f"Token id {token} is not in [0, {self.vocab_size}).")
-            if token == self.eos_id:
-                documents.append([])
-            else:
-                documents[-1].append(token)
-        texts = self._inner.decode_batch([d for d in documents if d], skip_special_tokens=False)
-        return DOCUMENT_BREAK.join(texts)
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"Character {error.start} of the text is half of a surrogate pair: use UTF-8."
+            ) from error
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, without EOS; on all cores."""
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        r"""Text of token ids; EOS is left out and ends a document.
+
+        Documents that are not empty are joined by a blank line ("\n\n"), so ids with an EOS
+        between documents do not decode to something that encodes to the same ids. Bytes that are
+        not whole UTF-8 characters become U+FFFD.
+
+        Args:
+            ids: each in [0, vocab_size).
+
+        Raises:
+            ValueError: an id is out of range (a mask id, say): never the user's doing.
+        """
+        return DOCUMENT_SEPARATOR.join(self._documents(list(ids)))
+
+    def _documents(self, ids: list[int]) -> Iterator[str]:
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            raise ValueError(
+                f"decode needs ids in [0, {self.vocab_size}), got {min(ids)} to {max(ids)}."
+            )
+        for is_eos, group in groupby(ids, key=self.eos_id.__eq__):
+            if not is_eos:
+                yield self._backend.decode(list(group))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE.
 
     Args:
-        texts: documents to learn merges from; consumed once.
-        vocab_size: entries with EOS and the 256 bytes; fewer come out if the text is short.
+        texts: the sample to train on; taken one at a time, so it may be larger than memory.
+        vocab_size: entries wanted, at least 257 (the bytes and EOS); fewer come out when the
+            sample has fewer pairs that occur twice.
 
     Raises:
-        ConfigError: vocab_size < 257.
+        ConfigError: vocab_size is below 257.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise ConfigError(
-            f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and the end of text), "
-            f"got {vocab_size}."
-        )
-    inner = _byte_level(models.BPE())
+    check_vocab_size(vocab_size)
+    backend = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
+        min_frequency=2,
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    inner.train_from_iterator(_lines(texts), trainer)
-    return Tokenizer(inner)
+    backend.train_from_iterator(texts, trainer)
+    return Tokenizer(backend, name="the trained tokenizer")
 
 
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return inner
+def check_vocab_size(vocab_size: int) -> None:
+    """Refuse a vocabulary without room for every byte and EOS.
+
+    Raises:
+        ConfigError: vocab_size is below 257.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise ConfigError(
+            f"A byte-level vocabulary needs {SMALLEST_VOCABULARY} entries or more "
+            f"(256 bytes and {EOS}), got {vocab_size}: choose a larger vocabulary size."
+        )
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Pieces that the trainer can count in parallel; line breaks stay at the end of lines."""
-    for text in texts:
-        yield from text.splitlines(keepends=True)
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

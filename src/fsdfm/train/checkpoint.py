@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
 
@@ -33,6 +33,10 @@ class TrainState(Generic[Module]):
     optimizer: torch.optim.AdamW
     step: int = 0
     """Updates done."""
+    elapsed_seconds: float = 0.0
+    """Spent on these updates, over all sessions."""
+    pending: dict[str, list[Tensor]] = field(default_factory=dict)
+    """What the objective returned, pass by pass, since the last line of metrics; on the device."""
 
 
 def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
@@ -41,13 +45,18 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
     Raises:
         CheckpointError: the file cannot be written (no space, no permission); the old one is kept.
     """
-    tensors = {f"model.{name}": p for name, p in state.model.named_parameters()}
+    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in state.model.named_parameters()}
     tensors |= {f"ema.{name}": p for name, p in state.ema.model.named_parameters()}
     for name, parameter in state.model.named_parameters():
         for moment in MOMENTS:
             if parameter in state.optimizer.state:
                 tensors[f"{moment}.{name}"] = state.optimizer.state[parameter][moment]
-    facts = {"step": state.step, "ema_updates": state.ema.updates}
+    tensors |= {f"pending.{name}": torch.stack(values) for name, values in state.pending.items()}
+    facts = {
+        "step": state.step,
+        "ema_updates": state.ema.updates,
+        "elapsed_seconds": state.elapsed_seconds,
+    }
     partial = path.with_suffix(".partial")
     try:
         save_file(
@@ -59,12 +68,13 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Cannot write checkpoint {path} ({_one_line(error)}); free some space or choose "
+            f"another --out, then run the same command again."
+        ) from None
+    finally:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"Cannot write checkpoint {path} ({error}); free some space or choose another --out, "
-            f"then run the same command again."
-        ) from None
 
 
 def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
@@ -75,13 +85,22 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads(file.metadata()["state"])
-            state.step, state.ema.updates = facts["step"], facts["ema_updates"]
+            facts = json.loads((file.metadata() or {})["state"])
+            state.step, state.ema.updates = int(facts["step"]), int(facts["ema_updates"])
+            state.elapsed_seconds = float(facts.get("elapsed_seconds", 0.0))
             with torch.no_grad():
                 for name, parameter in state.model.named_parameters():
-                    parameter.copy_(file.get_tensor(f"model.{name}"))
+                    parameter.copy_(_like(file.get_tensor(f"model.{name}"), parameter))
                 for name, parameter in state.ema.model.named_parameters():
-                    parameter.copy_(file.get_tensor(f"ema.{name}"))
+                    parameter.copy_(_like(file.get_tensor(f"ema.{name}"), parameter))
+            device = next(state.model.parameters()).device
+            state.pending = {
+                name.removeprefix("pending."): list(
+                    file.get_tensor(name).to(device, copy=True).unbind()
+                )
+                for name in file.keys()  # noqa: SIM118
+                if name.startswith("pending.")
+            }
             if state.step > 0:
                 for name, parameter in state.model.named_parameters():
                     state.optimizer.state[parameter] = {
@@ -89,13 +108,19 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                         **{m: _like(file.get_tensor(f"{m}.{name}"), parameter) for m in MOMENTS},
                     }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+        missing = "it lacks " if isinstance(error, KeyError) else ""
         raise CheckpointError(
-            f"Cannot resume from {path} ({reason}); delete it to start this run anew."
+            f"Cannot resume from {path} ({missing}{_one_line(error)}); delete it to start this run "
+            f"anew."
         ) from None
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.shape != parameter.shape:
         raise ValueError(f"shape {tuple(tensor.shape)} is not {tuple(parameter.shape)}")
-    return tensor.to(parameter)
+    # A copy: safetensors maps the file, and what it maps goes when the file is cut short.
+    return tensor.to(parameter, copy=True)
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

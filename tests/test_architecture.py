@@ -1,4 +1,4 @@
-"""The import rule: errors know nothing, text, flow and model know errors, train and eval know flow."""
+"""The import rule: errors know nothing; text, flow, model know errors; train and eval know flow."""
 
 from __future__ import annotations
 

@@ -185,6 +185,14 @@ def test_a_mask_is_seen_on_the_way_but_never_in_a_text(tokenizer: Tokenizer) -> 
         assert mask not in sample.token_ids
 
 
+@pytest.mark.parametrize(("power", "shown"), [(1.0, 32), (2.0, 16)])
+def test_the_model_names_the_schedule(tokenizer: Tokenizer, power: float, shown: int) -> None:
+    # Half way, kappa_{1/2} = 2 ** -n of the positions have moved.
+    model = network(tokenizer, source="mask", schedule_power=power)
+    _, middle, _ = Generator(model, tokenizer).stream(steps=2, movers="systematic")
+    assert CONTEXT - middle.token_ids.count(tokenizer.vocab_size) == shown
+
+
 def test_rows_that_pad_the_vocabulary_are_no_text(tokenizer: Tokenizer) -> None:
     config = network(tokenizer).config.to_dict()
     padded = Transformer(ModelConfig(**{**config, "vocab_size": tokenizer.vocab_size + 100}))

@@ -2,7 +2,8 @@
 
     FsdfmError
     |-- ConfigError       a setting, or a combination of settings, that cannot work
-    |-- DataError         an input that is missing, empty, not text, or too short; an output that cannot be written
+    |-- DataError         an input that is missing, empty, not text or too short; an output that
+    |                     cannot be written
     |-- CheckpointError   a model, run or checkpoint that is missing, corrupt, truncated or foreign
     `-- TrainingError     training that cannot go on (the loss is not finite)
 
@@ -22,7 +23,7 @@ class ConfigError(FsdfmError, ValueError):
 
 
 class DataError(FsdfmError):
-    """An input that is missing, empty, not text or too short, or an output that cannot be written."""
+    """An input that is missing, empty, not text or too short; an output that cannot be written."""
 
 
 class CheckpointError(FsdfmError):

@@ -180,7 +180,8 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         attended = self._attend(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
         x = x + gate_a[:, None] * attended
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        x = x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        return x
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (
@@ -284,7 +285,8 @@ class Transformer(nn.Module):
             e = self.time_condition_fuser(torch.cat((e, self.dt_embedding(h)), -1))
         elif kind == "log2":
             e = e + self.dt_embedding(torch.log2(h))
-        return F.silu(e)
+        c: Tensor = F.silu(e)
+        return c
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """Final hidden rows.

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fsdfm.app.device import pick_device, preferred_dtype
 from fsdfm.flow.grid import even_grid
+from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import UniformSource
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
@@ -153,7 +154,8 @@ def train(
         preferred_dtype(device),
     )
     watched = Averaged(name)
-    Run(directory, settings, task, watched).train(model.to(device))
+    if not Run(directory, settings, task, watched).train(model.to(device)):
+        raise SystemExit("Stopped: run the same command again to go on.")
     if watched.ema is None:  # it was finished before: the checkpoint holds the average
         tensors = load_file(directory / "checkpoint.safetensors")
         ema = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
@@ -241,12 +243,19 @@ def main() -> None:
     print(f"true entropy of the chain: {chain.entropy(args.length):.4f} nats/token")
     true = chain.draw(args.samples, args.length, seed=args.seed + 99)
     results = [{"model": "true samples", "rule": "", "steps": 0, "calls": 0} | row(true, chain)]
-    teacher = train("teacher", Transformer(config), Pretrain(source, schedule), args, chain)
+    teacher = train(
+        "teacher", Transformer(config), Pretrain(source, schedule, cross_entropy), args, chain
+    )
     models = {"teacher": teacher}
     for name in args.students:
         embedding, weights, target, rule = STUDENTS[name]
         objective = Distill(
-            source, schedule, TARGETS[target], STEP_RULES[rule], STEP_WEIGHTS[weights]()
+            source,
+            schedule,
+            TARGETS[target],
+            STEP_RULES[rule],
+            STEP_WEIGHTS[weights](),
+            cross_entropy,
         )
         torch.manual_seed(args.seed)
         models[name] = train(name, student_from_teacher(teacher, embedding), objective, args, chain)

@@ -22,5 +22,6 @@ fsdfm pretrain "${common[@]}" --out teacher256 --preset tiny --context-length 25
   --batch-size 16 --steps 1000 --learning-rate 2e-3 --warmup-steps 100 --ema-decay 0.995
 fsdfm pretrain "${common[@]}" --out teacher --init teacher256 --context-length 1024 \
   --batch-size 4 --steps 120 --learning-rate 5e-4 --warmup-steps 20 --ema-decay 0.99
-fsdfm distill "${common[@]}" --out student --teacher teacher --context-length 512 \
-  --batch-size 8 --steps 250 --learning-rate 3e-4 --warmup-steps 20 --ema-decay 0.99
+fsdfm distill "${common[@]}" --out student --teacher teacher --context-length 256 \
+  --batch-size 16 --steps 160 --learning-rate 3e-4 --warmup-steps 20 --ema-decay 0.99
+python "$here/bundle.py" student bundled

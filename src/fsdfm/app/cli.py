@@ -211,8 +211,8 @@ def prepare(args: PrepareArgs) -> None:
         )
     train, validation = (manifest["splits"][name] for name in ("train", "validation"))
     _write(
-        f"{args.out}: {train['tokens']:,} training tokens of {train['documents']:,} documents, "
-        f"{validation['tokens']:,} validation tokens of {validation['documents']:,}, "
+        f"{args.out}: {train['tokens']:,} training and {validation['tokens']:,} validation tokens "
+        f"of {train['documents'] + validation['documents']:,} documents, "
         f"vocabulary {manifest['vocab_size']:,}\n"
     )
 

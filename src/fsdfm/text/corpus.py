@@ -8,9 +8,9 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import zstandard
 
@@ -39,6 +39,8 @@ def check_files(paths: list[Path]) -> None:
             raise DataError(f"{path} is a directory: name the files in it.")
         if not path.exists():
             raise DataError(f"{path} does not exist.")
+        if not path.is_file():  # a pipe can be read only once
+            raise DataError(f"{path} is not a regular file: save its contents in one.")
         _kind(path)
         try:
             with path.open("rb") as file:
@@ -67,12 +69,11 @@ def read_documents(path: Path, advance: Advance | None = None) -> Iterator[Itera
         DataError: not UTF-8 text, binary, a line that is not such an object, or a cut file.
     """
     kind = _kind(path)
-    with _opened(path, advance) as file:
-        text = _decoded(file, path)
-        if kind == ".jsonl":
-            yield from (iter(_pieces(document)) for document in _json_texts(text, path))
-        else:
-            yield from _split_at_form_feeds(text)
+    text = _decoded(_unpacked(path, advance), path)
+    if kind == ".jsonl":
+        yield from (_pieces(iter([document])) for document in _json_texts(text, path))
+    else:
+        yield from _split_at_form_feeds(text)
 
 
 def _kind(path: Path) -> str:
@@ -105,23 +106,26 @@ class _Counted(io.RawIOBase):
         return len(data)
 
 
-@contextmanager
-def _opened(path: Path, advance: Advance | None) -> Iterator[BinaryIO]:
-    """The decompressed bytes of a file; errors of any layer are one DataError."""
+def _unpacked(path: Path, advance: Advance | None) -> Iterator[bytes]:
+    """The decompressed bytes of a file, chunk by chunk; errors of any layer are one DataError."""
     try:
         with path.open("rb") as raw:
-            counted = io.BufferedReader(_Counted(raw, advance), READ_BYTES)
+            file: Any = io.BufferedReader(_Counted(raw, advance), READ_BYTES)
             if path.suffix == ".gz":
-                with gzip.open(counted) as file:
-                    yield file  # type: ignore[misc]
+                file = gzip.GzipFile(fileobj=file)
             elif path.suffix == ".zst":
-                yield _Frames(counted)  # type: ignore[misc]
-            else:
-                yield counted
+                file = _Frames(file)
+            while data := file.read(READ_BYTES):
+                yield data
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path} is cut short or not a {path.suffix} file ({error}).") from None
     except OSError as error:
         raise DataError(f"Cannot read {path} ({error.strerror or error}).") from None
+
+
+def _new_frame() -> zstandard.ZstdDecompressionObj:
+    # 2 GiB: corpora are often made with `zstd --long=31`.
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
 
 
 class _Frames:
@@ -129,7 +133,7 @@ class _Frames:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
-        self.frame = zstandard.ZstdDecompressor().decompressobj()
+        self.frame = _new_frame()
         self.open = False
         self.rest = b""
 
@@ -142,18 +146,18 @@ class _Frames:
                     raise EOFError("the last frame is incomplete")
                 return b""
             if not self.open:
-                self.frame = zstandard.ZstdDecompressor().decompressobj()
+                self.frame = _new_frame()
             out = self.frame.decompress(data)
             self.open = not self.frame.eof
             self.rest = self.frame.unused_data if self.frame.eof else b""
         return out
 
 
-def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
-    """UTF-8 text of a file, chunk by chunk."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8-sig")(), 0
-    while True:
-        data = file.read(READ_BYTES)
+def _decoded(chunks: Iterator[bytes], path: Path) -> Iterator[str]:
+    """UTF-8 text of a file, chunk by chunk, less a byte order mark."""
+    # Not utf-8-sig: its errors count bytes from behind the mark.
+    decoder, offset, first = codecs.getincrementaldecoder("utf-8")(), 0, True
+    for data in chain(chunks, [b""]):
         if b"\0" in data:
             raise DataError(
                 f"{path} is binary (a zero byte at offset {offset + data.index(0)}): "
@@ -168,9 +172,8 @@ def _decoded(file: BinaryIO, path: Path) -> Iterator[str]:
                 f"e.g. iconv -f latin1 -t utf-8."
             ) from None
         if text:
-            yield text
-        if not data:
-            return
+            yield text.removeprefix("\ufeff") if first else text
+            first = False
         offset += len(data)
 
 
@@ -193,7 +196,7 @@ def _json_texts(chunks: Iterator[str], path: Path) -> Iterator[str]:
             continue
         try:
             value = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{path}, line {number}: not JSON.") from None
         text = value.get("text") if isinstance(value, dict) else None
         if not isinstance(text, str):
@@ -207,40 +210,47 @@ def _json_texts(chunks: Iterator[str], path: Path) -> Iterator[str]:
 
 def _split_at_form_feeds(chunks: Iterator[str]) -> Iterator[Iterator[str]]:
     """Documents parted by form feeds, each lazily."""
-    rest: list[str] = []
-    ended = False
+    parts, ended = _parts(chunks), False
 
     def document() -> Iterator[str]:
         nonlocal ended
-        while True:
-            if rest:
-                chunk = rest.pop()
-            else:
-                following = next(chunks, None)
-                if following is None:
-                    ended = True
-                    return
-                chunk = following
-            before, feed, after = chunk.partition("\f")
-            yield from _pieces(before)
-            if feed:
-                rest.append(after)
+        for part in parts:
+            if part is None:
                 return
+            yield part
+        ended = True
 
     while not ended:
-        current = document()
+        current = _pieces(document())
         yield current
         for _ in current:  # whatever the caller left
             pass
 
 
-def _pieces(text: str) -> Iterator[str]:
-    """A text cut after line ends (or anywhere, if there are none) into bounded pieces."""
-    start = 0
-    while len(text) - start > PIECE_CHARACTERS:
-        end = text.rfind("\n", start, start + PIECE_CHARACTERS) + 1
-        end = end if end > start else start + PIECE_CHARACTERS
-        yield text[start:end]
-        start = end
-    if start < len(text):
-        yield text[start:]
+def _parts(chunks: Iterator[str]) -> Iterator[str | None]:
+    """The text between form feeds, and None for every form feed."""
+    for chunk in chunks:
+        first, *others = chunk.split("\f")
+        yield first
+        for part in others:
+            yield None
+            yield part
+
+
+def _pieces(chunks: Iterator[str]) -> Iterator[str]:
+    """A text cut after line ends (or anywhere, if there are none) into bounded pieces.
+
+    The cuts depend on the text only, not on its chunks: it packs the same from any kind of file.
+    """
+    held = ""
+    for chunk in chunks:
+        held += chunk
+        start = 0
+        while len(held) - start > PIECE_CHARACTERS:
+            end = held.rfind("\n", start, start + PIECE_CHARACTERS) + 1
+            end = end if end > start else start + PIECE_CHARACTERS
+            yield held[start:end]
+            start = end
+        held = held[start:]
+    if held:
+        yield held

@@ -48,7 +48,7 @@ class PrepareSettings:
     shard_tokens: int = 1 << 27
     """Most tokens in one shard."""
     tokenizer_bytes: int = 200_000_000
-    """Most text that a tokenizer is trained on."""
+    """Most text that a tokenizer is trained on: the files' first."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -95,8 +95,6 @@ def prepare(
     """
     settings = settings or PrepareSettings()
     check_files(files)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists already: choose another --out, or delete it.")
     with _staging(out) as staged:
         trained = tokenizer is None
         if tokenizer is None:
@@ -123,15 +121,18 @@ def prepare(
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A fresh sibling directory that becomes `out` if the block succeeds, and goes if it fails."""
-    staged = out.with_name(f".{out.name}.partial")
+    final = out.resolve()  # `.` has no name, and a link to a directory is not to be replaced
+    staged = final.with_name(f".{final.name}.partial")
     try:
+        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+            raise DataError(f"{out} exists already: choose another --out, or delete it.")
         if staged.exists():
             shutil.rmtree(staged)
         staged.mkdir(parents=True)
         yield staged
-        if out.exists():
-            out.rmdir()
-        staged.replace(out)
+        if final.exists():
+            final.rmdir()
+        staged.replace(final)
     except OSError as error:
         raise DataError(
             f"Cannot write {out} ({error.strerror or error}): choose another --out or free some "
@@ -171,10 +172,10 @@ def _all_pieces(files: list[Path], progress: Progress | None, phase: str) -> Ite
 
 
 def _limited(pieces: Iterator[str], most: int) -> Iterator[str]:
-    """Pieces until `most` characters have gone by."""
+    """Pieces until `most` bytes have gone by."""
     for piece in pieces:
         yield piece
-        most -= len(piece)
+        most -= len(piece.encode())
         if most <= 0:
             return
 
@@ -248,9 +249,11 @@ def _write_splits(
     }
     chance = np.random.default_rng(settings.seed)
     try:
+        batch = _Batch(tokenizer)
         for document in _documents(files, _counter(files, progress, "tokens")):
             held_out = bool(chance.random() < settings.validation_fraction)
-            _write_document(document, writers[SPLITS[held_out]], tokenizer)
+            batch.add(document, writers[SPLITS[held_out]])
+        batch.write()
         for writer in writers.values():
             writer.close()
         _ensure_validation(writers, staged, tokenizer, settings)
@@ -260,30 +263,49 @@ def _write_splits(
     return {name: writer.summary() for name, writer in writers.items()}
 
 
-def _write_document(document: Iterator[str], writer: _SplitWriter, tokenizer: Tokenizer) -> None:
-    """Append one document and EOS; a document of white space alone is left out."""
-    empty, size = True, 0
-    waiting: list[str] = []
+class _Batch:
+    """Text that waits to be tokenized together: many short documents, or a part of a long one."""
 
-    def flush() -> None:
-        nonlocal waiting, size
-        for ids in tokenizer.encode_batch(waiting):
-            writer.write(np.asarray(ids, dtype=np.int64))
-        writer.text_bytes += sum(len(piece.encode()) for piece in waiting)
-        waiting, size = [], 0
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[tuple[_SplitWriter, str, bool]] = []
+        self._characters = 0
 
+    def add(self, document: Iterator[str], writer: _SplitWriter) -> None:
+        """Append one document and EOS; a document of white space alone is left out."""
+        last = None
+        for piece in _unless_blank(document):
+            if last is not None:
+                self._add(writer, last, False)
+            last = piece
+        if last is not None:
+            self._add(writer, last, True)
+
+    def _add(self, writer: _SplitWriter, piece: str, ends: bool) -> None:
+        self._waiting.append((writer, piece, ends))
+        self._characters += len(piece)
+        if self._characters >= BATCH_CHARACTERS:
+            self.write()
+
+    def write(self) -> None:
+        """Write everything that waits."""
+        encoded = self._tokenizer.encode_batch([piece for _, piece, _ in self._waiting])
+        for (writer, piece, ends), ids in zip(self._waiting, encoded, strict=True):
+            writer.write(np.asarray(ids + [self._tokenizer.eos_id] * ends, dtype=np.int64))
+            writer.text_bytes += len(piece.encode())
+            writer.documents += ends
+        self._waiting, self._characters = [], 0
+
+
+def _unless_blank(document: Iterator[str]) -> Iterator[str]:
+    """The pieces of a document, or none if they are all white space."""
+    held: list[str] = []
     for piece in document:
-        if empty and not piece.strip():
-            continue
-        empty = False
-        waiting.append(piece)
-        size += len(piece)
-        if size >= BATCH_CHARACTERS:
-            flush()
-    if not empty:
-        flush()
-        writer.write(np.asarray([tokenizer.eos_id]))
-        writer.documents += 1
+        held.append(piece)
+        if piece.strip():
+            yield from held
+            yield from document
+            return
 
 
 def _ensure_validation(
@@ -298,7 +320,7 @@ def _ensure_validation(
         DataError: there is no text at all.
     """
     total = sum(writer.tokens for writer in writers.values())
-    if total < 4:
+    if not total:
         raise DataError("The files hold no text (white space only): give some.")
     if all(writer.tokens for writer in writers.values()):
         return
@@ -312,14 +334,16 @@ def _ensure_validation(
     documents = sum(writer.documents for writer in writers.values())
     text_bytes = sum(writer.text_bytes for writer in writers.values())
     cut = total - max(1, min(total // 2, round(total * settings.validation_fraction)))
-    for writer, ids in zip(writers.values(), np.split(stream.astype(np.int64), [cut]), strict=True):
+    held_out = round(text_bytes * (total - cut) / total)  # the cut may lie within a character
+    shares = (text_bytes - held_out, held_out)
+    for writer, ids, share in zip(writers.values(), np.split(stream, [cut]), shares, strict=True):
         for shard in writer.shards:
             (staged / shard["file"]).unlink()
         writer.shards, writer.tokens = [], 0
         writer.write(ids)
         writer.close()
         writer.documents = int((ids == tokenizer.eos_id).sum())
-        writer.text_bytes = round(text_bytes * len(ids) / total)
+        writer.text_bytes = share
     assert sum(writer.documents for writer in writers.values()) == documents
 
 
@@ -425,16 +449,20 @@ class TokenStore:
                 f"{FORMAT_VERSION}: prepare it again."
             )
         try:
-            if Tokenizer.from_json(tokenizer_json).fingerprint != manifest["tokenizer_sha256"]:
-                raise DataError(f"{directory}: tokenizer.json is not the one of its tokens.")
+            # Of the text as written: another version of the library may lay it out differently.
+            if hashlib.sha256(tokenizer_json.encode()).hexdigest() != manifest["tokenizer_sha256"]:
+                raise DataError(
+                    f"{directory}: tokenizer.json is not the one of its tokens: prepare it again."
+                )
             splits = [_open_split(directory, manifest, name) for name in SPLITS]
-        except (KeyError, TypeError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OSError) as error:
             raise DataError(f"{directory} is damaged ({error}): prepare it again.") from None
         return cls(manifest, tokenizer_json, *splits)
 
 
 def _open_split(directory: Path, manifest: dict[str, Any], name: str) -> TokenSplit:
-    dtype, shards = np.dtype(manifest["dtype"]).newbyteorder("<"), []
+    dtype: np.dtype[Any] = np.dtype({"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
+    shards = []
     for shard in manifest["splits"][name]["shards"]:
         path = directory / shard["file"]
         if not path.exists() or path.stat().st_size != shard["tokens"] * dtype.itemsize:

@@ -47,6 +47,9 @@ class Tokenizer:
         eos_id = backend.token_to_id(EOS)
         if eos_id is None:
             raise DataError(f'{name} has no "{EOS}" token: add one, or use another tokenizer.')
+        added = backend.get_added_tokens_decoder().get(eos_id)
+        if added is not None and not added.special:  # else the switch above would pass it over
+            backend.add_special_tokens([EOS])
         self.eos_id: int = eos_id
         self._backend = backend
         # Ids may have gaps: the network needs a row for each up to the highest.

@@ -328,8 +328,8 @@ def test_draw_meets_the_edges_of_dyadic_weights_exactly() -> None:
     assert draw(weights.expand(7, -1), u).tolist() == [3, 3, 63, 63, 64, 128, 128]
 
 
-def test_rounding_at_the_end_of_a_faint_block_never_draws_past_its_tokens() -> None:
-    # Beside a weight of 1, the place within a block of 1e-12 is rounded, to its very end at times.
+def test_rounding_within_a_faint_block_never_draws_a_token_of_weight_0() -> None:
+    # Beside a weight of 1, the place within a block of 1e-12 has few digits left.
     rows = 4000
     generator = torch.Generator().manual_seed(21)
     weights = torch.zeros(rows, 130)

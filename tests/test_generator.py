@@ -334,13 +334,18 @@ def test_a_device_that_is_not_there_is_refused(name: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("amx", "dtype"), [(lambda: True, torch.bfloat16), (lambda: False, torch.float32)]
+    ("features", "dtype"),
+    [
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx512_bf16": True, "amx_bf16": False}, torch.bfloat16),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+    ],
 )
-def test_a_cpu_gets_bfloat16_only_with_matrix_tiles(
-    monkeypatch: pytest.MonkeyPatch, amx: Any, dtype: torch.dtype
+def test_a_cpu_gets_bfloat16_only_where_it_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, features: dict[str, bool], dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     assert preferred_dtype(torch.device("cpu")) == dtype
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert preferred_dtype(torch.device("cpu")) == torch.float32

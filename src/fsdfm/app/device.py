@@ -31,13 +31,13 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
 def preferred_dtype(device: torch.device) -> torch.dtype:
     """The format to run the network's matrix products in.
 
-    bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX), else float32:
-    on a CPU without AMX bfloat16 was measured to be six times slower.
+    bfloat16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AMX or AVX512-BF16),
+    else float32: on a CPU with neither bfloat16 was measured to be six times slower.
     """
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = device.type == "cpu" and _has_amx()
+        fast = device.type == "cpu" and _multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -47,11 +47,11 @@ def _count(kind: str) -> int:
     return int(kind == "cpu" or torch.backends.mps.is_available())
 
 
-def _has_amx() -> bool:
-    """Matrix tiles that PyTorch will use; the query is private, so it may go."""
-    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+def _multiplies_bf16() -> bool:
+    """AMX tiles or AVX512-BF16, and a PyTorch that uses them."""
     try:
         used = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        return supported is not None and bool(used and supported())
-    except RuntimeError:
+        features = torch.cpu.get_capabilities() if used else {}
+    except (RuntimeError, AttributeError):  # an older PyTorch, or one that cannot tell
         return False
+    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))

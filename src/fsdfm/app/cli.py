@@ -1,4 +1,4 @@
-"""The command line: five commands, their flags, and errors turned into exit codes.
+"""The command line: the commands, their flags, and errors turned into exit codes.
 
 Nothing here imports torch until a command has been chosen and its flags have been read.
 """
@@ -11,6 +11,7 @@ import io
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,9 +23,11 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -49,6 +52,8 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm distill --teacher TEACHER --data DATA --out STUDENT
                                                teach it to write in a few steps
   fsdfm generate --model STUDENT               text from your own model
+  fsdfm evaluate --model STUDENT --out REPORT  judge its texts, at several budgets
+  fsdfm compare REPORT...                      reports side by side
   fsdfm convert IN.pth DIR --tokenizer FILE    a published checkpoint -> model directory
 
 Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.
@@ -258,11 +263,72 @@ def convert(args: ConvertArgs) -> None:
     )
 
 
+def evaluate(argv: Sequence[str]) -> None:
+    """Judge models; a bar on a terminal, a line for every row elsewhere."""
+    from fsdfm.app.config import EvaluateArgs
+
+    args = _parse(EvaluateArgs, "evaluate", argv)
+    with _status("Loading"):
+        from fsdfm.app import evaluation
+        from fsdfm.eval.plots import plot
+        from fsdfm.eval.report import write_whole
+        from fsdfm.eval.tables import markdown, table
+
+    try:
+        with _work() as progress:
+            report = evaluation.evaluate(args, progress)
+    except KeyboardInterrupt:
+        _note(f"What is done is kept in {args.out}: run the same command again to go on.")
+        raise
+    if report is None:
+        return
+    text = markdown(report)
+    files = plot(report, args.out)
+    if files:
+        text += "\n## Plots\n\n" + "".join(f"![{file.stem}]({file.name})\n" for file in files)
+    write_whole(args.out / "report.md", text.encode())
+    for task in report.tasks():
+        _write(f"{task}\n\n")
+        _write("\n".join(table([r for r in report.rows if r.task == task])) + "\n\n")
+    _note(f"Written: {args.out / 'report.md'}, report.json" + ", plots" * bool(files))
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Put reports side by side."""
+    from fsdfm.app.config import CompareArgs
+
+    args = _parse(CompareArgs, "compare", argv)
+    from fsdfm.eval.report import load_report, write_whole
+    from fsdfm.eval.tables import comparison, named_rows
+
+    reports = [(path.resolve().name, load_report(path)) for path in args.reports]
+    if not reports:
+        raise ConfigError("compare needs reports: fsdfm compare REPORT...")
+    for name, report in reports[1:]:
+        for what in ("judge", "length", "heldout"):
+            if report.facts[what] != reports[0][1].facts[what]:
+                raise ConfigError(
+                    f"{name} and {reports[0][0]} have another {what}: their figures cannot be "
+                    "compared; evaluate again with the same."
+                )
+    rows = named_rows(reports)
+    models = list(dict.fromkeys(name for name, row in rows if row.kind == "model"))
+    baseline = args.baseline or next(iter(models), "")
+    if baseline not in models:
+        raise ConfigError(f"There is no model {baseline!r}: choose {', '.join(models)}.")
+    text = comparison(rows, baseline)
+    if args.out is not None:
+        write_whole(args.out, text.encode())
+    _write(text + "\n")
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": lambda argv: generate(_parse(GenerateArgs, "generate", argv)),
     "prepare": lambda argv: prepare(_parse(PrepareArgs, "prepare", argv)),
     "pretrain": pretrain,
     "distill": distill,
+    "evaluate": evaluate,
+    "compare": compare,
     "convert": lambda argv: convert(_parse(ConvertArgs, "convert", argv)),
 }
 
@@ -378,6 +444,33 @@ def _bars(titles: Mapping[str, str]) -> Iterator[Callable[[str, int, int], None]
             if phase not in bars:
                 bars[phase] = progress.add_task(titles.get(phase, phase))
             progress.update(bars[phase], completed=done, total=total)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _work() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with an ETA, told (what was done, done, in all); lines without a terminal."""
+    console = Console(stderr=True, highlight=False)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar, last = progress.add_task("Loading models and judge", total=None), ""
+        started = time.monotonic()
+
+        def advance(label: str, done: int, total: int) -> None:
+            nonlocal last
+            progress.update(bar, description=label, completed=done, total=total)
+            if not console.is_terminal and label != last:
+                left = (time.monotonic() - started) / done * (total - done)
+                console.print(f"{label}  {done}/{total}  ETA {left / 60:.1f} min", soft_wrap=True)
+            last = label
 
         yield advance
 

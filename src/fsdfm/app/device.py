@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import platform
+from pathlib import Path
+
 import torch
 
 from fsdfm.errors import ConfigError
@@ -39,6 +43,17 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and _multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def describe(device: torch.device) -> str:
+    """What a figure was measured on: the GPU's name, or the processor's and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
+    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def _count(kind: str) -> int:

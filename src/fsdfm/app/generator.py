@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
@@ -126,14 +126,9 @@ class _Request:
     batch_size: int
     drawing: Drawing
     fixed: Tensor
-    """Tokens of the frozen positions, int64, shape (L,); the others are not read."""
+    """Tokens of the frozen positions, int64, shape (num_samples, L); the others are not read."""
     frozen: Tensor
-    """Positions that are given and never move, bool, shape (L,)."""
-
-    @property
-    def free(self) -> int:
-        """Positions to generate."""
-        return self.length - int(self.frozen.sum())
+    """Positions that are given and never move, bool, shape (num_samples, L)."""
 
 
 class Generator:
@@ -160,7 +155,7 @@ class Generator:
         self.tokenizer = tokenizer
         known = {name: value for name, value in (defaults or {}).items() if name in DEFAULTS}
         self.defaults: dict[str, Any] = {**DEFAULTS, **known}
-        self._network = _Network(self.model, self.device)
+        self.network = Network(self.model, self.device)
         self._pieces: dict[int, str] = {}
 
     def generate(
@@ -218,6 +213,42 @@ class Generator:
         )
         return Generation([sample for batch in batches for sample in batch])
 
+    def fill(
+        self,
+        token_ids: Sequence[Sequence[int]],
+        frozen: Sequence[Sequence[bool]],
+        **options: Unpack[Options],
+    ) -> Generation:
+        """Infill: generate the positions that are not frozen, seeing those that are on both sides.
+
+        Args:
+            token_ids: tokens of each sample, all of one length L; those of positions that are not
+                frozen are not read.
+            frozen: which positions are given, shaped as token_ids.
+            options: those of `generate`, without length, num_samples and prompt.
+
+        Returns:
+            One sample for each row, the k-th with the noise of seed + k.
+
+        Raises:
+            ConfigError: rows that do not fit each other, the model's context or its vocabulary, or
+                an option out of range.
+        """
+        if given := sorted({"length", "num_samples", "prompt"} & options.keys()):
+            raise ConfigError(f"fill takes no {', '.join(given)}: the rows of token_ids say it.")
+        lengths = {len(row) for row in (*token_ids, *frozen)}
+        if len(lengths) != 1 or len(token_ids) != len(frozen):
+            raise ConfigError("fill needs token_ids and frozen of one shape, all rows as long.")
+        shape: Options = {"length": lengths.pop(), "num_samples": len(token_ids)}
+        request = self._request({**options, **shape})
+        fixed, mask = torch.tensor(token_ids), torch.tensor(frozen, dtype=torch.bool)
+        if fixed.dtype != torch.int64 or not bool(
+            ((fixed >= 0) & (fixed < self.config.vocab_size))[mask].all()
+        ):
+            raise ConfigError(f"fill needs token ids from 0 to {self.config.vocab_size - 1}.")
+        request = replace(request, fixed=fixed, frozen=mask)
+        return Generation([sample for batch in self._batches(request) for sample in batch])
+
     def batches(self, **options: Unpack[Options]) -> Iterator[list[Sample]]:
         """As `generate`, but each batch is handed out as soon as it is done.
 
@@ -251,67 +282,72 @@ class Generator:
         for start in range(0, len(seeds), request.batch_size):
             batch = seeds[start : start + request.batch_size]
             began = time.perf_counter()
-            *_, last = self._states(request, batch)
+            *_, last = self._states(request, start, len(batch))
             rows: list[list[int]] = last.x.tolist()
             seconds = time.perf_counter() - began
+            free = (~request.frozen[start : start + len(batch)]).sum(1).tolist()
             yield [
                 Sample(
-                    text=self._text(ids),
+                    text=self.decode(ids),
                     token_ids=ids,
-                    tokens=request.free,
+                    tokens=tokens,
                     nfe=last.calls,
                     seed=seed,
                     seconds=seconds,
-                    tokens_per_second=request.free * len(batch) / seconds,
+                    tokens_per_second=sum(free) / seconds,
                 )
-                for ids, seed in zip(rows, batch, strict=True)
+                for ids, seed, tokens in zip(rows, batch, free, strict=True)
             ]
 
     def _snapshots(self, request: _Request) -> Iterator[Snapshot]:
         began = time.perf_counter()
-        for state in self._states(request, [request.seed]):
+        frozen: list[bool] = request.frozen[0].tolist()
+        for state in self._states(request, 0, 1):
             ids: list[int] = state.x[0].tolist()
             yield Snapshot(
                 step=state.step,
                 steps=request.steps,
                 calls=state.calls,
                 seconds=time.perf_counter() - began,
-                tokens=request.free,
-                frozen=request.frozen.tolist(),
+                tokens=request.length - sum(frozen),
+                frozen=frozen,
                 token_ids=ids,
-                text=self._text(ids),
+                text=self.decode(ids),
                 pieces=[self._piece(i) for i in ids],
             )
 
-    def _states(self, request: _Request, seeds: range | list[int]) -> Iterator[State]:
-        noise = Noise(seeds)
+    def _states(self, request: _Request, first: int, count: int) -> Iterator[State]:
+        """States of samples first, ..., first + count - 1."""
+        rows = slice(first, first + count)
+        noise = Noise(range(request.seed + first, request.seed + first + count))
         source = make_source(self.config.source, self.config.vocab_size)
-        start = torch.where(request.frozen, request.fixed, noise.start(source, request.length))
+        frozen = request.frozen[rows]
+        start = torch.where(frozen, request.fixed[rows], noise.start(source, request.length))
         try:
             yield from sample(
-                self._network,
-                start.to(self._network.state_device),
+                self.network,
+                start.to(self.network.state_device),
                 even_grid(request.steps),
                 noise,
                 vocab_size=self.config.vocab_size,
                 schedule=Polynomial(self.config.schedule_power),
                 drawing=request.drawing,
-                frozen=request.frozen.expand(start.shape),
+                frozen=frozen,
             )
         except torch.OutOfMemoryError:
             raise ConfigError(
-                f"{self.device} has not enough memory for {len(seeds)} x {request.length} tokens: "
+                f"{self.device} has not enough memory for {count} x {request.length} tokens: "
                 "take a smaller batch_size or length, or the device cpu."
             ) from None
 
-    def _text(self, ids: list[int]) -> str:
-        """Decode; a mask, or a row that pads the network's vocabulary, is no text."""
+    def decode(self, ids: Sequence[int]) -> str:
+        """Token ids as text; a mask, or a row that pads the network's vocabulary, is no text."""
         return self.tokenizer.decode(i for i in ids if i < self.tokenizer.vocab_size)
 
     def _piece(self, token: int) -> str:
         if token not in self._pieces:
             end = token == self.tokenizer.eos_id
-            self._pieces[token] = DOCUMENT_SEPARATOR if end else self._text([token])
+            self._pieces[token] = DOCUMENT_SEPARATOR if end else self.decode([token])
         return self._pieces[token]
 
     def _request(self, options: Options) -> _Request:
@@ -333,6 +369,7 @@ class Generator:
                 f"got seed={seed} for {num_samples} samples."
             )
         prompt = self._encode(merged.get("prompt", ""), length)
+        shape = (num_samples, length)
         return _Request(
             steps=_whole("steps", merged["steps"]),
             length=length,
@@ -340,8 +377,8 @@ class Generator:
             seed=seed,
             batch_size=_whole("batch_size", merged.get("batch_size", 1)),
             drawing=_drawing(merged),
-            fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))),
-            frozen=torch.arange(length) < len(prompt),
+            fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))).expand(*shape),
+            frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )
 
     def _encode(self, prompt: str, length: int) -> Tensor:
@@ -355,7 +392,7 @@ class Generator:
         return torch.tensor(ids, dtype=torch.int64)
 
 
-class _Network:
+class Network:
     """The network as the sampler sees it: autocast, and states where the sampler may keep them."""
 
     def __init__(self, model: Transformer, device: torch.device) -> None:
@@ -373,6 +410,10 @@ class _Network:
         """Logits, on the states' device."""
         with self._autocast():
             return self.model.head(rows).to(self.state_device)
+
+    def head_parameters(self) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the head, for losses."""
+        return self.model.head_parameters()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.dtype == torch.float32:

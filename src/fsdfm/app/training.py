@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def distill(args: DistillArgs) -> bool:
     Raises:
         FsdfmError: settings, data, checkpoint or training went wrong.
     """
-    settings = args.settings()
+    # No warm-up: targets come from the average, and a quick one sharpens its own targets (LOG.md).
+    settings = replace(args.settings(), ema_warmup=False)
     if args.target == "semigroup" and args.target_rule != "exact":
         raise ConfigError("--target semigroup presumes the exact rule: add --target-rule exact.")
     store = TokenStore.open(args.data)

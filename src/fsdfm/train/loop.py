@@ -51,6 +51,8 @@ class TrainSettings:
     """Longest gradient."""
     ema_decay: float = 0.9995
     """Of the moving average that is evaluated, saved and, in distillation, followed."""
+    ema_warmup: bool = True
+    """Whether the average forgets the start sooner: right for random weights, not for trained."""
     seed: int = 0
     """Of initial weights, batches and noise."""
     log_every: int = 10
@@ -155,7 +157,7 @@ class Run(Generic[Module]):
         settings = self.settings
         state = TrainState(
             model,
-            Ema(model, settings.ema_decay),
+            Ema(model, settings.ema_decay, settings.ema_warmup),
             make_optimizer(model, settings.weight_decay),
         )
         if self.checkpoint.exists():

@@ -285,7 +285,7 @@ def test_too_little_memory_is_told_in_one_line(
 def test_bfloat16_autocast_generates_too(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generator._network, "dtype", torch.bfloat16)
+    monkeypatch.setattr(generator.network, "dtype", torch.bfloat16)
     dtypes: set[torch.dtype] = set()
     head = generator.model.head
 
@@ -349,3 +349,62 @@ def test_a_cpu_gets_bfloat16_only_where_it_multiplies_it(
     assert preferred_dtype(torch.device("cpu")) == dtype
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert preferred_dtype(torch.device("cpu")) == torch.float32
+
+
+# ------------------------------------------------------------------------------------------- fill
+
+
+def test_fill_keeps_what_is_given_and_makes_the_rest(generator: Generator) -> None:
+    length, draw = 20, torch.Generator().manual_seed(1)
+    given = torch.randint(generator.config.vocab_size, (3, length), generator=draw).tolist()
+    frozen = (torch.rand(3, length, generator=draw) < 0.6).tolist()
+    found = generator.fill(given, frozen, steps=3, seed=7, batch_size=2)
+    assert [s.seed for s in found.samples] == [7, 8, 9]
+    for sample, row, mask in zip(found.samples, given, frozen, strict=True):
+        assert sample.tokens == length - sum(mask)
+        assert all(a == b for a, b, kept in zip(sample.token_ids, row, mask, strict=True) if kept)
+        changed = sum(a != b for a, b in zip(sample.token_ids, row, strict=True))
+        assert changed > 0.5 * sample.tokens
+
+
+def test_fill_sees_both_sides(generator: Generator) -> None:
+    """The same noise with another token after the gap gives another token in it, at some place."""
+    length = 12
+    frozen = [[i not in (4, 5, 6) for i in range(length)]]
+    rows = [[[token if i == 8 else 30 + i for i in range(length)]] for token in (3, 200)]
+    filled = [
+        [generator.fill(row, frozen, steps=2, seed=s).samples[0].token_ids[4:7] for s in range(8)]
+        for row in rows
+    ]
+    assert filled[0] != filled[1]
+
+
+def test_fill_with_a_beginning_is_generate_with_a_prompt(
+    generator: Generator, tokenizer: Tokenizer
+) -> None:
+    prompt = tokenizer.encode("the quick brown fox")
+    row = prompt + [0] * (30 - len(prompt))
+    frozen = [i < len(prompt) for i in range(30)]
+    filled = generator.fill([row], [frozen], steps=4, seed=3)
+    told = generator.generate(prompt="the quick brown fox", length=30, steps=4, seed=3)
+    assert filled.samples[0].token_ids == told.samples[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("token_ids", "frozen", "options", "says"),
+    [
+        ([[1, 2], [3]], [[True, False]] * 2, {}, "all rows as long"),
+        ([[1, 2]], [[True, False]] * 2, {}, "of one shape"),
+        ([], [], {}, "of one shape"),
+        ([[1, 10_000]], [[True, True]], {}, "token ids from 0 to"),
+        ([[1, -1]], [[True, True]], {}, "token ids from 0 to"),
+        ([[1] * (CONTEXT + 1)], [[True] * (CONTEXT + 1)], {}, "context"),
+        ([[1, 2]], [[True, False]], {"prompt": "a"}, "takes no prompt"),
+    ],
+)
+def test_fill_refuses_what_cannot_work(
+    generator: Generator, token_ids: Any, frozen: Any, options: Any, says: str
+) -> None:
+    with pytest.raises(ConfigError, match=says) as caught:
+        generator.fill(token_ids, frozen, **options)
+    assert "\n" not in str(caught.value)

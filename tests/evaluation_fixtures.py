@@ -32,7 +32,7 @@ PROSE = (
 ) * 3
 
 
-def save_judge(directory: Path, context: int) -> Path:
+def save_judge(directory: Path, context: int, seed: int = 3) -> Path:
     """A random GPT-2-class model of one layer and a byte-level tokenizer, as transformers saves."""
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
@@ -47,7 +47,7 @@ def save_judge(directory: Path, context: int) -> Path:
         vocab_size=tokenizer.vocab_size, n_positions=context, n_embd=32, n_layer=1, n_head=2
     )
     with torch.random.fork_rng():
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         network = GPT2LMHeadModel(config)
         for parameter in network.parameters():
             nn.init.normal_(parameter, std=0.3)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 
-from fsdfm.app import cli, evaluation
+from fsdfm.app import cli
+from fsdfm.app.cells import Cell, hidden_positions
 from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.evaluation import Evaluation, Part, evaluate
+from fsdfm.app.evaluation import Parts, evaluate
 from fsdfm.app.heldout import Blocks, HeldOut
 from fsdfm.errors import FsdfmError
+from fsdfm.eval.judge import load_judge
 from fsdfm.eval.report import Report, Row, load_report
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.text.packing import prepare
@@ -143,8 +147,9 @@ def test_a_report_comes_back_from_its_file(report: Report, place: Path) -> None:
 
 
 def without_times(path: Path) -> Any:
-    """report.json but for wall-clock."""
+    """report.json but for wall-clock and threads."""
     values = json.loads((path / "report.json").read_text())
+    values["facts"].pop("threads")
     for found in values["rows"]:
         for record in found["records"]:
             record.pop("seconds", None)
@@ -153,19 +158,41 @@ def without_times(path: Path) -> Any:
     return values
 
 
-def test_two_processes_give_the_report_of_one(place: Path, tmp_path: Path) -> None:
+WORKER = """
+import os, sys
+from pathlib import Path
+from fsdfm.app import cli, evaluation
+make = evaluation.Parts.make
+def logged(self, cell, group):
+    with open(os.environ["MADE"] + os.environ.get("RANK", ""), "a") as file:
+        file.write(f"{cell.label} {group}\\n")
+    make(self, cell, group)
+evaluation.Parts.make = logged
+raise SystemExit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_share_the_work_and_give_the_report_of_one(
+    place: Path, tmp_path: Path
+) -> None:
     words = [
         *("evaluate", "--model", place / "student", "--steps", "1", "3:2", "--num-samples", "10"),
         *("--judge", place / "judge", "--heldout", place / "heldout.jsonl"),
         *("--tasks", "unconditional", "infilling"),
     ]
+    (tmp_path / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, start in (("one", [sys.executable]), ("two", launch)):
-        command = [*start, "-m", "fsdfm", *map(str, words), "--out", str(tmp_path / name)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": str(tmp_path / name) + "."}
+        out = ["--out", str(tmp_path / name)]
+        command = [*start, str(tmp_path / "worker.py"), *map(str, words), *out]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
+    alone = (tmp_path / "one.").read_text().splitlines()
+    shares = [(tmp_path / f"two.{rank}").read_text().splitlines() for rank in (0, 1)]
+    assert sorted(shares[0] + shares[1]) == sorted(alone)
+    assert abs(len(shares[0]) - len(shares[1])) <= 1
 
 
 def test_what_is_done_is_not_done_again(
@@ -180,15 +207,15 @@ def test_what_is_done_is_not_done_again(
     with pytest.raises(KeyboardInterrupt):
         evaluate(args, stop_after_three)
     assert not (tmp_path / "out" / "report.json").exists()
-    kept = set((tmp_path / "out" / "parts").iterdir())
+    kept = sorted((tmp_path / "out" / "parts").glob("judged-*"))
     assert 3 <= len(kept) <= 4
-    next(iter(kept)).write_bytes(b"cut short")  # a damaged part is made again
+    kept[0].write_bytes(b"cut short")  # a damaged part is made again
 
     made = []
-    part = Evaluation.part
-    monkeypatch.setattr(Evaluation, "part", lambda s, c, g: made.append(g) or part(s, c, g))
+    make = Parts.make
+    monkeypatch.setattr(Parts, "make", lambda s, c, g: made.append(g) or make(s, c, g))
     whole = evaluate(args)
-    everything = len(list((tmp_path / "out" / "parts").iterdir()))
+    everything = len(list((tmp_path / "out" / "parts").glob("texts-*")))
     assert len(made) == everything - len(kept) + 1
     made.clear()
     again = evaluate(args)
@@ -196,29 +223,73 @@ def test_what_is_done_is_not_done_again(
     assert again == whole
 
 
+def kept(out: Path) -> tuple[set[str], set[str]]:
+    """Names of the kept texts and judgements."""
+    names = {p.name for p in (out / "parts").iterdir()}
+    return {n for n in names if n.startswith("texts")}, {n for n in names if n.startswith("judged")}
+
+
 @pytest.mark.parametrize(
-    "change",
+    ("change", "same_texts"),
+    # One model: others, human, shuffled, random, generated and likelihood are six texts.
     [
-        {"seed": 1},
-        {"length": 40},
-        {"step": "published"},
-        {"temperatures": (0.9,)},
-        {"steps": ("3",)},
+        ({"seed": 1}, 0),
+        ({"length": 40}, 0),
+        ({"batch_size": 5}, 0),
+        ({"step": "published"}, 5),
+        ({"temperatures": (0.9,)}, 5),
+        ({"steps": ("3",)}, 5),
+        ({"heldout": "other"}, 0),
+        ({"judge": "other"}, 6),
+        ({"model": "other"}, 4),
     ],
-    ids=lambda change: next(iter(change)),
+    ids=lambda change: next(iter(change)) if isinstance(change, dict) else "",
 )
-def test_other_settings_are_other_work(place: Path, tmp_path: Path, change: Any) -> None:
+def test_only_what_depends_on_a_setting_is_done_again(
+    place: Path, tmp_path: Path, change: Any, same_texts: int
+) -> None:
     out = tmp_path / "out"
-    args = arguments(place, out, steps=("2",), num_samples=2, model=(str(place / "teacher"),))
-    evaluate(args)
-    before = {p.name for p in (out / "parts").iterdir()}
-    evaluate(
-        arguments(place, out, **{"steps": ("2",), "num_samples": 2, "model": args.model} | change)
-    )
-    assert {p.name for p in (out / "parts").iterdir()} > before
+    model = tmp_path / "model"
+    shutil.copytree(place / "teacher", model)
+    shutil.copytree(place / "judge", tmp_path / "judge")
+    shutil.copy(place / "heldout.jsonl", tmp_path / "heldout.jsonl")
+    settings: Any = {
+        "steps": ("2",),
+        "num_samples": 2,
+        "model": (str(model),),
+        "judge": str(tmp_path / "judge"),
+        "heldout": tmp_path / "heldout.jsonl",
+    }
+    evaluate(arguments(place, out, **settings))
+    texts, judgements = kept(out)
+    assert (len(texts), len(judgements)) == (6, 5)
+    # The same places with another content, so that a name alone would not tell.
+    if change == {"heldout": "other"}:
+        with (tmp_path / "heldout.jsonl").open("a") as file:
+            file.write(json.dumps({"text": "One more document."}) + "\n")
+    elif change == {"judge": "other"}:
+        save_judge(tmp_path / "judge", context=128, seed=4)
+    elif change == {"model": "other"}:
+        save_model(model, step_embedding="none", seed=9)
+    else:
+        settings |= change
+    evaluate(arguments(place, out, **settings))
+    more_texts, more_judgements = kept(out)
+    assert len(more_texts) == 6 + 6 - same_texts
+    judged_again = 5 if same_texts in (0, 6) else 1
+    assert len(more_judgements) == 5 + judged_again
 
 
-def test_evaluation_leaves_files_and_random_states_alone(place: Path, tmp_path: Path) -> None:
+def test_evaluation_leaves_files_and_random_states_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = Parts.make
+
+    def careless(self: Parts, cell: Cell, group: range) -> None:
+        torch.rand(1), random.random(), np.random.random()
+        make(self, cell, group)
+
+    monkeypatch.setattr(Parts, "make", careless)
     weights = (place / "student" / "model.safetensors").read_bytes()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
     evaluate(arguments(place, tmp_path / "out", num_samples=2))
@@ -226,6 +297,63 @@ def test_evaluation_leaves_files_and_random_states_alone(place: Path, tmp_path: 
     assert torch.equal(torch.get_rng_state(), states[0])
     assert random.getstate() == states[1]
     assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+def texts_of(report: Report, out: Path, name: str, task: str) -> list[dict[str, Any]]:
+    """Kept groups whose records are those of a row."""
+    wanted = [r.get("seconds", r["nats"]) for r in row(report, name, task, 1).records]
+    found = []
+    for file in sorted((out / "parts").glob("texts-*.json")):
+        group = json.loads(file.read_text())
+        if all(r.get("seconds") in wanted for r in group["records"]):
+            found.append(group)
+    return found
+
+
+def test_right_tokens_are_counted_against_the_original(report: Report, place: Path) -> None:
+    tokenizer = Tokenizer.from_file(place / "teacher" / "tokenizer.json")
+    blocks = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), tokenizer, 48, seed=0)
+    groups = texts_of(report, place / "whole", "student", "infilling, half")
+    checked = 0
+    for group in groups:
+        for ids, record in zip(group["ids"], group["records"], strict=True):
+            k = record["seed"]
+            hidden = hidden_positions(48, 0.5, 0, k)
+            original = np.array(blocks.human[k])
+            assert np.array_equal(np.array(ids)[~hidden], original[~hidden])
+            assert record["right_tokens"] == (np.array(ids) == original)[hidden].sum()
+            checked += 1
+    assert checked == 6
+
+
+def test_a_continuation_is_judged_after_its_prefix(report: Report, place: Path) -> None:
+    tokenizer = Tokenizer.from_file(place / "teacher" / "tokenizer.json")
+    blocks = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), tokenizer, 48, seed=0)
+    judge = load_judge(str(place / "judge"), device=torch.device("cpu"), dtype=torch.float32)
+    (first, *_) = texts_of(report, place / "whole", "student", "continuation, half")
+    assert first["prefixes"][0] == tokenizer.decode(blocks.human[0][:24])
+    assert first["texts"][0] == tokenizer.decode(first["ids"][0])
+    (found,) = judge.judge(first["texts"][:1], first["prefixes"][:1])
+    record = row(report, "student", "continuation, half", 1).records[0]
+    assert record["nats"] == pytest.approx(found.score.nats, rel=1e-3)
+    assert record["judge_tokens"] == found.score.tokens
+
+
+def test_shuffled_words_are_the_same_words_in_another_order(report: Report, place: Path) -> None:
+    names = ("human text", "human text, words shuffled")
+    human, shuffled = (row(report, name, "unconditional").excerpt.split() for name in names)
+    assert sorted(human[1:-1]) != human[1:-1] != shuffled[1:-1]
+    assert sorted(human) == sorted(shuffled)
+
+
+def test_seconds_are_the_samples_shares_of_the_wall_clock(place: Path, tmp_path: Path) -> None:
+    model = (str(place / "student"),)
+    args = arguments(place, tmp_path / "out", model=model, steps=("40",), batch_size=4)
+    began = time.perf_counter()
+    found = evaluate(args)
+    whole = time.perf_counter() - began
+    spent = sum(r["seconds"] for r in row(found, "student", "unconditional", 40).records)
+    assert 0.001 * whole < spent < whole
 
 
 def test_human_and_other_text_share_no_block(place: Path) -> None:
@@ -266,7 +394,7 @@ def test_an_autoregressive_models_texts_can_stand_beside(place: Path, tmp_path: 
 def test_the_papers_protocol_is_a_preset(place: Path) -> None:
     args = EvaluateArgs(out=place, preset="paper", judge="mine").resolved()
     assert args.length == 1024 and args.step == "published" and args.judge == "mine"
-    assert args.budgets() == [(n, 16) for n in (1, 2, 4, 8, 1024)]
+    assert args.budgets() == [(n, 16) for n in (1, 2, 4, 8, 16, 1024)]
     assert EvaluateArgs(out=place).resolved().step is None
 
 
@@ -314,7 +442,13 @@ def test_the_command_prints_a_table_and_writes_report_and_plots(
     [
         (("--steps", "0"), "--steps takes whole numbers"),
         (("--steps", "8:x"), "--steps takes whole numbers"),
+        (("--steps", "2", "2:1"), "--steps names a budget twice"),
         (("--num-samples", "0"), "--num-samples must be at least 1"),
+        (("--length", "0"), "--length must be at least 1"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--temperatures", "nan"), "--temperatures must be at least 0"),
+        (("--temperatures", "-1"), "--temperatures must be at least 0"),
+        (("--out", "/dev/null/x"), "Cannot write /dev/null/x"),
         (("--length", "49"), "more than a model's context of 48"),
         (("--heldout", "nothing.txt"), "nothing.txt"),
         (("--reference", "GPT"), "NAME=FILE"),
@@ -346,16 +480,8 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
         self.touch()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", full)  # as the disk fills up
     with pytest.raises(FsdfmError, match="No space left") as caught:
         evaluate(arguments(place, tmp_path / "out", num_samples=2))
     assert "\n" not in str(caught.value)
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
-
-
-def test_a_part_holds_all_that_a_row_needs(tmp_path: Path) -> None:
-    part = Part([{"nats": 1.5}], ["a\u00e9 text"], [[1, 2, 3]], np.ones((2, 3), np.float32))
-    evaluation._save(tmp_path / "part.npz", part)
-    found = evaluation._load(tmp_path / "part.npz")
-    assert (found.records, found.texts, found.ids) == (part.records, part.texts, part.ids)
-    assert np.array_equal(found.features, part.features)

@@ -168,16 +168,39 @@ def test_pairs_cancel_what_they_share() -> None:
     assert (more.value, more.low, more.high) == pytest.approx((0.3, 0.3, 0.3), rel=1e-9)
 
 
-def test_sides_of_unequal_count_are_resampled_apart() -> None:
+def test_sides_of_unequal_count_have_their_own_errors() -> None:
     rng = np.random.default_rng(4)
     a, b = rng.normal(0.0, 1.0, 300), rng.normal(0.0, 2.0, 200)
-    found = difference(mean(a), mean(b), resamples=20000)
-    error = math.sqrt(a.var() / 300 + b.var() / 200)
-    assert width(found) == pytest.approx(2 * 1.96 * error, rel=4.5 * 0.019 / 1.96)
+    found = difference(mean(a), mean(b))
+    error = math.sqrt(a.var(ddof=1) / 300 + b.var(ddof=1) / 200)
+    assert width(found) == pytest.approx(2 * 1.972 * error, rel=1e-4)  # t(199) at 97.5 %
     assert found.value == pytest.approx(a.mean() - b.mean())
     assert found.count == 200
     # Were a[:200] and a paired, 0 would be the whole interval.
     assert width(difference(mean(a), mean(a[:200]))) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("p", "freedom", "t"),
+    [(0.975, 1, 12.7062), (0.975, 3, 3.18245), (0.95, 7, 1.89458), (0.995, 15, 2.94671)],
+)
+def test_students_quantiles_are_those_of_the_tables(p: float, freedom: int, t: float) -> None:
+    assert statistics.student_quantile(p, freedom) == pytest.approx(t, rel=1e-4)
+    assert statistics.student_quantile(1.0 - p, freedom) == pytest.approx(-t, rel=1e-4)
+
+
+@pytest.mark.parametrize("count", [2, 4, 16])
+@pytest.mark.parametrize("level", [0.95, 1.0 - 0.05 / 40])
+def test_a_tie_is_called_real_as_seldom_as_stated(count: int, level: float) -> None:
+    """Pooled perplexities of two equal models; a bootstrap calls 1 in 8 real at four pairs."""
+    rng, trials, called = np.random.default_rng(count), 400, 0
+    tokens = np.full(count, 100.0)
+    for _ in range(trials):
+        a, b = (Ratio(100.0 * rng.normal(5.0, 0.2, count), tokens, np.exp) for _ in range(2))
+        found = quotient(a, b, level=level)
+        called += not found.low <= 1.0 <= found.high
+    rate = 1.0 - level
+    assert called / trials == pytest.approx(rate, abs=4.5 * math.sqrt(rate * level / trials))
 
 
 def test_resampling_depends_on_the_seed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

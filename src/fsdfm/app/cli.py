@@ -270,10 +270,11 @@ def evaluate(argv: Sequence[str]) -> None:
     args = _parse(EvaluateArgs, "evaluate", argv)
     with _status("Loading"):
         from fsdfm.app import evaluation
-        from fsdfm.eval.plots import plot
+        from fsdfm.eval import plots
         from fsdfm.eval.report import write_whole
         from fsdfm.eval.tables import markdown, table
 
+    plots.check()
     try:
         with _work() as progress:
             report = evaluation.evaluate(args, progress)
@@ -283,7 +284,7 @@ def evaluate(argv: Sequence[str]) -> None:
     if report is None:
         return
     text = markdown(report)
-    files = plot(report, args.out)
+    files = plots.plot(report, args.out)
     if files:
         text += "\n## Plots\n\n" + "".join(f"![{file.stem}]({file.name})\n" for file in files)
     write_whole(args.out / "report.md", text.encode())
@@ -301,19 +302,23 @@ def compare(argv: Sequence[str]) -> None:
     from fsdfm.eval.report import load_report, write_whole
     from fsdfm.eval.tables import comparison, named_rows
 
-    reports = [(path.resolve().name, load_report(path)) for path in args.reports]
-    if not reports:
+    labels = {str(path): load_report(path) for path in args.reports}
+    if not labels:
         raise ConfigError("compare needs reports: fsdfm compare REPORT...")
+    reports = list(labels.items())
     for name, report in reports[1:]:
-        for what in ("judge", "length", "heldout"):
-            if report.facts[what] != reports[0][1].facts[what]:
+        for what, key in (("judge", "sha256"), ("judge", "dtype"), ("heldout", "sha256")):
+            same = report.facts[what].get(key) == reports[0][1].facts[what].get(key)
+            if not same or report.facts["length"] != reports[0][1].facts["length"]:
                 raise ConfigError(
-                    f"{name} and {reports[0][0]} have another {what}: their figures cannot be "
-                    "compared; evaluate again with the same."
+                    f"{name} and {reports[0][0]} differ in {what if not same else 'length'}: their "
+                    "figures cannot be compared; evaluate again with the same."
                 )
     rows = named_rows(reports)
-    models = list(dict.fromkeys(name for name, row in rows if row.kind == "model"))
-    baseline = args.baseline or next(iter(models), "")
+    models = list(dict.fromkeys(named.name for named in rows if named.row.kind == "model"))
+    if not models:
+        raise ConfigError(f"{reports[0][0]} has no model's rows: there is nothing to compare.")
+    baseline = models[0] if args.baseline is None else args.baseline
     if baseline not in models:
         raise ConfigError(f"There is no model {baseline!r}: choose {', '.join(models)}.")
     text = comparison(rows, baseline)
@@ -414,7 +419,7 @@ def _write(text: str) -> None:
 
 def _note(text: str) -> None:
     """A dim line on stderr, for people."""
-    Console(stderr=True, highlight=False).print(text, style="dim")
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text, style="dim")
 
 
 @contextlib.contextmanager
@@ -451,9 +456,9 @@ def _bars(titles: Mapping[str, str]) -> Iterator[Callable[[str, int, int], None]
 @contextlib.contextmanager
 def _work() -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr with an ETA, told (what was done, done, in all); lines without a terminal."""
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("ETA"),
@@ -469,7 +474,7 @@ def _work() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bar, description=label, completed=done, total=total)
             if not console.is_terminal and label != last:
                 left = (time.monotonic() - started) / done * (total - done)
-                console.print(f"{label}  {done}/{total}  ETA {left / 60:.1f} min", soft_wrap=True)
+                console.print(f"{label}  {done}/{total}  ETA {left / 60:.1f} min")
             last = label
 
         yield advance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,7 +126,7 @@ class DistillArgs(TrainArgs):
 TaskName = Literal["unconditional", "continuation", "infilling"]
 
 PAPER: dict[str, Any] = {
-    "steps": ("1", "2", "4", "8", "1024"),
+    "steps": ("1", "2", "4", "8", "16", "1024"),
     "length": 1024,
     "judge": "gpt2-large",
     "tasks": ("unconditional", "continuation"),
@@ -231,7 +232,15 @@ class EvaluateArgs:
             if getattr(args, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(args, name)}.")
+        if args.length is not None and args.length < 1:
+            raise ConfigError(f"--length must be at least 1, got {args.length}.")
+        if not 0 <= args.seed < 2**32 - 1_000_000:
+            raise ConfigError(f"--seed must be at least 0 and below 4 billion, got {args.seed}.")
+        for temperature in args.temperatures or ():
+            if not 0.0 <= temperature < math.inf:
+                raise ConfigError(f"--temperatures must be at least 0, got {temperature:g}.")
         args.budgets()
+        args.references()
         return args
 
     def budgets(self) -> list[tuple[int, int]]:
@@ -252,7 +261,22 @@ class EvaluateArgs:
                     f"--steps takes whole numbers from 1, or N:SAMPLES like 1024:4, got {text!r}."
                 )
             found.append(pair)
+        if len({steps for steps, _ in found}) < len(found):
+            raise ConfigError(f"--steps names a budget twice: {' '.join(self.steps or ())}.")
         return found
+
+    def references(self) -> list[tuple[str, str]]:
+        """(name, file) of each further reference row.
+
+        Raises:
+            ConfigError: not NAME=FILE, or a name given twice.
+        """
+        found = [text.partition("=") for text in self.reference]
+        names = [name for name, _, _ in found]
+        for text, (name, _, file) in zip(self.reference, found, strict=True):
+            if not name or not file or names.count(name) > 1:
+                raise ConfigError(f"--reference takes NAME=FILE, each name once, got {text!r}.")
+        return [(name, file) for name, _, file in found]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -45,15 +45,15 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def describe(device: torch.device) -> str:
-    """What a figure was measured on: the GPU's name, or the processor's and the threads used."""
+def hardware(device: torch.device) -> str:
+    """What a figure was measured on: the name of the GPU or of the processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
-    return f"{name}, {torch.get_num_threads()} threads"
+    return name
 
 
 def _count(kind: str) -> int:

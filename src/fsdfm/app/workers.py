@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+
+from fsdfm.errors import ConfigError
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others; torchrun ends them all when one fails."""
@@ -20,14 +24,30 @@ class Workers:
     size: int = 1
 
     @classmethod
-    def from_environment(cls) -> Workers:
-        """Join the processes that torchrun started; alone without it."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
-            return cls()
-        if not torch.distributed.is_initialized():
-            torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-        return cls(torch.distributed.get_rank(), size)
+    @contextmanager
+    def joined(cls) -> Iterator[Workers]:
+        """Join the processes that torchrun started, and part from them; alone without it.
+
+        Raises:
+            ConfigError: WORLD_SIZE is set, but not by torchrun.
+        """
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            yield cls()
+            return
+        ours = not torch.distributed.is_initialized()
+        if ours:
+            try:
+                torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+            except ValueError as error:
+                raise ConfigError(
+                    f"WORLD_SIZE is set, but the processes cannot meet ({error}): start them with "
+                    "torchrun, or unset it."
+                ) from None
+        try:
+            yield cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        finally:
+            if ours:
+                torch.distributed.destroy_process_group()
 
     @property
     def first(self) -> bool:
@@ -39,9 +59,9 @@ class Workers:
         return number % self.size == self.rank
 
     def device(self, name: str | None) -> str | None:
-        """The device asked for, else this process's own GPU where there are several."""
+        """The device asked for; this process's own GPU where there are several of both."""
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if name is None and self.size > 1 and count:
+        if name in (None, "cuda") and self.size > 1 and count:
             return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % count}"
         return name
 
@@ -49,8 +69,3 @@ class Workers:
         """Until all have come this far."""
         if self.size > 1:
             torch.distributed.barrier()
-
-    def leave(self) -> None:
-        """Part from the others."""
-        if self.size > 1:
-            torch.distributed.destroy_process_group()

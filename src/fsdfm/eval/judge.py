@@ -7,8 +7,11 @@ the judge's own.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +32,7 @@ CHOICES = (
     f"{PACKAGED}, a directory that transformers can read, a .gguf file, or a name on the Hugging "
     "Face Hub"
 )
+DOCUMENT_START = "<|endoftext|>"
 SEGMENT_TOKENS = 128
 """Judge tokens that one feature vector is the mean of."""
 LONGEST_WINDOW = 4096
@@ -78,9 +82,10 @@ class _Window:
 class CausalJudge:
     """A causal language model of the transformers library.
 
-    A text starts after the judge's beginning-of-text token (end-of-text where it has no other), so
-    its first token is scored too. A text longer than the window is scored in windows that overlap
-    by half, so every token but the first half window sees at least half a window of context.
+    A text starts after the token that separates documents (`<|endoftext|>` where the vocabulary has
+    it, else the beginning-of-text token), so its first token is scored too. A text longer than the
+    window is scored in windows that overlap by half, so a token sees all that comes before it, or
+    at least half a window of it.
 
     Args:
         model: the network, in evaluation mode.
@@ -92,23 +97,29 @@ class CausalJudge:
         self.model, self.tokenizer, self.name = model, tokenizer, name
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        start = tokenizer.bos_token_id
-        self.start: int | None = tokenizer.eos_token_id if start is None else start
+        # A chat model's beginning-of-text token may open a chat turn, not a document.
+        vocabulary = tokenizer.get_vocab()
+        names = (DOCUMENT_START, tokenizer.bos_token, tokenizer.eos_token)
+        self.start: int | None = next((vocabulary[n] for n in names if n in vocabulary), None)
+        self.sha256 = _digest(model, tokenizer)
         config = model.config.get_text_config()
         context = getattr(config, "max_position_embeddings", None) or LONGEST_WINDOW
         self.window = min(int(context), LONGEST_WINDOW)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Name, size, number format, window."""
+        """Name, size, number format, window, and a digest of weights and tokenizer."""
         return {
             "name": self.name,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
             "window_tokens": self.window,
             "stride_tokens": self.window // 2,
-            "start_token": self.start is not None,
+            "start_token": None
+            if self.start is None
+            else self.tokenizer.convert_ids_to_tokens(self.start),
             "feature_segment_tokens": SEGMENT_TOKENS,
+            "sha256": self.sha256,
         }
 
     @torch.no_grad()
@@ -152,7 +163,13 @@ class CausalJudge:
         ids = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, window in enumerate(batch):
             ids[row, : len(window.ids)] = torch.tensor(window.ids)
-        logits, hidden = self._forward(ids.to(self.device))
+        try:
+            logits, hidden = self._forward(ids.to(self.device))
+        except torch.OutOfMemoryError:
+            raise ConfigError(
+                f"{self.device} has not enough memory for the judge: try --judge-dtype bfloat16, a "
+                "smaller judge, or --device cpu."
+            ) from None
         for row, window in enumerate(batch):
             end = len(window.ids) - 1
             rows = slice(end - window.scored, end)
@@ -165,6 +182,11 @@ class CausalJudge:
             )
             for some, target in chunks:
                 total += float(F.cross_entropy(some.float(), target, reduction="sum"))
+            if not math.isfinite(total):
+                raise CheckpointError(
+                    f"Judge {self.name} gave a value that is not finite: try --judge-dtype float32 "
+                    "or another judge."
+                )
             yield total, hidden[row, rows].float().cpu()
 
     def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -200,11 +222,15 @@ def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> Causal
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     where = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
             tokenizer = AutoTokenizer.from_pretrained(place, **where)
             model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
+            model = model.to(device).eval().requires_grad_(False)
+        if model.get_output_embeddings() is None:
+            raise ValueError("it has no output layer")
     except ImportError as error:
         raise ConfigError(
             f"Judge {name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
@@ -213,7 +239,7 @@ def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> Causal
         raise CheckpointError(
             f"Cannot load judge {name} ({_one_line(error)}): give {CHOICES}."
         ) from None
-    return CausalJudge(model.to(device).eval().requires_grad_(False), tokenizer, name)
+    return CausalJudge(model, tokenizer, name)
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
@@ -278,6 +304,14 @@ def _segments(hidden: list[Tensor]) -> NDArray[np.float32]:
         states = states[None]
     means: NDArray[np.float32] = states.mean(1).numpy()
     return means
+
+
+def _digest(model: Any, tokenizer: Any) -> str:
+    """Of weights and vocabulary: what makes two judges the same."""
+    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
+    for parameter in model.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _one_line(error: BaseException) -> str:

@@ -29,8 +29,7 @@ def plot(report: Report, out: Path) -> list[Path]:
         ConfigError: matplotlib is missing.
         DataError: a file cannot be written.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("Plots need matplotlib: pip install 'fsdfm[eval]'.")
+    check()
     rows = [r for r in report.rows if r.task == "unconditional"]
     generated = [r for r in rows if r.steps is not None]
     if not generated:
@@ -49,6 +48,12 @@ def plot(report: Report, out: Path) -> list[Path]:
     return files
 
 
+def check() -> None:
+    """Raises ConfigError where matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("Plots need matplotlib: pip install 'fsdfm[eval]'.")
+
+
 def _picture(draw: Callable[[Any], None], judge: str) -> bytes:
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
@@ -56,9 +61,10 @@ def _picture(draw: Callable[[Any], None], judge: str) -> bytes:
     axes = figure.add_subplot()
     draw(axes)
     axes.set_yscale("log")
-    axes.set_ylabel(f"perplexity under {judge} (pooled)")
+    axes.set_ylabel("perplexity under {} (pooled)".format(judge.replace("$", r"\$")))
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend(fontsize=8)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles, [label.replace("$", r"\$") for label in labels], fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -69,14 +75,14 @@ def _by_budget(axes: Any, rows: Sequence[Row], references: Sequence[Row], column
     for name, heat in dict.fromkeys((r.name, r.temperature) for r in rows):
         line = [r for r in rows if (r.name, r.temperature) == (name, heat)]
         points = sorted(
-            (x.value, y.value, y.value - y.low, y.high - y.value)
+            (x.value, y.value, max(0.0, y.value - y.low), max(0.0, y.high - y.value))
             for r in line
             if (x := r.estimate(column)) and (y := r.estimate("ppl_pooled"))
         )
         if points:
             label = name if heat == 1.0 else f"{name}, temperature {heat:g}"
             across, up, below, above = zip(*points, strict=True)
-            errors = None if any(v != v for v in below) else (below, above)
+            errors = (below, above) if len(line[0].records) > 1 else None
             axes.errorbar(across, up, yerr=errors, marker="o", capsize=3, label=label)
     for style, row in zip(_styles(), references, strict=False):
         if figure := row.estimate("ppl_pooled"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fsdfm.eval.report import METRICS, POOLED, Report, Row, frontier
-from fsdfm.eval.statistics import Estimate, difference, matched, quotient
+from fsdfm.eval.statistics import Estimate, Ratio, difference, matched, quotient
 
 WITH_INTERVAL = ("ppl_pooled", "elbo_nats_per_token", "token_accuracy")
 """Figures whose interval a table has room for; report.json has them all."""
@@ -17,11 +18,18 @@ COMPARED = (
     "entropy_nats",
     "repetition_4",
     "token_accuracy",
-    "elbo_nats_per_token",
+    "elbo_bits_per_byte",
     "seconds",
 )
+COMPARABLE = {
+    "entropy_nats": ("tokenizer",),
+    "repetition_4": ("tokenizer",),
+    "token_accuracy": ("tokenizer",),
+    "elbo_bits_per_byte": ("source",),
+    "seconds": ("machine", "threads", "batch_size"),
+}
+"""What two models must share for a figure to be compared."""
 ALPHA = 0.05
-RESAMPLES_PER_TAIL = 10
 
 
 def markdown(report: Report) -> str:
@@ -80,7 +88,8 @@ def _facts(report: Report) -> list[str]:
     facts = report.facts
     judge, heldout = facts["judge"], facts["heldout"]
     lines = [
-        f"- fsdfm {facts['fsdfm']}, torch {facts['torch']}, {facts['machine']}",
+        f"- fsdfm {facts['fsdfm']}, torch {facts['torch']}, {facts['machine']}, {facts['threads']} "
+        "threads",
         f"- texts of {facts['length']} tokens, seeds from {facts['seed']}, batches of "
         f"{facts['batch_size']}" + (f", preset {facts['preset']}" if facts["preset"] else ""),
         f"- judge: {judge['name']}, {judge['parameters'] / 1e6:.0f} M parameters, "
@@ -121,61 +130,87 @@ class Difference:
         return "**lower**" if self.figure.high < equal else "no clear difference"
 
 
-def named_rows(reports: Sequence[tuple[str, Report]]) -> list[tuple[str, Row]]:
-    """Rows of all reports by a name: the model's, with its report's where two share one.
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A row of one of several reports."""
 
-    Reference rows come from the first report that has them.
+    name: str
+    """The model's, with its report's where two reports have one of this name."""
+    row: Row
+    about: Mapping[str, Any]
+    """Facts of its model and its report."""
+
+
+def named_rows(reports: Sequence[tuple[str, Report]]) -> list[Named]:
+    """Rows of all reports, told apart by name; reference rows of the first report that has them.
+
+    Args:
+        reports: each with a label of its own.
     """
+    assert len({label for label, _ in reports}) == len(reports)
     owners: dict[str, set[str]] = {}
     for label, report in reports:
         for row in report.rows:
             if row.kind == "model":
                 owners.setdefault(row.name, set()).add(label)
-    found: list[tuple[str, Row]] = []
+    found: list[Named] = []
     seen: set[tuple[str, str]] = set()
     for label, report in reports:
         for row in report.rows:
+            name = row.name
+            about = {k: report.facts[k] for k in ("machine", "threads", "batch_size")}
             if row.kind == "reference":
-                if (row.name, row.task) not in seen:
-                    seen.add((row.name, row.task))
-                    found.append((row.name, row))
-                continue
-            shared = len(owners[row.name]) > 1
-            found.append((f"{label}/{row.name}" if shared else row.name, row))
+                if (name, row.task) in seen:
+                    continue
+                seen.add((name, row.task))
+            elif len(owners[name]) > 1:
+                name = f"{label}: {name}"
+            about |= report.facts["models"].get(row.name, {})
+            found.append(Named(name, replace(row, name=name), about))
     return found
 
 
-def differences(rows: Sequence[tuple[str, Row]], baseline: str) -> list[Difference]:
+def differences(rows: Sequence[Named], baseline: str) -> list[Difference]:
     """Every model against the baseline wherever their settings agree.
 
     The intervals hold for all comparisons together: each has level 1 - 0.05 / m for m of them
-    (Bonferroni).
+    (Bonferroni). Figures that the models do not share a unit of are left out (COMPARABLE).
     """
-    base = {row.setting: row for name, row in rows if name == baseline}
+    base = {named.row.setting: named for named in rows if named.name == baseline}
     pairs = []
-    for name, row in rows:
-        other = base.get(row.setting)
-        if row.kind != "model" or name == baseline or other is None:
+    for named in rows:
+        other = base.get(named.row.setting)
+        if named.row.kind != "model" or named.name == baseline or other is None:
             continue
         for metric in COMPARED:
-            a, b = row.ratio(metric), other.ratio(metric)
-            if a is not None and b is not None:
-                pairs.append((name, row, other, metric, a, b))
+            needed = COMPARABLE.get(metric, ())
+            if any(named.about.get(k) != other.about.get(k) for k in needed):
+                continue
+            sides = _sides(named.row, other.row, metric)
+            if sides is not None:
+                pairs.append((named, other, metric, *sides))
     found = []
     level = 1.0 - ALPHA / max(1, len(pairs))
-    resamples = max(2000, math.ceil(2 * RESAMPLES_PER_TAIL / (1.0 - level)))
-    for name, row, other, metric, a, b in pairs:
+    for named, other, metric, a, b in pairs:
         compare = quotient if METRICS[metric].compared_by == "ratio" else difference
-        figure = compare(a, b, level=level, resamples=resamples)
-        found.append(Difference(name, row, other, metric, figure))
+        figure = compare(a, b, level=level)
+        found.append(Difference(named.name, named.row, other.row, metric, figure))
     return found
 
 
-def comparison(rows: Sequence[tuple[str, Row]], baseline: str) -> str:
+def _sides(a: Row, b: Row, metric: str) -> tuple[Ratio, Ratio] | None:
+    """The sums of both rows: of the pairs that both have, where they have equally many samples."""
+    paired = len(a.records) == len(b.records)
+    both = a.has(metric) & b.has(metric) if paired else None
+    left, right = a.ratio(metric, both), b.ratio(metric, both)
+    return None if left is None or right is None else (left, right)
+
+
+def comparison(rows: Sequence[Named], baseline: str) -> str:
     """All rows side by side, the differences from the baseline, and quality at equal entropy."""
     lines = ["# Comparison", ""]
-    for task in dict.fromkeys(row.task for _, row in rows):
-        chosen = [_renamed(row, name) for name, row in rows if row.task == task]
+    for task in dict.fromkeys(named.row.task for named in rows):
+        chosen = [named.row for named in rows if named.row.task == task]
         lines += [f"## {task.capitalize()}", "", *table(chosen), ""]
     found = differences(rows, baseline)
     lines += [f"## Against {baseline}", ""]
@@ -184,7 +219,9 @@ def comparison(rows: Sequence[tuple[str, Row]], baseline: str) -> str:
     else:
         lines += [
             f"Perplexities and times as ratios, the rest as differences; {len(found)} comparisons "
-            "whose intervals hold together at 95 % (Bonferroni). Bold is a real difference.",
+            "whose intervals hold together at 95 % (Student's with the jackknife's error, "
+            "Bonferroni). Bold is a real difference. Times are compared on one machine, figures of "
+            "tokens between models of one tokenizer, bounds between models of one source.",
             "",
             _line(["model", "task", "setting", "figure", "against baseline", "interval", "so"]),
             _line(["---"] * 7),
@@ -200,11 +237,13 @@ def comparison(rows: Sequence[tuple[str, Row]], baseline: str) -> str:
     return "\n".join([*lines, *_at_equal_entropy(rows, baseline)])
 
 
-def _at_equal_entropy(rows: Sequence[tuple[str, Row]], baseline: str) -> list[str]:
+def _at_equal_entropy(rows: Sequence[Named], baseline: str) -> list[str]:
     """Perplexities interpolated over temperatures to one entropy, where there are sweeps."""
     lines: list[str] = []
-    for task in dict.fromkeys(row.task for _, row in rows):
-        of_task = [_renamed(row, name) for name, row in rows if row.task == task]
+    tokenizer = next((n.about.get("tokenizer") for n in rows if n.name == baseline), None)
+    alike = [n.row for n in rows if n.about.get("tokenizer") == tokenizer]
+    for task in dict.fromkeys(row.task for row in alike):
+        of_task = [row for row in alike if row.task == task]
         anchors = [r for r in of_task if r.name == baseline and r.temperature is not None]
         if not anchors:
             continue
@@ -244,19 +283,6 @@ def _curve(rows: Iterable[Row]) -> list[tuple[float, float]]:
         if entropy is not None and quality is not None:
             found.append((entropy.value, math.log(quality.value)))
     return found
-
-
-def _renamed(row: Row, name: str) -> Row:
-    return Row(
-        name,
-        row.kind,
-        row.task,
-        row.steps,
-        row.temperature,
-        row.records,
-        row.pooled,
-        row.excerpt,
-    )
 
 
 def _setting(row: Row) -> str:

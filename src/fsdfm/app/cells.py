@@ -1,0 +1,354 @@
+"""What an evaluation makes texts of: references, and each model at each task, budget, temperature.
+
+A cell is one row of the report to be. Its samples are made group by group, and what they depend on
+is written down in `facts`, so that they can be kept and found again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from fsdfm.app.config import EvaluateArgs
+from fsdfm.app.device import hardware, preferred_dtype
+from fsdfm.app.generator import Generator, Sample
+from fsdfm.app.heldout import Blocks, HeldOut, read_texts
+from fsdfm.errors import ConfigError
+from fsdfm.eval.report import Record
+from fsdfm.flow.loss import elbo_nats_per_token
+from fsdfm.flow.path import make_source
+from fsdfm.flow.schedule import Polynomial
+
+GROUP = 4
+"""Fewest samples that are made and judged together, whoever does it."""
+HUMAN, SHUFFLED, RANDOM = "human text", "human text, words shuffled", "random tokens"
+OTHERS = "other human text"
+"""What fidelity is measured against; no row of the report."""
+SHARES = {"quarter": 0.25, "half": 0.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """One sample on its way to the judge."""
+
+    text: str
+    ids: list[int]
+    """The tokens that entropy and repetition are of."""
+    record: Record = field(default_factory=dict)
+    """What is known before it is judged."""
+    prefix: str = ""
+    """What comes before it and is not judged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One row to be: `make` gives the samples of a range."""
+
+    name: str
+    kind: Literal["model", "reference"]
+    task: str
+    count: int
+    make: Callable[[range], list[Text]]
+    facts: dict[str, Any]
+    """All that the texts depend on."""
+    steps: int | None = None
+    temperature: float | None = None
+    judged: bool = True
+
+    def groups(self, size: int) -> list[range]:
+        """The samples, at most `size` at a time."""
+        starts = range(0, self.count, size)
+        return [range(start, min(self.count, start + size)) for start in starts]
+
+    @property
+    def label(self) -> str:
+        """For progress."""
+        steps = "" if self.steps is None else f", {self.steps} steps"
+        heat = "" if self.temperature in (None, 1.0) else f", temperature {self.temperature:g}"
+        return f"{self.name}: {self.task}{steps}{heat}"
+
+
+class Cells:
+    """The cells of one command.
+
+    Args:
+        args: settings, resolved.
+        generators: models by name.
+        heldout: held-out text.
+
+    Raises:
+        FsdfmError: a length or a number of samples that does not fit, or a bad reference.
+    """
+
+    def __init__(
+        self, args: EvaluateArgs, generators: dict[str, Generator], heldout: HeldOut
+    ) -> None:
+        self.args, self.generators, self.heldout = args, generators, heldout
+        context = min(g.config.context_length for g in generators.values())
+        self.length = min(1024, context) if args.length is None else args.length
+        if self.length > context:
+            raise ConfigError(
+                f"--length {self.length} is more than a model's context of {context} tokens."
+            )
+        self.blocks = {
+            name: Blocks.cut(heldout, g.tokenizer, self.length, args.seed)
+            for name, g in generators.items()
+        }
+        self.first = next(iter(generators))
+        self.most = max([args.num_samples, *(count for _, count in args.budgets())])
+        short = min(len(blocks.human) for blocks in self.blocks.values())
+        if self.most > short and set(args.tasks or ()) - {"unconditional"}:
+            raise ConfigError(
+                f"The held-out text gives {short} prompts of {self.length} tokens: ask for at most "
+                f"{short} samples, or give more text with --heldout."
+            )
+        self.given = {name: read_texts(Path(file)) for name, file in args.references()}
+        self.models = {name: self._model_facts(name) for name in generators}
+        self.shared = {
+            "length": self.length,
+            "seed": args.seed,
+            "group": self.group,
+            "torch": torch.__version__,
+            "heldout": heldout.sha256,
+        }
+
+    @property
+    def group(self) -> int:
+        """Samples of a group: whole batches, and GROUP at least."""
+        return self.args.batch_size * math.ceil(GROUP / self.args.batch_size)
+
+    def all(self) -> Iterator[Cell]:
+        """References of a task first, then each model over its temperatures and budgets."""
+        for task in self.args.tasks or ():
+            for share in SHARES if task != "unconditional" else ("",):
+                yield from self._references(task, share)
+                for name in self.generators:
+                    yield from self._generated(name, task, share)
+        for name in self.generators:
+            yield self._likelihood(name)
+
+    # -- references
+
+    def _references(self, task: str, share: str) -> Iterator[Cell]:
+        blocks = self.blocks[self.first]
+        if task == "infilling":
+            return
+        prefix = int(SHARES.get(share, 0.0) * self.length)
+        title = _title(task, share)
+        yield self._human(OTHERS, title, blocks.others, prefix)
+        yield self._human(HUMAN, title, blocks.human, prefix)
+        if task == "unconditional":
+            count = min(self.args.num_samples, len(blocks.human))
+            yield self._reference(SHUFFLED, title, count, self._shuffled)
+            yield self._reference(RANDOM, title, self.args.num_samples, self._noise)
+            for name, texts in self.given.items():
+                yield self._told(name, title, texts)
+
+    def _reference(
+        self, name: str, task: str, count: int, make: Callable[[range], list[Text]], **facts: Any
+    ) -> Cell:
+        known = {"reference": name, "task": task, "tokenizer": self.models[self.first]["tokenizer"]}
+        return Cell(name, "reference", task, count, make, self.shared | known | facts)
+
+    def _human(self, name: str, task: str, blocks: list[list[int]], prefix: int) -> Cell:
+        decode = self.generators[self.first].decode
+
+        def make(group: range) -> list[Text]:
+            chosen = [blocks[i] for i in group]
+            return [
+                Text(decode(ids[prefix:]), ids[prefix:], {}, decode(ids[:prefix])) for ids in chosen
+            ]
+
+        return self._reference(name, task, min(self.most, len(blocks)), make)
+
+    def _shuffled(self, group: range) -> list[Text]:
+        tokenizer, texts = self.generators[self.first].tokenizer, []
+        for i in group:
+            words = tokenizer.decode(self.blocks[self.first].human[i]).split()
+            random.Random(f"{self.args.seed} {i}").shuffle(words)
+            texts.append(Text(" ".join(words), tokenizer.encode(" ".join(words))))
+        return texts
+
+    def _noise(self, group: range) -> list[Text]:
+        tokenizer, texts = self.generators[self.first].tokenizer, []
+        for i in group:
+            chance = np.random.default_rng([self.args.seed, i])
+            ids = chance.integers(tokenizer.vocab_size, size=self.length).tolist()
+            texts.append(Text(tokenizer.decode(ids), ids))
+        return texts
+
+    def _told(self, name: str, task: str, texts: list[str]) -> Cell:
+        """Texts from a file, cut to the length of the others."""
+        tokenizer = self.generators[self.first].tokenizer
+
+        def make(group: range) -> list[Text]:
+            rows = [tokenizer.encode(texts[i])[: self.length] for i in group]
+            return [Text(tokenizer.decode(ids), ids) for ids in rows]
+
+        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        count = min(self.args.num_samples, len(texts))
+        return self._reference(name, task, count, make, texts_sha256=digest)
+
+    # -- models
+
+    def _model_facts(self, name: str) -> dict[str, Any]:
+        generator, paper = self.generators[name], self.args.preset == "paper"
+        config, defaults = generator.config, generator.defaults
+        return {
+            "parameters": sum(p.numel() for p in generator.model.parameters()),
+            "weights_sha256": _digest(generator),
+            "tokenizer": generator.tokenizer.fingerprint,
+            "source": config.source,
+            "step_embedding": config.step_embedding,
+            "device": hardware(generator.device),
+            "dtype": str(preferred_dtype(generator.device)).removeprefix("torch."),
+            "step": self.args.step or defaults["step"],
+            "movers": "independent" if paper else defaults["movers"],
+            "top_p": 1.0 if paper else defaults["top_p"],
+        }
+
+    def _generated(self, name: str, task: str, share: str) -> Iterator[Cell]:
+        make = {
+            "unconditional": self._write,
+            "continuation": self._continue,
+            "infilling": self._infill,
+        }[task]
+        facts = self.models[name]
+        for temperature in dict.fromkeys(self.args.temperatures or ()):
+            for steps, count in self.args.budgets():
+                options = {
+                    "steps": steps,
+                    "temperature": temperature,
+                    "batch_size": self.args.batch_size,
+                    **{key: facts[key] for key in ("step", "movers", "top_p")},
+                }
+                yield Cell(
+                    name,
+                    "model",
+                    _title(task, share),
+                    count,
+                    make(name, SHARES.get(share, 0.0), options),
+                    self.shared | facts | options | {"task": _title(task, share)},
+                    steps,
+                    temperature,
+                )
+
+    def _write(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
+        """Whole texts."""
+        generator = self.generators[name]
+
+        def make(group: range) -> list[Text]:
+            seed, count = self.args.seed + group.start, len(group)
+            found = generator.generate(**options, length=self.length, num_samples=count, seed=seed)
+            return [Text(s.text, s.token_ids, cost(s)) for s in found.samples]
+
+        return make
+
+    def _continue(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
+        """What follows the first part of held-out blocks; only that is judged."""
+        generator, prefix = self.generators[name], int(share * self.length)
+        frozen = [i < prefix for i in range(self.length)]
+
+        def make(group: range) -> list[Text]:
+            given = [self.blocks[name].human[i] for i in group]
+            seed = self.args.seed + group.start
+            found = generator.fill(given, [frozen] * len(group), **options, seed=seed)
+            return [
+                Text(generator.decode(ids[prefix:]), ids[prefix:], cost(s), s_prefix)
+                for s in found.samples
+                for ids, s_prefix in [(s.token_ids, generator.decode(s.token_ids[:prefix]))]
+            ]
+
+        return make
+
+    def _infill(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
+        """Held-out blocks with a random share hidden; the whole text is judged."""
+        generator = self.generators[name]
+
+        def make(group: range) -> list[Text]:
+            given = [self.blocks[name].human[i] for i in group]
+            hidden = [hidden_positions(self.length, share, self.args.seed, i) for i in group]
+            frozen, seed = [(~mask).tolist() for mask in hidden], self.args.seed + group.start
+            found = generator.fill(given, frozen, **options, seed=seed)
+            texts = []
+            for sample, original, mask in zip(found.samples, given, hidden, strict=True):
+                right = int((np.equal(sample.token_ids, original) & mask).sum())
+                record = cost(sample) | {"right_tokens": right, "hidden_tokens": int(mask.sum())}
+                texts.append(Text(sample.text, sample.token_ids, record))
+            return texts
+
+        return make
+
+    def _likelihood(self, name: str) -> Cell:
+        """The ELBO of held-out blocks; nothing is generated or judged."""
+        generator, blocks = self.generators[name], self.blocks[name].human
+        source = make_source(generator.config.source, generator.config.vocab_size)
+        schedule = Polynomial(generator.config.schedule_power)
+
+        def make(group: range) -> list[Text]:
+            texts = []
+            for i in group:
+                x_1 = torch.tensor([blocks[i]], device=generator.device)
+                seed = self.args.seed + i
+                network = generator.network
+                found = list(elbo_nats_per_token(network, x_1, source, schedule, seed=seed))
+                record: Record = {
+                    "elbo_nats": self.length * sum(found) / len(found),
+                    "elbo_tokens": self.length,
+                    "elbo_bytes": len(generator.decode(blocks[i]).encode()),
+                }
+                texts.append(Text("", [], record))
+            return texts
+
+        # Not the step rule and its like: the bound does not depend on them.
+        names = ("weights_sha256", "tokenizer", "device", "dtype")
+        facts = self.shared | {n: self.models[name][n] for n in names} | {"task": "likelihood"}
+        count = min(self.args.num_samples, len(blocks))
+        return Cell(name, "model", "likelihood", count, make, facts, judged=False)
+
+
+def hidden_positions(length: int, share: float, seed: int, index: int) -> Any:
+    """Which positions of sample `index` are hidden for infilling, bool, shape (length,)."""
+    order = np.random.default_rng([seed, index]).permutation(length)
+    return order < max(1, round(share * length))
+
+
+def cost(sample: Sample) -> Record:
+    """What a sample took; of its batch's time, the part that falls to its tokens."""
+    return {
+        "seed": sample.seed,
+        "generated_tokens": sample.tokens,
+        "nfe": sample.nfe,
+        "seconds": sample.tokens / sample.tokens_per_second if sample.tokens else 0.0,
+    }
+
+
+def _title(task: str, share: str) -> str:
+    return f"{task}, {share}" if share else task
+
+
+def _digest(generator: Generator) -> str:
+    """Of the weights and what they mean."""
+    digest = hashlib.sha256(json.dumps(generator.config.to_dict(), sort_keys=True).encode())
+    for parameter in generator.model.parameters():
+        digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def samples_of(texts: Sequence[Text]) -> dict[str, list[Any]]:
+    """Texts as columns, for keeping."""
+    return {
+        "texts": [t.text for t in texts],
+        "ids": [t.ids for t in texts],
+        "records": [t.record for t in texts],
+        "prefixes": [t.prefix for t in texts],
+    }

@@ -344,6 +344,7 @@ def train(
         batch_size=args.batch_size,
         learning_rate=args.teacher_learning_rate if teacher else args.student_learning_rate,
         ema_decay=args.teacher_ema if teacher else args.student_ema,
+        ema_warmup=teacher,  # as fsdfm distill does
         seed=args.seed,
         evaluate_every=1000,
         checkpoint_every=500,
@@ -572,9 +573,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--students", nargs="*", choices=STUDENTS, default=["semigroup", "rk4", "published"]
-    )
+    parser.add_argument("--students", nargs="*", choices=STUDENTS, default=["semigroup", "rk4"])
     parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 8, 64, 1024])
     parser.add_argument(
         "--few", type=int, nargs="+", default=[8], help="budgets of the temperature sweep"
@@ -595,7 +594,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher-ema", type=float, default=0.999)
     parser.add_argument("--student-steps", type=int, default=2000)
     parser.add_argument("--student-learning-rate", type=float, default=1e-3)
-    parser.add_argument("--student-ema", type=float, default=0.99)
+    parser.add_argument("--student-ema", type=float, default=0.998)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--symbols", type=int, default=4)
     parser.add_argument("--length", type=int, default=12)

@@ -22,10 +22,14 @@ from fsdfm.app import cli
 from fsdfm.app.cells import Cell, hidden_positions
 from fsdfm.app.config import EvaluateArgs
 from fsdfm.app.evaluation import Parts, evaluate
+from fsdfm.app.generator import load
 from fsdfm.app.heldout import Blocks, HeldOut
 from fsdfm.errors import FsdfmError
 from fsdfm.eval.judge import load_judge
+from fsdfm.eval.metrics import ngram_js_bits
 from fsdfm.eval.report import Report, Row, load_report
+from fsdfm.flow.loss import elbo_nats_per_token
+from fsdfm.flow.path import UniformSource
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.text.packing import prepare
 from fsdfm.text.tokenizer import Tokenizer
@@ -137,6 +141,31 @@ def test_the_likelihood_row_is_the_bound_on_held_out_text(report: Report, place:
     found = row(report, "teacher", "likelihood").estimate("elbo_nats_per_token")
     vocabulary = load_pretrained(place / "teacher").model.config.vocab_size
     assert found.value > np.log(vocabulary)  # random weights know nothing
+
+
+def test_the_bound_of_each_block_is_the_one_computed_by_hand(report: Report, place: Path) -> None:
+    generator = load(place / "student", device="cpu")
+    blocks = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), generator.tokenizer, 48, seed=0)
+    source = UniformSource(generator.config.vocab_size)
+    for k, record in enumerate(row(report, "student", "likelihood").records[:3]):
+        x_1 = torch.tensor([blocks.human[k]])
+        found = list(elbo_nats_per_token(generator.network, x_1, source, seed=k))
+        assert record["elbo_nats"] == pytest.approx(48 * sum(found) / len(found), rel=1e-6)
+        assert record["elbo_bytes"] == len(generator.decode(blocks.human[k]).encode())
+
+
+def test_fidelity_is_to_other_human_text_of_the_same_task(report: Report, place: Path) -> None:
+    generator = load(place / "teacher", device="cpu")
+    blocks = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), generator.tokenizer, 48, seed=0)
+    for task, prefix in (("unconditional", 0), ("continuation, half", 24)):
+        human, others = (
+            [generator.decode(ids[prefix:]) for ids in side[:6]]
+            for side in (blocks.human, blocks.others)
+        )
+        found = row(report, "human text", task).pooled["js_byte_4_bits"]
+        assert found == pytest.approx(ngram_js_bits(human, others, 4, "byte"), rel=1e-9)
+    assert row(report, "student", "unconditional", 1).pooled.keys() >= {"js_word_1_bits"}
+    assert row(report, "student", "unconditional", 3).pooled == {}  # two samples, not six
 
 
 def test_a_report_comes_back_from_its_file(report: Report, place: Path) -> None:

@@ -132,6 +132,18 @@ def test_quality_at_equal_entropy_is_read_off_the_frontier() -> None:
     assert "out of range" in comparison(named(*shifted), "teacher")
 
 
+def test_a_gain_is_set_beside_what_a_temperature_would_do() -> None:
+    """The student's 60 at 4.9 nats; the teacher, cooled to 4.9, has sqrt(50 * 98) = 70."""
+    rows = [
+        made("teacher", np.log(50.0), spread=0.0, entropy=4.8, temperature=0.9),
+        made("teacher", np.log(98.0), spread=0.0, entropy=5.0),
+        made("student", np.log(60.0), spread=0.0, entropy=4.9),
+    ]
+    text = comparison(named(*rows), "teacher")
+    setting = "8 steps, temperature 1"
+    assert f"| student | unconditional | {setting} | 60.0 at 4.90 | 70.0 | 0.86x |" in text
+
+
 def test_a_cell_shows_value_and_interval_or_nothing() -> None:
     row = made("a", np.log(50.0), spread=0.0)
     assert cell(row, "ppl_pooled") == "50.0 (50.0-50.0)"

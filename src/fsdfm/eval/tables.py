@@ -234,6 +234,7 @@ def comparison(rows: Sequence[Named], baseline: str) -> str:
             setting = _setting(d.row).lstrip(", ")
             lines.append(_line([d.name, d.row.task, setting, d.metric, value, interval, d.verdict]))
         lines.append("")
+    lines += _beside_a_tempered_baseline(rows, baseline)
     return "\n".join([*lines, *_at_equal_entropy(rows, baseline)])
 
 
@@ -274,6 +275,39 @@ def _at_equal_entropy(rows: Sequence[Named], baseline: str) -> list[str]:
                 "",
             ]
     return lines
+
+
+def _beside_a_tempered_baseline(rows: Sequence[Named], baseline: str) -> list[str]:
+    """Each model against the baseline at the same budget, cooled or heated to the same entropy."""
+    tokenizer = next((n.about.get("tokenizer") for n in rows if n.name == baseline), None)
+    alike = [n.row for n in rows if n.about.get("tokenizer") == tokenizer]
+    body = []
+    for row in alike:
+        curve = _curve(frontier(alike, baseline, row.task, row.steps))
+        entropy, quality = row.estimate("entropy_nats"), row.estimate("ppl_pooled")
+        if row.kind != "model" or row.name == baseline or len(curve) < 2:
+            continue
+        if entropy is None or quality is None:
+            continue
+        found = matched(curve, entropy.value)
+        there = "out of range" if found is None else f"{found:.1f}"
+        ratio = "" if found is None else f"{quality.value / found:.2f}x"
+        own = f"{quality.value:.1f} at {entropy.value:.2f}"
+        body.append(_line([row.name, row.task, _setting(row).lstrip(", "), own, there, ratio]))
+    if not body:
+        return []
+    return [
+        f"## Beside {baseline} at the same budget and entropy",
+        "",
+        f"What a temperature alone does for {baseline}: its `ppl_pooled` at the same budget where "
+        "its sweep, interpolated in ln ppl, has the entropy of the row. Only a ratio below 1 is a "
+        "gain that no temperature gives.",
+        "",
+        _line(["model", "task", "setting", "its own, nats", f"{baseline} there", "ratio"]),
+        _line(["---"] * 6),
+        *body,
+        "",
+    ]
 
 
 def _curve(rows: Iterable[Row]) -> list[tuple[float, float]]:

@@ -178,10 +178,10 @@ def test_a_report_comes_back_from_its_file(report: Report, place: Path) -> None:
 def without_times(path: Path) -> Any:
     """report.json but for wall-clock and threads."""
     values = json.loads((path / "report.json").read_text())
-    values["facts"].pop("threads")
     for found in values["rows"]:
         for record in found["records"]:
             record.pop("seconds", None)
+            record.pop("threads", None)
         for name in ("seconds", "tokens_per_second"):
             found["figures"].pop(name, None)
     return values
@@ -481,6 +481,7 @@ def test_the_command_prints_a_table_and_writes_report_and_plots(
         (("--length", "49"), "more than a model's context of 48"),
         (("--heldout", "nothing.txt"), "nothing.txt"),
         (("--reference", "GPT"), "NAME=FILE"),
+        (("--reference", "human text=x.txt"), "Two rows would be called 'human text'"),
         (("--judge", "/no/judge"), "There is no directory /no/judge"),
         (("--model", "/no/model"), "/no/model"),
         (("--tasks", "infilling", "--num-samples", "500"), "ask for at most"),

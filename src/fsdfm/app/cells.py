@@ -104,13 +104,20 @@ class Cells:
             for name, g in generators.items()
         }
         self.first = next(iter(generators))
-        self.most = max([args.num_samples, *(count for _, count in args.budgets())])
+        self.most = max(count for _, count in args.budgets())
         short = min(len(blocks.human) for blocks in self.blocks.values())
         if self.most > short and set(args.tasks or ()) - {"unconditional"}:
             raise ConfigError(
                 f"The held-out text gives {short} prompts of {self.length} tokens: ask for at most "
                 f"{short} samples, or give more text with --heldout."
             )
+        taken = [HUMAN, SHUFFLED, RANDOM, OTHERS]
+        for name in [*generators, *(name for name, _ in args.references())]:
+            if name in taken:
+                raise ConfigError(
+                    f"Two rows would be called {name!r}: rename the model or reference."
+                )
+            taken.append(name)
         self.given = {name: read_texts(Path(file)) for name, file in args.references()}
         self.models = {name: self._model_facts(name) for name in generators}
         self.shared = {
@@ -147,9 +154,9 @@ class Cells:
         yield self._human(OTHERS, title, blocks.others, prefix)
         yield self._human(HUMAN, title, blocks.human, prefix)
         if task == "unconditional":
-            count = min(self.args.num_samples, len(blocks.human))
+            count = min(self.most, len(blocks.human))
             yield self._reference(SHUFFLED, title, count, self._shuffled)
-            yield self._reference(RANDOM, title, self.args.num_samples, self._noise)
+            yield self._reference(RANDOM, title, self.most, self._noise)
             for name, texts in self.given.items():
                 yield self._told(name, title, texts)
 
@@ -195,7 +202,7 @@ class Cells:
             return [Text(tokenizer.decode(ids), ids) for ids in rows]
 
         digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        count = min(self.args.num_samples, len(texts))
+        count = min(self.most, len(texts))
         return self._reference(name, task, count, make, texts_sha256=digest)
 
     # -- models
@@ -312,7 +319,7 @@ class Cells:
         # Not the step rule and its like: the bound does not depend on them.
         names = ("weights_sha256", "tokenizer", "device", "dtype")
         facts = self.shared | {n: self.models[name][n] for n in names} | {"task": "likelihood"}
-        count = min(self.args.num_samples, len(blocks))
+        count = min(self.most, len(blocks))
         return Cell(name, "model", "likelihood", count, make, facts, judged=False)
 
 
@@ -329,6 +336,7 @@ def cost(sample: Sample) -> Record:
         "generated_tokens": sample.tokens,
         "nfe": sample.nfe,
         "seconds": sample.tokens / sample.tokens_per_second if sample.tokens else 0.0,
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -35,8 +35,8 @@ from fsdfm.eval.report import Record, Report, Row, write_whole
 
 EVALUATION = 2
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
-FEWEST_SEGMENTS = 20
-"""MAUVE of fewer feature vectors is noise."""
+FEWEST_SEGMENTS = 80
+"""MAUVE of fewer feature vectors (8 clusters) is noise."""
 EXCERPT = 400
 """Characters of the first sample that a report shows."""
 
@@ -287,7 +287,6 @@ def _facts(cells: Cells, judge: Judge) -> dict[str, Any]:
         "fsdfm": importlib.metadata.version("fsdfm"),
         "torch": torch.__version__,
         "machine": hardware(cells.generators[cells.first].device),
-        "threads": torch.get_num_threads(),
         "length": cells.length,
         "seed": args.seed,
         "batch_size": args.batch_size,

@@ -20,7 +20,7 @@ from fsdfm.errors import DataError
 from fsdfm.eval.statistics import Estimate, Ratio, estimate, identity
 
 FORMAT, FORMAT_VERSION = "fsdfm-report", 1
-FACTS = {"fsdfm", "torch", "machine", "threads", "length", "seed", "batch_size", "preset"} | {
+FACTS = {"fsdfm", "torch", "machine", "length", "seed", "batch_size", "preset"} | {
     "judge",
     "heldout",
     "models",
@@ -33,6 +33,7 @@ Record = dict[str, float]
 nats, judge_tokens, utf8_bytes        what the judge said, of how much text
 entropy_nats, repetition_4            of the sample's own tokens
 generated_tokens, nfe, seconds        what it took (prompt tokens are not counted)
+seed, threads                         of the sample; CPU threads at work
 right_tokens, hidden_tokens           infilling: original tokens found again, of how many
 elbo_nats, elbo_tokens, elbo_bytes    the model's bound on a held-out block
 """
@@ -78,7 +79,6 @@ METRICS: dict[str, Metric] = {
         _perplexity_of,
         _judged,
         "mean over samples of exp(nats / judge tokens): the FS-DFM paper's",
-        compared_by="ratio",
         digits=1,
     ),
     "bits_per_byte": Metric(
@@ -121,14 +121,12 @@ METRICS: dict[str, Metric] = {
     "seconds": Metric(
         lambda r: r["seconds"],
         _one,
-        "wall-clock of a sample's batch / samples in it, mean",
-        compared_by="ratio",
+        "wall-clock of a sample's batch / samples in it, mean; a hint where other work ran",
     ),
     "tokens_per_second": Metric(
         lambda r: r["generated_tokens"],
         lambda r: r["seconds"],
         "generated tokens / seconds (prompt tokens are not counted)",
-        compared_by="ratio",
         digits=0,
     ),
 }
@@ -256,14 +254,18 @@ def load_report(path: Path) -> Report:
         report = Report(dict(values["facts"]), rows)
         if missing := FACTS - report.facts.keys():
             raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
+        if not all(isinstance(report.facts[k], dict) for k in ("judge", "heldout", "models")):
+            raise ValueError("its facts are damaged")
         for row in report.rows:
-            if not all(isinstance(v, int | float) for r in row.records for v in r.values()):
+            values = [v for numbers in (*row.records, row.pooled) for v in numbers.values()]
+            if not all(isinstance(v, int | float) for v in values):
                 raise ValueError("a record holds something else than numbers")
-            report.facts["models"].get(row.name, {})
+            if not all(isinstance(v, int | float | None) for v in row.setting[1:]):
+                raise ValueError("steps or temperature of a row are no numbers")
         return report
     except FileNotFoundError:
         raise DataError(f"There is no report {file}: make one with fsdfm evaluate.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"Cannot read report {file}: {error}.") from None
 
 

@@ -107,7 +107,7 @@ def estimate(
         ratio: the figure.
         seed: seed of the resampling; equal arguments give equal intervals.
         resamples: R.
-        level: coverage in (0, 1); 1 - 0.05 / m for m figures that shall hold together (Bonferroni).
+        level: coverage in (0, 1).
 
     Returns:
         The figure, its interval and n; the interval is (NaN, NaN) where n = 1.

@@ -19,16 +19,15 @@ COMPARED = (
     "repetition_4",
     "token_accuracy",
     "elbo_bits_per_byte",
-    "seconds",
 )
 COMPARABLE = {
     "entropy_nats": ("tokenizer",),
     "repetition_4": ("tokenizer",),
     "token_accuracy": ("tokenizer",),
     "elbo_bits_per_byte": ("source",),
-    "seconds": ("machine", "threads", "batch_size"),
 }
-"""What two models must share for a figure to be compared."""
+"""What two models must share for a figure to be compared. (Times of a row are no independent draws:
+no interval of theirs would hold, so none is compared.)"""
 ALPHA = 0.05
 
 
@@ -88,8 +87,7 @@ def _facts(report: Report) -> list[str]:
     facts = report.facts
     judge, heldout = facts["judge"], facts["heldout"]
     lines = [
-        f"- fsdfm {facts['fsdfm']}, torch {facts['torch']}, {facts['machine']}, {facts['threads']} "
-        "threads",
+        f"- fsdfm {facts['fsdfm']}, torch {facts['torch']}, {facts['machine']}",
         f"- texts of {facts['length']} tokens, seeds from {facts['seed']}, batches of "
         f"{facts['batch_size']}" + (f", preset {facts['preset']}" if facts["preset"] else ""),
         f"- judge: {judge['name']}, {judge['parameters'] / 1e6:.0f} M parameters, "
@@ -158,15 +156,16 @@ def named_rows(reports: Sequence[tuple[str, Report]]) -> list[Named]:
     for label, report in reports:
         for row in report.rows:
             name = row.name
-            about = {k: report.facts[k] for k in ("machine", "threads", "batch_size")}
             if row.kind == "reference":
                 if (name, row.task) in seen:
                     continue
                 seen.add((name, row.task))
             elif len(owners[name]) > 1:
                 name = f"{label}: {name}"
-            about |= report.facts["models"].get(row.name, {})
-            found.append(Named(name, replace(row, name=name), about))
+            # Pooled figures are set beside one report's human row only.
+            pooled = row.pooled if label == reports[0][0] else {}
+            about = report.facts["models"].get(row.name, {})
+            found.append(Named(name, replace(row, name=name, pooled=pooled), about))
     return found
 
 
@@ -203,7 +202,11 @@ def _sides(a: Row, b: Row, metric: str) -> tuple[Ratio, Ratio] | None:
     paired = len(a.records) == len(b.records)
     both = a.has(metric) & b.has(metric) if paired else None
     left, right = a.ratio(metric, both), b.ratio(metric, both)
-    return None if left is None or right is None else (left, right)
+    if left is None or right is None:
+        return None
+    if METRICS[metric].compared_by == "ratio" and min(left.value, right.value) <= 0.0:
+        return None
+    return left, right
 
 
 def comparison(rows: Sequence[Named], baseline: str) -> str:
@@ -218,10 +221,10 @@ def comparison(rows: Sequence[Named], baseline: str) -> str:
         lines += ["No other model has a row at the same task, steps and temperature.", ""]
     else:
         lines += [
-            f"Perplexities and times as ratios, the rest as differences; {len(found)} comparisons "
-            "whose intervals hold together at 95 % (Student's with the jackknife's error, "
-            "Bonferroni). Bold is a real difference. Times are compared on one machine, figures of "
-            "tokens between models of one tokenizer, bounds between models of one source.",
+            f"Perplexities as ratios, the rest as differences; {len(found)} comparisons whose "
+            "intervals hold together at 95 % (Student's with the jackknife's error, Bonferroni). "
+            "Bold is a real difference. Figures of tokens are compared between models of one "
+            "tokenizer, bounds between models of one source, times not at all.",
             "",
             _line(["model", "task", "setting", "figure", "against baseline", "interval", "so"]),
             _line(["---"] * 7),
@@ -234,17 +237,18 @@ def comparison(rows: Sequence[Named], baseline: str) -> str:
             setting = _setting(d.row).lstrip(", ")
             lines.append(_line([d.name, d.row.task, setting, d.metric, value, interval, d.verdict]))
         lines.append("")
-    lines += _beside_a_tempered_baseline(rows, baseline)
-    return "\n".join([*lines, *_at_equal_entropy(rows, baseline)])
-
-
-def _at_equal_entropy(rows: Sequence[Named], baseline: str) -> list[str]:
-    """Perplexities interpolated over temperatures to one entropy, where there are sweeps."""
-    lines: list[str] = []
+    # Entropies have one unit only between models of one tokenizer.
     tokenizer = next((n.about.get("tokenizer") for n in rows if n.name == baseline), None)
     alike = [n.row for n in rows if n.about.get("tokenizer") == tokenizer]
-    for task in dict.fromkeys(row.task for row in alike):
-        of_task = [row for row in alike if row.task == task]
+    lines += _beside_a_tempered_baseline(alike, baseline)
+    return "\n".join([*lines, *_at_equal_entropy(alike, baseline)])
+
+
+def _at_equal_entropy(rows: Sequence[Row], baseline: str) -> list[str]:
+    """Perplexities interpolated over temperatures to one entropy, where there are sweeps."""
+    lines: list[str] = []
+    for task in dict.fromkeys(row.task for row in rows):
+        of_task = [row for row in rows if row.task == task]
         anchors = [r for r in of_task if r.name == baseline and r.temperature is not None]
         if not anchors:
             continue
@@ -277,13 +281,11 @@ def _at_equal_entropy(rows: Sequence[Named], baseline: str) -> list[str]:
     return lines
 
 
-def _beside_a_tempered_baseline(rows: Sequence[Named], baseline: str) -> list[str]:
+def _beside_a_tempered_baseline(rows: Sequence[Row], baseline: str) -> list[str]:
     """Each model against the baseline at the same budget, cooled or heated to the same entropy."""
-    tokenizer = next((n.about.get("tokenizer") for n in rows if n.name == baseline), None)
-    alike = [n.row for n in rows if n.about.get("tokenizer") == tokenizer]
     body = []
-    for row in alike:
-        curve = _curve(frontier(alike, baseline, row.task, row.steps))
+    for row in rows:
+        curve = _curve(frontier(rows, baseline, row.task, row.steps))
         entropy, quality = row.estimate("entropy_nats"), row.estimate("ppl_pooled")
         if row.kind != "model" or row.name == baseline or len(curve) < 2:
             continue

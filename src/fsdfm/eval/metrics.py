@@ -53,14 +53,6 @@ def histogram_entropy_nats(ids: Sequence[int]) -> float:
     return math.fsum(n / length * math.log(length / n) for n in Counter(ids).values())
 
 
-def histogram_entropy_bits(ids: Sequence[int]) -> float:
-    """Entropy of one sample's own token histogram in bits: nats / ln 2.
-
-    See `histogram_entropy_nats`. FS-DFM, arXiv 2509.20624, reports bits; most others nats.
-    """
-    return histogram_entropy_nats(ids) / math.log(2.0)
-
-
 def _ngrams(items: Sequence[Item], n: int) -> Iterator[tuple[Item, ...]]:
     if n < 1:
         raise ValueError(f"An n-gram needs n >= 1, got n={n}.")

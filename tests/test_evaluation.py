@@ -63,6 +63,7 @@ def arguments(place: Path, out: Path, **changes: Any) -> EvaluateArgs:
         "steps": ("1", "3:2"),
         "num_samples": 6,
         "judge": str(place / "judge"),
+        "judge_dtype": "float32",
         "heldout": place / "heldout.jsonl",
     }
     return EvaluateArgs(**values | changes)
@@ -364,7 +365,9 @@ def test_a_continuation_is_judged_after_its_prefix(report: Report, place: Path) 
     assert first["texts"][0] == tokenizer.decode(first["ids"][0])
     (found,) = judge.judge(first["texts"][:1], first["prefixes"][:1])
     record = row(report, "student", "continuation, half", 1).records[0]
-    assert record["nats"] == pytest.approx(found.score.nats, rel=1e-3)
+    assert record["nats"] == pytest.approx(found.score.nats, rel=1e-5)
+    (alone,) = judge.judge(first["texts"][:1])
+    assert alone.score.nats != pytest.approx(found.score.nats, rel=1e-4)
     assert record["judge_tokens"] == found.score.tokens
 
 

@@ -65,21 +65,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run a command here; gives exit code, stdout and stderr."""
-
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            code: Any = cli.main([str(word) for word in argv])
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
 def test_help_needs_no_torch() -> None:
     code = (
         "import sys; from fsdfm.app.cli import main; main(['--help'])\n"

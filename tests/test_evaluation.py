@@ -18,7 +18,6 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 
-from fsdfm.app import cli
 from fsdfm.app.cells import Cell, hidden_positions
 from fsdfm.app.config import EvaluateArgs
 from fsdfm.app.evaluation import Parts, evaluate
@@ -431,19 +430,6 @@ def test_the_papers_protocol_is_a_preset(place: Path) -> None:
 
 
 Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*argv: object) -> tuple[int, str, str]:
-        try:
-            code: Any = cli.main([str(word) for word in argv])
-        except SystemExit as exit_:
-            code = exit_.code
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 def test_the_command_prints_a_table_and_writes_report_and_plots(

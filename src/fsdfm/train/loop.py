@@ -186,42 +186,7 @@ class Run(Generic[Module]):
                 self.watcher.advanced(step, settings.steps, loss)
                 if last:
                     return finished
-                healthy &= self._update(state)
-
-    def _update(self, state: TrainState[Module]) -> Tensor:
-        """One update of weights and average; returns whether loss and gradient were finite."""
-        settings, task = self.settings, self.task
-        state.model.train()
-        healthy = torch.tensor(True, device=task.device)
-        for micro in range(settings.accumulate):
-            x_1 = task.batch(state.step * settings.accumulate + micro).to(task.device)
-            generator = _generator(task.device, settings.seed, state.step, micro)
-            with _autocast(task):
-                parts = task.objective.loss(
-                    state.model,  # type: ignore[arg-type]
-                    state.ema.model,  # type: ignore[arg-type]
-                    x_1,
-                    generator,
-                )
-            (parts["loss"] / settings.accumulate).backward()  # type: ignore[no-untyped-call]
-            healthy &= parts["loss"].isfinite()
-            for name, value in parts.items():
-                state.pending.setdefault(name, []).append(value.detach())
-        norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
-        healthy &= norm.isfinite()
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate(
-                state.step,
-                peak=settings.learning_rate,
-                warmup_steps=settings.warmup_steps,
-                steps=settings.steps,
-                final_fraction=settings.final_fraction,
-            )
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        state.ema.update(state.model)
-        state.step += 1
-        return healthy
+                healthy &= update(state, settings, self.task)
 
     def _check(self, healthy: Tensor, step: int) -> None:
         """Refuse to save weights that a non-finite loss or gradient has touched."""
@@ -308,6 +273,41 @@ class Run(Generic[Module]):
             raise CheckpointError(
                 f"Cannot write {path} ({error.strerror}); free some space, or choose another --out."
             ) from None
+
+
+def update(state: TrainState[Module], settings: TrainSettings, task: Task) -> Tensor:
+    """One update of weights and average; returns whether loss and gradient were finite."""
+    state.model.train()
+    healthy = torch.tensor(True, device=task.device)
+    for micro in range(settings.accumulate):
+        x_1 = task.batch(state.step * settings.accumulate + micro).to(task.device)
+        generator = _generator(task.device, settings.seed, state.step, micro)
+        with _autocast(task):
+            parts = task.objective.loss(
+                state.model,  # type: ignore[arg-type]
+                state.ema.model,  # type: ignore[arg-type]
+                x_1,
+                generator,
+            )
+        (parts["loss"] / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+        healthy &= parts["loss"].isfinite()
+        for name, value in parts.items():
+            state.pending.setdefault(name, []).append(value.detach())
+    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
+    healthy &= norm.isfinite()
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(
+            state.step,
+            peak=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            steps=settings.steps,
+            final_fraction=settings.final_fraction,
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.ema.update(state.model)
+    state.step += 1
+    return healthy
 
 
 class _Clock:

@@ -552,7 +552,7 @@ def die_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "replace", mortal(Path.replace))
     monkeypatch.setattr(Run, "_write", mortal(Run._write))
     monkeypatch.setattr(Recorder, "saved", mortal(Recorder.saved))
-    monkeypatch.setattr(Run, "_update", mortal(Run._update))
+    monkeypatch.setattr(loop_module, "update", mortal(loop_module.update))
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "distill"])

@@ -288,7 +288,7 @@ torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()  # its imports are slow
 from fsdfm.app import config, training
 from fsdfm.model.transformer import PRESETS
-from fsdfm.train.loop import Run
+from fsdfm.train import loop
 
 for name, values, lines_at_death in json.loads(sys.argv[1]):
     PRESETS["tiny"] = json.loads(sys.argv[2])
@@ -298,8 +298,8 @@ for name, values, lines_at_death in json.loads(sys.argv[1]):
     metrics = args.out / "metrics.jsonl"
     child = os.fork()
     if child == 0:
-        update = Run._update
-        Run._update = lambda *a: (time.sleep(0.03), update(*a))[1]  # time to be killed in
+        update = loop.update
+        loop.update = lambda *a: (time.sleep(0.03), update(*a))[1]  # time to be killed in
         getattr(training, name)(args)
         os._exit(0)
     while not metrics.exists() or len(metrics.read_text().splitlines()) < lines_at_death:

@@ -44,7 +44,7 @@ from fsdfm.app.device import pick_device
 from fsdfm.flow.grid import checked_grid, even_grid
 from fsdfm.flow.loss import cross_entropy, kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state
-from fsdfm.flow.sampler import Drawing, FlowModel, Noise, sample
+from fsdfm.flow.sampler import Drawing, FlowModel, Noise, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
@@ -218,33 +218,6 @@ class OneStream(Noise):
         """Uniform in [0, 1), float64, shape (count, length)."""
         shape = (self.count, length)
         return torch.rand(shape, dtype=torch.float64, generator=self.generators[0])
-
-
-class OnDemand:
-    """A model that is run only on sequences of which some position moves.
-
-    With many steps nearly all short sequences stand still in a given step, and nothing else needs
-    their posterior: 12 positions and 1,024 steps move a sequence about 80 times. So `body` returns
-    row numbers, and `head` runs the model's body on the sequences that it is asked for.
-
-    Args:
-        model: whose posterior it is.
-    """
-
-    def __init__(self, model: FlowModel) -> None:
-        self.model = model
-
-    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """States (B, L), times (B,), step sizes (B,) -> numbers of the rows, (B, L, 1)."""
-        self.inputs = (x_t, t, h)
-        return torch.arange(x_t.numel(), device=x_t.device).view(*x_t.shape, 1)
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Row numbers (N, 1) -> logits (N, V)."""
-        length = self.inputs[0].shape[1]
-        wanted, place = torch.unique(rows[:, 0] // length, return_inverse=True)
-        hidden = self.model.body(*(each[wanted] for each in self.inputs))
-        return self.model.head(hidden[place, rows[:, 0] % length])
 
 
 def trigram_counts(x: Tensor, symbols: int) -> Tensor:
@@ -430,7 +403,7 @@ def judge(model: FlowModel, setting: Setting, args: argparse.Namespace, chain: C
     noise = OneStream(args.samples, args.seed)
     device = next(model.parameters()).device if isinstance(model, Transformer) else "cpu"
     *_, last = sample(
-        OnDemand(model),
+        WholeSequences(model),
         noise.start(UniformSource(chain.symbols), args.length).to(device),
         late_grid(setting.steps, setting.power),
         noise,
@@ -454,7 +427,7 @@ def judge_perfect_student(
     noise = OneStream(count * length, args.seed + 1)
     for t, then in itertools.pairwise(late_grid(setting.steps, setting.power).tolist()):
         *_, last = sample(
-            OnDemand(ExactPosterior(chain)),
+            WholeSequences(ExactPosterior(chain)),
             x.repeat_interleave(length, dim=0),
             torch.linspace(t, then, SMALL_STEPS + 1, dtype=torch.float64),
             noise,

@@ -53,15 +53,15 @@ def generator(tokenizer: Tokenizer) -> Generator:
 
 
 def count_calls(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the states that the network's body is called with from now on."""
+    """Shapes of the states that the engine is called with from now on."""
     shapes: list[tuple[int, ...]] = []
-    body = generator.model.body
+    hidden = generator.engine.hidden
 
-    def counted(x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        shapes.append(tuple(x_t.shape))
-        return body(x_t, t, h)
+    def counted(x: Tensor, *rest: Any) -> Tensor:
+        shapes.append(tuple(x.shape))
+        return hidden(x, *rest)
 
-    monkeypatch.setattr(generator.model, "body", counted)
+    monkeypatch.setattr(generator.engine, "hidden", counted)
     return shapes
 
 
@@ -270,33 +270,16 @@ def test_only_one_sample_can_be_streamed(generator: Generator) -> None:
 def test_too_little_memory_is_told_in_one_line(
     generator: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def body(*_: Tensor) -> Tensor:
+    def hidden(*_: Any) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 TiB")
 
-    monkeypatch.setattr(generator.model, "body", body)
+    monkeypatch.setattr(generator.engine, "hidden", hidden)
     with pytest.raises(ConfigError) as caught:
         generator.generate(num_samples=2, batch_size=2)
     assert str(caught.value) == (
         "cpu has not enough memory for 2 x 64 tokens: "
         "take a smaller batch_size or length, or the device cpu."
     )
-
-
-def test_bfloat16_autocast_generates_too(
-    generator: Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(generator.network, "dtype", torch.bfloat16)
-    dtypes: set[torch.dtype] = set()
-    head = generator.model.head
-
-    def watched(rows: Tensor) -> Tensor:
-        logits = head(rows)
-        dtypes.add(logits.dtype)
-        return logits
-
-    monkeypatch.setattr(generator.model, "head", watched)
-    assert generator.generate().samples[0].nfe == 8
-    assert dtypes == {torch.bfloat16}
 
 
 def test_load_gives_back_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import UniformSource
-from fsdfm.flow.sampler import Noise, sample
+from fsdfm.flow.sampler import Noise, WholeSequences, sample
 
 SYMBOLS, LENGTH = 3, 5
 
@@ -158,18 +158,6 @@ def test_samples_of_the_exact_posterior_approach_the_true_law(markov: ModuleType
     assert divergences[0] > 1.5 * divergences[1] > 3 * divergences[2] > 0.0
 
 
-def test_running_only_the_sequences_that_move_draws_the_same_samples(  # type: ignore[no-untyped-def]
-    markov: ModuleType, chain
-) -> None:
-    noises = Noise(range(50)), Noise(range(50))
-    models = markov.ExactPosterior(chain), markov.OnDemand(markov.ExactPosterior(chain))
-    ends = []
-    for noise, model in zip(noises, models, strict=True):
-        x_0 = noise.start(UniformSource(SYMBOLS), LENGTH)
-        ends.append([s.x for s in sample(model, x_0, even_grid(6), noise, vocab_size=SYMBOLS)])
-    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
-
-
 def independent_nll(chain) -> float:  # type: ignore[no-untyped-def]
     """Cross-entropy of independent symbols with the chain's single-symbol law, nats a token."""
     product = chain.first.sum(0)[every_sequence()].prod(-1)
@@ -180,7 +168,7 @@ def drawn(markov: ModuleType, chain, steps: int, count: int = 1000) -> Tensor:  
     """Samples of the exact posterior."""
     noise = Noise(range(count))
     x_0 = noise.start(UniformSource(SYMBOLS), LENGTH)
-    model = markov.ExactPosterior(chain)
+    model = WholeSequences(markov.ExactPosterior(chain))
     *_, last = sample(model, x_0, even_grid(steps), noise, vocab_size=SYMBOLS)
     return last.x
 

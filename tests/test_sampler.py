@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fsdfm.flow.grid import checked_grid, even_grid
 from fsdfm.flow.path import MaskSource, Source, UniformSource, make_source
-from fsdfm.flow.sampler import Drawing, Noise, State, sample
+from fsdfm.flow.sampler import Drawing, Noise, State, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EULER, EXACT, MOVERS, STEP_RULES, systematic_movers
 
@@ -96,7 +96,7 @@ def run(
     noise = Noise(seeds)
     x_0 = noise.start(source, length)
     walk = sample(
-        model,
+        WholeSequences(model),
         x_0,
         grid,
         noise,
@@ -201,7 +201,7 @@ def test_frozen_positions_never_move_and_all_others_can(rule: str, movers: str) 
         x_0 = torch.where(frozen, prompt, noise.start(source, 50))
         model = NextToken(7)
         walk = sample(
-            model,
+            WholeSequences(model),
             x_0,
             even_grid(3),
             noise,
@@ -271,7 +271,7 @@ def test_the_walk_yields_x_0_and_then_a_state_a_step_and_leaves_x_0_alone() -> N
     noise = Noise([1])
     x_0 = noise.start(UniformSource(5), 20)
     before = x_0.clone()
-    walk = sample(NextToken(5), x_0, even_grid(6), noise, vocab_size=5)
+    walk = sample(WholeSequences(NextToken(5)), x_0, even_grid(6), noise, vocab_size=5)
     first = next(walk)
     assert torch.equal(first.x, before)
     assert (first.step, first.t, first.calls, first.head_rows) == (0, 0.0, 0, 0)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.flow import step
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.schedule import Polynomial, jump_probability
 from fsdfm.flow.step import (
@@ -251,16 +252,18 @@ def test_advance_draws_what_transition_says(rule: StepRule) -> None:
     p /= p.sum(1, keepdim=True)
     for a in (0.37, 1.0):
         generator = torch.Generator().manual_seed(10)
-        u = torch.rand((2, states, rows), dtype=torch.float64, generator=generator)
+        u = torch.rand((2, states * rows), dtype=torch.float64, generator=generator)
         x_t = torch.arange(states)[:, None].expand(states, rows)
+        movers = (u[0] < a).nonzero()[:, 0]
         x = advance(
             x_t,
-            u[0] < a,
-            lambda at: p[at // rows],
-            f64(a).expand(states),
-            u[1],
+            movers,
+            lambda part, at=movers // rows: p[at[part]],
+            f64(a).expand(len(movers)),
+            u[1, movers],
             rule,
-            chunk=1024,
+            lambda weights: weights,
+            vocab_size=vocab_size,
         )
         expected = transition(rule, p, torch.arange(states), f64(a).expand(states))
         for state in range(states):
@@ -271,30 +274,58 @@ def test_advance_draws_what_transition_says(rule: StepRule) -> None:
             assert chi_square_z(counts[possible], rows * chance[possible]) < 4.5
 
 
-def test_advance_asks_for_the_posterior_of_exactly_the_movers_and_leaves_x_t_alone() -> None:
+def test_advance_asks_for_the_logits_of_exactly_the_movers_and_leaves_x_t_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(step, "CPU_LOGITS", 5 * 7)
+    monkeypatch.setattr(step, "CPU_WEIGHTS", 5 * 3)
     generator = torch.Generator().manual_seed(11)
     x_t = torch.randint(5, (3, 50), generator=generator)
     movers = torch.rand(3, 50, generator=generator) < 0.3
-    before, asked = x_t.clone(), []
+    before, rows = x_t.clone(), movers.flatten().nonzero()[:, 0]
+    asked, drawn = [], []
 
-    def posterior(rows: Tensor) -> Tensor:
-        asked.append(rows)
-        return F.one_hot((x_t.flatten()[rows] + 1) % 5, 5).double()
+    def logits(part: slice) -> Tensor:
+        asked.append(rows[part])
+        return (x_t.flatten()[rows[part]] + 1) % 5
 
-    u = torch.rand((3, 50), dtype=torch.float64, generator=generator)
-    x = advance(x_t, movers, posterior, torch.full((3,), 0.3), u, chunk=7)
-    assert torch.equal(torch.cat(asked), movers.flatten().nonzero()[:, 0])
-    assert max(len(rows) for rows in asked) <= 7
+    def sharpening(wanted: Tensor) -> Tensor:
+        drawn.append(len(wanted))
+        return F.one_hot(wanted, 5).double()
+
+    u = torch.rand(len(rows), dtype=torch.float64, generator=generator)
+    a = torch.full((len(rows),), 0.3)
+    x = advance(x_t, rows, logits, a, u, EXACT, sharpening, vocab_size=5)
+    assert torch.equal(torch.cat(asked), rows)
+    assert max(len(some) for some in asked) == 7 and max(drawn) == 3
     assert torch.equal(x_t, before)
     assert torch.equal(x, torch.where(movers, (x_t + 1) % 5, x_t))
 
 
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_how_many_rows_are_drawn_at_a_time_changes_nothing(
+    rule: StepRule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(12)
+    x_t = torch.randint(130, (2, 40), generator=generator)
+    logits = torch.randn((80, 130), generator=generator)
+    rows = torch.arange(0, 80, 2)
+    u = torch.rand(40, dtype=torch.float64, generator=generator)
+    a = torch.rand(40, dtype=torch.float64, generator=generator)
+
+    def step_on() -> Tensor:
+        return advance(x_t, rows, lambda part: logits[rows[part]], a, u, rule, vocab_size=130)
+
+    whole = step_on()
+    monkeypatch.setattr(step, "CPU_LOGITS", 11 * 130)
+    monkeypatch.setattr(step, "CPU_WEIGHTS", 4 * 130)
+    assert torch.equal(step_on(), whole)
+
+
 def test_advance_without_movers_is_the_same_state() -> None:
-    x_t = torch.arange(6)[None]
-    nobody, a = torch.zeros(1, 6, dtype=torch.bool), torch.full((1,), 0.01)
-    u = torch.rand((1, 6), dtype=torch.float64, generator=torch.Generator().manual_seed(20))
+    x_t, nothing = torch.arange(6)[None], torch.zeros(0)
     for rule in RULES:
-        x = advance(x_t, nobody, lambda rows: torch.ones(len(rows), 6) / 6, a, u, rule)
+        x = advance(x_t, nothing.long(), lambda part: nothing, nothing, nothing, rule, vocab_size=6)
         assert torch.equal(x, x_t)
 
 
@@ -380,30 +411,47 @@ def test_movers_give_every_position_the_same_marginal_chance(movers: Movers, a: 
     u = torch.rand(
         (repeats, free + 1), dtype=torch.float64, generator=torch.Generator().manual_seed(16)
     )
-    chosen = torch.stack([movers(a, row[:-1], float(row[-1])) for row in u]).double()
+    everywhere = torch.ones(repeats, free, dtype=torch.bool)
+    chosen = movers(a, u[:, :-1], everywhere, u[:, -1]).double()
     assert (chosen.mean(0) - a).abs().max() < 4.5 * math.sqrt(a * (1 - a) / repeats)
 
 
 def test_systematic_movers_number_floor_or_ceil_of_a_f() -> None:
     generator = torch.Generator().manual_seed(17)
-    for free in (0, 1, 2, 7, 64):
-        for a in (0.001, 0.3, 0.5, 0.97, 1.0):
-            for offset in (0.0, 0.41, BELOW_1):
-                u = torch.rand(free, dtype=torch.float64, generator=generator)
-                count = int(systematic_movers(a, u, offset).sum())
-                assert math.floor(a * free) <= count <= math.ceil(a * free)
+    free = torch.arange(64) < torch.tensor([0, 1, 2, 7, 64])[:, None]
+    free = free[:, torch.randperm(64, generator=generator)]
+    for a in (0.001, 0.3, 0.5, 0.97, 1.0):
+        for offset in (0.0, 0.41, BELOW_1):
+            u = torch.rand(free.shape, dtype=torch.float64, generator=generator)
+            expected, count = a * free.sum(1), systematic_movers(a, u, free, f64(offset)).sum(1)
+            assert (expected.floor() <= count).all() and (count <= expected.ceil()).all()
+
+
+@pytest.mark.parametrize("movers", MOVERS.values(), ids=MOVERS)
+def test_frozen_positions_never_move_and_do_not_change_who_does(movers: Movers) -> None:
+    generator = torch.Generator().manual_seed(23)
+    u = torch.rand((2, 30), dtype=torch.float64, generator=generator)
+    free, offset = torch.rand(2, 30, generator=generator) < 0.6, f64(0.2, 0.9)
+    chosen = movers(0.5, u, free, offset)
+    assert not (chosen & ~free).any()
+    for b in range(2):
+        every = torch.ones(1, int(free[b].sum()), dtype=torch.bool)
+        alone = movers(0.5, u[b][free[b]][None], every, offset[b : b + 1])
+        assert torch.equal(chosen[b][free[b]], alone[0])
 
 
 @pytest.mark.parametrize("movers", MOVERS.values(), ids=MOVERS)
 def test_everybody_moves_where_a_is_1_and_nobody_where_it_is_0(movers: Movers) -> None:
-    u = f64(0.0, 0.5, BELOW_1)
-    assert movers(1.0, u, BELOW_1).all() and not movers(0.0, u, BELOW_1).any()
+    u, everywhere = f64(0.0, 0.5, BELOW_1)[None], torch.ones(1, 3, dtype=torch.bool)
+    assert movers(1.0, u, everywhere, f64(BELOW_1)).all()
+    assert not movers(0.0, u, everywhere, f64(BELOW_1)).any()
 
 
 def test_independent_movers_are_independent() -> None:
     a, repeats = 0.3, 40_000
     u = torch.rand((repeats, 2), dtype=torch.float64, generator=torch.Generator().manual_seed(18))
-    both = independent_movers(a, u, 0.0).all(1).double().mean()
+    everywhere = torch.ones(repeats, 2, dtype=torch.bool)
+    both = independent_movers(a, u, everywhere, u[:, 0]).all(1).double().mean()
     assert abs(both - a * a) < 4.5 * math.sqrt(a * a * (1 - a * a) / repeats)
 
 

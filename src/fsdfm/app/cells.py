@@ -306,8 +306,9 @@ class Cells:
             for i in group:
                 x_1 = torch.tensor([blocks[i]], device=generator.device)
                 seed = self.args.seed + i
-                network = generator.network
-                found = list(elbo_nats_per_token(network, x_1, source, schedule, seed=seed))
+                with generator.autocast():
+                    model = generator.model
+                    found = list(elbo_nats_per_token(model, x_1, source, schedule, seed=seed))
                 record: Record = {
                     "elbo_nats": self.length * sum(found) / len(found),
                     "elbo_tokens": self.length,

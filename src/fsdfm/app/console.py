@@ -16,7 +16,7 @@ from fsdfm.app.config import TrainArgs
 from fsdfm.app.live import printable
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import make_source
-from fsdfm.flow.sampler import Drawing, Noise, sample
+from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.model.transformer import Transformer
@@ -128,7 +128,7 @@ class TrainingConsole:
             min(PREVIEW_TOKENS, config.context_length),
         )
         states = sample(
-            ema,
+            WholeSequences(ema),
             x_0.to(device),
             even_grid(self.generation["steps"]),
             noise,

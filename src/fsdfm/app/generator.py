@@ -8,7 +8,6 @@ from __future__ import annotations
 import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -24,6 +23,7 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import MOVERS, STEP_RULES
+from fsdfm.model.engine import Engine
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
@@ -135,7 +135,7 @@ class Generator:
     """A model ready to generate text.
 
     Args:
-        model: the network.
+        model: the network; its weights must not change afterwards.
         tokenizer: the tokenizer it was trained with.
         defaults: what `generate` uses where its caller says nothing (see DEFAULTS).
         device: where to run; cuda if there is one, else mps, else cpu.
@@ -155,7 +155,10 @@ class Generator:
         self.tokenizer = tokenizer
         known = {name: value for name, value in (defaults or {}).items() if name in DEFAULTS}
         self.defaults: dict[str, Any] = {**DEFAULTS, **known}
-        self.network = Network(self.model, self.device)
+        self.dtype = preferred_dtype(self.device)
+        self.engine = Engine(self.model, self.dtype)
+        # The sampler draws in float64, which MPS lacks.
+        self.state_device = torch.device("cpu") if self.device.type == "mps" else self.device
         self._pieces: dict[int, str] = {}
 
     def generate(
@@ -325,8 +328,8 @@ class Generator:
         start = torch.where(frozen, request.fixed[rows], noise.start(source, request.length))
         try:
             yield from sample(
-                self.network,
-                start.to(self.network.state_device),
+                self.engine,
+                start.to(self.state_device),
                 even_grid(request.steps),
                 noise,
                 vocab_size=self.config.vocab_size,
@@ -339,6 +342,11 @@ class Generator:
                 f"{self.device} has not enough memory for {count} x {request.length} tokens: "
                 "take a smaller batch_size or length, or the device cpu."
             ) from None
+
+    def autocast(self) -> torch.autocast:
+        """For calls of `model` itself: products in the engine's format."""
+        on = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype, enabled=on)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text; a mask, or a row that pads the network's vocabulary, is no text."""
@@ -390,35 +398,6 @@ class Generator:
                 "fit: shorten it or raise the length."
             )
         return torch.tensor(ids, dtype=torch.int64)
-
-
-class Network:
-    """The network as the sampler sees it: autocast, and states where the sampler may keep them."""
-
-    def __init__(self, model: Transformer, device: torch.device) -> None:
-        self.model, self.device = model, device
-        self.dtype = preferred_dtype(device)
-        # The sampler draws in float64, which MPS lacks.
-        self.state_device = torch.device("cpu") if device.type == "mps" else device
-
-    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """Final hidden rows, on the network's device."""
-        with self._autocast():
-            return self.model.body(x_t.to(self.device), t.to(self.device), h.to(self.device))
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Logits, on the states' device."""
-        with self._autocast():
-            return self.model.head(rows).to(self.state_device)
-
-    def head_parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight and bias of the head, for losses."""
-        return self.model.head_parameters()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
 
 
 def load(model: str | Path | None = None, *, device: str | torch.device | None = None) -> Generator:

@@ -19,7 +19,7 @@ from fsdfm.flow.step import EXACT, Movers, StepRule, advance, independent_movers
 
 
 class FlowModel(Protocol):
-    """What sampling needs of a network: a posterior in two halves."""
+    """A posterior in two halves: every row's hidden state, and the head on some of them."""
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """States (B, L), times (B,), step sizes (B,) -> hidden rows (B, L, D)."""
@@ -28,6 +28,39 @@ class FlowModel(Protocol):
     def head(self, rows: Tensor) -> Tensor:
         """Hidden rows (N, D) -> logits (N, V), or more columns, of which the first V count."""
         ...
+
+
+class Sampled(Protocol):
+    """What sampling needs of a network: all sequences share a time, and few rows are wanted."""
+
+    def hidden(self, x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
+        """States (B, L), time, step size, some of the B L positions, ascending -> rows (N, D)."""
+        ...
+
+    def head(self, rows: Tensor) -> Tensor:
+        """Hidden rows (N, D) -> logits (N, V), or more columns, of which the first V count."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WholeSequences:
+    """Any `FlowModel` as the sampler calls it: its body runs on the sequences that have movers.
+
+    With many steps most short sequences stand still in a given one: 1,024 steps move one of 12
+    positions about 80 times.
+    """
+
+    model: FlowModel
+
+    def hidden(self, x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
+        """See `Sampled`."""
+        wanted, place = torch.unique_consecutive(rows // x.shape[1], return_inverse=True)
+        times, steps = (torch.full((len(wanted),), v, device=x.device) for v in (t, h))
+        return self.model.body(x[wanted], times, steps)[place, rows % x.shape[1]]
+
+    def head(self, rows: Tensor) -> Tensor:
+        """See `Sampled`."""
+        return self.model.head(rows)
 
 
 class Noise:
@@ -88,7 +121,7 @@ class State:
 
 @torch.no_grad()
 def sample(
-    model: FlowModel,
+    model: Sampled,
     x_0: Tensor,
     grid: Tensor,
     noise: Noise,
@@ -101,7 +134,7 @@ def sample(
     """Walk x_0 along the grid; yields the start and then the state after every step.
 
     Args:
-        model: the posterior.
+        model: the posterior; `WholeSequences(network)` for one that has a body and a head only.
         x_0: start, int64, shape (B, L), on the model's device; frozen positions hold their tokens.
         grid: times from 0 to 1, float64, shape (N + 1,); N is the budget.
         noise: the sequences' random numbers, after `noise.start`.
@@ -117,34 +150,35 @@ def sample(
     free = torch.ones(x_0.shape, dtype=torch.bool) if frozen is None else ~frozen.cpu()
     x, calls, head_rows = x_0, 0, 0
     yield State(x, 0, float(grid[0]), calls, head_rows)
-    for step, (t, then) in enumerate(itertools.pairwise(grid), start=1):
+    for step, (t, then) in enumerate(itertools.pairwise(grid.tolist()), start=1):
         h = then - t
-        a = drawing.rule.mover_probability(schedule, t, h)
-        movers = _choose(drawing.movers, free, float(a), noise)
-        u_land = noise.uniform(x.shape[1])
-        if movers.any():
-            hidden = model.body(x, _each(t, x), _each(h, x)).flatten(0, 1)
+        times = torch.tensor((t, h), dtype=torch.float64)
+        a = float(drawing.rule.mover_probability(schedule, *times))
+        u, offset = noise.uniform(x.shape[1]), noise.uniform(1)[:, 0]
+        movers = drawing.movers(a, u, free, offset).flatten()
+        u_land = noise.uniform(x.shape[1]).flatten()[movers]
+        if len(u_land):
+            # Counted and picked on the CPU, so that nothing here waits for the device.
+            rows = _send(movers.nonzero()[:, 0], x.device)
+            hidden = model.hidden(x, t, h, rows)
 
-            def posterior(rows: Tensor, hidden: Tensor = hidden) -> Tensor:
-                logits = model.head(hidden[rows])[:, :vocab_size]
-                return sharpen(logits, drawing.temperature, drawing.top_p)
+            def logits(part: slice, hidden: Tensor = hidden) -> Tensor:
+                return model.head(hidden[part])[:, :vocab_size].to(x_0.device)
 
             x = advance(
-                x, movers.to(x.device), posterior, _each(a, x), u_land.to(x.device), drawing.rule
+                x,
+                rows,
+                logits,
+                torch.full((len(rows),), a, dtype=torch.float64, device=x.device),
+                _send(u_land, x.device),
+                drawing.rule,
+                lambda block: sharpen(block, drawing.temperature, drawing.top_p),
+                vocab_size=vocab_size,
             )
-            calls, head_rows = calls + 1, head_rows + int(movers.sum())
-        yield State(x, step, float(then), calls, head_rows)
+            calls, head_rows = calls + 1, head_rows + len(rows)
+        yield State(x, step, then, calls, head_rows)
 
 
-def _choose(choose: Movers, free: Tensor, a: float, noise: Noise) -> Tensor:
-    """Movers among the free positions, bool, shape (B, L); the noise of a position is its own."""
-    u, offsets = noise.uniform(free.shape[1]), noise.uniform(1)[:, 0]
-    movers = torch.zeros_like(free)
-    for b, offset in enumerate(offsets):
-        movers[b, free[b]] = choose(a, u[b, free[b]], float(offset))
-    return movers
-
-
-def _each(value: Tensor, x: Tensor) -> Tensor:
-    """One number as float32 for each sequence, shape (B,)."""
-    return value.to(x.device, torch.float32).expand(x.shape[0])
+def _send(x: Tensor, device: torch.device) -> Tensor:
+    """To the device; from pinned memory a CUDA stream takes it without being waited for."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

@@ -22,6 +22,11 @@ from torch.nn import functional as F
 from fsdfm.flow.schedule import Schedule, jump_probability
 
 DRAW_BLOCK = 64
+"""Tokens whose weights are summed before a draw looks at them one by one."""
+CPU_LOGITS, OTHER_LOGITS = 2**23, 2**28
+"""Logits that exist at a time on a CPU, and on any other device."""
+CPU_WEIGHTS = 2**21
+"""Weights that are drawn from at a time on a CPU: their several copies stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,45 +97,47 @@ def transition(rule: StepRule, p: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
     return (1.0 - a[:, None]) * stay + a[:, None] * rule.land(p, x_t, a)
 
 
-# Movers: a function of (free, a, u) -> which of F free positions may move.
-Movers = Callable[[float, Tensor, float], Tensor]
+Movers = Callable[[float, Tensor, Tensor, Tensor], Tensor]
+"""(a, u (B, L), free (B, L), offset (B,)) -> which positions may move, bool, (B, L)."""
 
 
-def independent_movers(a: float, u: Tensor, offset: float) -> Tensor:
-    """Each position on its own: u < a.
+def independent_movers(a: float, u: Tensor, free: Tensor, offset: Tensor) -> Tensor:
+    """Each free position on its own: u < a.
 
     Args:
         a: mover probability.
-        u: one uniform number in [0, 1) for each free position, float64, shape (F,).
+        u: uniform in [0, 1), float64, shape (B, L).
+        free: positions that are not frozen, bool, shape (B, L).
         offset: unused; systematic movers need it.
 
     Returns:
-        bool, shape (F,).
+        bool, shape (B, L).
     """
-    return u < a
+    return free & (u < a)
 
 
-def systematic_movers(a: float, u: Tensor, offset: float) -> Tensor:
-    """Exactly floor(a F) or ceil(a F) positions, each with marginal probability a.
+def systematic_movers(a: float, u: Tensor, free: Tensor, offset: Tensor) -> Tensor:
+    """Exactly floor(a F) or ceil(a F) of a sequence's F free positions, each with probability a.
 
     The positions with the smallest u move; the fraction of a F is rounded by one more uniform
     number, so that the expected count, and by symmetry each marginal, is exact.
 
     Args:
         a: mover probability.
-        u: one uniform number in [0, 1) for each free position, float64, shape (F,).
-        offset: one uniform number in [0, 1) that rounds a F.
+        u: uniform in [0, 1), float64, shape (B, L).
+        free: positions that are not frozen, bool, shape (B, L).
+        offset: uniform in [0, 1), one for each sequence, rounds a F; shape (B,).
 
     Returns:
-        bool, shape (F,).
+        bool, shape (B, L).
 
     Source: compare systematic hazard sampling, arXiv 2601.02799.
     """
-    whole, fraction = divmod(a * len(u), 1.0)
-    count = int(whole) + (offset < fraction)
-    moves = torch.zeros(len(u), dtype=torch.bool, device=u.device)
-    moves[u.argsort()[:count]] = True
-    return moves
+    expected = a * free.sum(1, dtype=torch.float64)
+    count = expected.floor() + (offset < expected.frac())
+    order = u.masked_fill(~free, 2.0).argsort(1)
+    first = torch.arange(u.shape[1], device=u.device) < count[:, None]
+    return torch.zeros_like(free).scatter(1, order, first)
 
 
 MOVERS: dict[str, Movers] = {
@@ -175,11 +182,16 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     Returns:
         Token ids, int64, shape (N,).
     """
-    blocks = F.pad(weights, (0, -weights.shape[1] % DRAW_BLOCK))
-    blocks = blocks.view(len(weights), blocks.shape[1] // DRAW_BLOCK, DRAW_BLOCK)
-    block, rest = _invert(blocks.sum(-1, dtype=torch.float64), u)
-    rows = torch.arange(len(u), device=u.device)
-    token, _ = _invert(blocks[rows, block].double(), rest)
+    whole = weights.shape[1] // DRAW_BLOCK * DRAW_BLOCK
+    blocks = weights[:, :whole].reshape(len(weights), -1, DRAW_BLOCK)
+    blocks = blocks.sum(-1, dtype=torch.float64)
+    tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    block, rest = _invert(torch.cat((blocks, tail), -1), u)
+    # The columns of the block that was drawn; those past the end get no weight.
+    column = block[:, None] * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=u.device)
+    inside = column < weights.shape[1]
+    within = weights.gather(1, column.clamp_max(weights.shape[1] - 1)).double()
+    token, _ = _invert(torch.where(inside, within, 0.0), rest)
     return block * DRAW_BLOCK + token
 
 
@@ -199,31 +211,38 @@ def _invert(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 def advance(
     x_t: Tensor,
-    movers: Tensor,
-    posterior: Callable[[Tensor], Tensor],
+    rows: Tensor,
+    logits: Callable[[slice], Tensor],
     a: Tensor,
     u: Tensor,
     rule: StepRule = EXACT,
-    chunk: int = 256,
+    sharpening: Callable[[Tensor], Tensor] = sharpen,
+    *,
+    vocab_size: int,
 ) -> Tensor:
-    """The state after one step. The posterior is asked for on exactly the movers.
+    """The state after one step. Logits are asked for on exactly the movers.
 
     Args:
         x_t: current state, int64, shape (B, L).
-        movers: which positions may move, bool, shape (B, L).
-        posterior: rows (N,), indices into the flattened (B L) positions -> p, shape (N, V).
-        a: mover probability of each sequence, shape (B,).
-        u: uniform in [0, 1), float64, shape (B, L); one number decides where a mover lands.
+        rows: the movers, indices into the B L positions, int64, shape (N,).
+        logits: some of the movers, as a slice of rows -> (n, V).
+        a: mover probability of each mover, shape (N,).
+        u: uniform in [0, 1), float64, shape (N,); one number decides where a mover lands.
         rule: the step rule.
-        chunk: rows for which p exists at a time.
+        sharpening: logits (n, V) -> the posterior to draw from, float32.
+        vocab_size: V.
 
     Returns:
         The next state, int64, shape (B, L); x_t is left as it was.
     """
-    length = x_t.shape[1]
-    x, u_flat = x_t.flatten().clone(), u.flatten()
-    for rows in torch.split(movers.flatten().nonzero()[:, 0], chunk):
-        p = posterior(rows)
-        weights = rule.land(p, x[rows], a[rows // length].to(p.dtype))
-        x[rows] = draw(weights, u_flat[rows])
+    x, cpu = x_t.flatten().clone(), x_t.device.type == "cpu"
+    chunk = max(1, (CPU_LOGITS if cpu else OTHER_LOGITS) // vocab_size)
+    some = max(1, CPU_WEIGHTS // vocab_size) if cpu else chunk
+    for start in range(0, len(rows), chunk):
+        block = logits(slice(start, start + chunk))
+        for first in range(0, len(block), some):
+            part = slice(start + first, start + min(first + some, len(block)))
+            at = rows[part]
+            p = sharpening(block[first : first + some])
+            x[at] = draw(rule.land(p, x[at], a[part].to(p.dtype)), u[part])
     return x.view_as(x_t)

@@ -52,16 +52,22 @@ class Jumper:
 
     def jump(self, x: Tensor, hidden: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """The state after a step of size h from (x, t), whose hidden rows are given; (B, L)."""
-        flat = hidden.flatten(0, 1)
         a = self.rule.mover_probability(self.schedule, t, h)
         u = torch.rand(
             (2, *x.shape), dtype=torch.float64, generator=self.generator, device=x.device
         )
 
-        def posterior(rows: Tensor) -> Tensor:
-            return sharpen(self.model.head(flat[rows])[:, : self.vocab_size])
-
-        return advance(x, u[0] < a[:, None], posterior, a, u[1], self.rule, chunk=1024)
+        rows = (u[0] < a[:, None]).flatten().nonzero()[:, 0]
+        movers = hidden.flatten(0, 1)[rows]
+        return advance(
+            x,
+            rows,
+            lambda part: self.model.head(movers[part])[:, : self.vocab_size],
+            a[rows // x.shape[1]],
+            u[1].flatten()[rows],
+            self.rule,
+            vocab_size=self.vocab_size,
+        )
 
 
 TargetRule = Callable[[Jumper, Tensor, Tensor, Tensor], Target]

@@ -1,0 +1,129 @@
+"""The engine says what the network says, at the rows it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fsdfm.model import engine as engine_module
+from fsdfm.model.engine import Engine
+from fsdfm.model.transformer import ModelConfig, Transformer
+
+T, H = 0.3, 0.125
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(**changes: Any) -> Transformer:
+    """Nothing is left at its silent zero, so every modulation, gate and bias is seen."""
+    shape = {"vocab_size": 83, "hidden_size": 48, "blocks": 3, "heads": 3, "cond_size": 16}
+    model = Transformer(ModelConfig(**{**shape, "step_embedding": "log2", **changes}))
+    draw = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15, generator=draw)
+    return model.eval()
+
+
+def tokens(batch: int, length: int, seed: int = 1) -> Tensor:
+    return torch.randint(83, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def some_rows(batch: int, length: int, share: float = 0.3) -> Tensor:
+    chosen = torch.rand(batch * length, generator=torch.Generator().manual_seed(2)) < share
+    return chosen.nonzero()[:, 0]
+
+
+def by_the_network(model: Transformer, x: Tensor, rows: Tensor) -> Tensor:
+    times = torch.full((len(x),), T), torch.full((len(x),), H)
+    with torch.no_grad():
+        return model.body(x, *times).flatten(0, 1)[rows]
+
+
+@pytest.mark.parametrize("step_embedding", ["none", "raw", "log2"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("at_once", [7, 25, 1000])
+def test_hidden_rows_are_the_networks(
+    step_embedding: str, batch: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "ROWS_AT_ONCE", at_once)  # groups of 1, 2 and 4 sequences
+    model, x = network(step_embedding=step_embedding), tokens(batch, 11)
+    ours = Engine(model, torch.float32)
+    for rows in (torch.arange(x.numel()), some_rows(batch, 11), torch.tensor([x.numel() - 1])):
+        found = ours.hidden(x, T, H, rows)
+        torch.testing.assert_close(found, by_the_network(model, x, rows), rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_size_and_the_time_are_heard() -> None:
+    model, x, rows = network(), tokens(1, 9), torch.arange(9)
+    ours = Engine(model, torch.float32)
+    here = ours.hidden(x, T, H, rows)
+    assert (ours.hidden(x, T, H / 2, rows) - here).abs().max() > 0.01
+    assert (ours.hidden(x, T + 0.2, H, rows) - here).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+def test_logits_are_the_networks(source: str) -> None:
+    model = network(source=source)
+    rows = torch.randn(6, 48, generator=torch.Generator().manual_seed(3))
+    found = Engine(model, torch.float32).head(rows)
+    assert found.shape == (6, 83 + (source == "mask"))
+    torch.testing.assert_close(found, model.head(rows))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bfloat16_is_as_near_to_float32_as_autocast_is(
+    fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:  # a CPU without oneDNN
+        monkeypatch.delattr(torch.ops.mkldnn, "_linear_pointwise", raising=False)
+
+        def missing(*_: Any) -> Tensor:
+            raise NotImplementedError
+
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", missing, raising=False)
+    model, x = network(), tokens(2, 300)
+    rows = torch.arange(x.numel())
+    exact = by_the_network(model, x, rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = by_the_network(model, x, rows)
+    found = Engine(model, torch.bfloat16).hidden(x, T, H, rows)
+    assert found.dtype == torch.bfloat16
+    error, usual_error = ((y.float() - exact).square().mean().sqrt() for y in (found, usual))
+    assert error < 1.2 * usual_error
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 3 * 50 * 8, 2**22])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_in_blocks_is_attention(
+    batch: int, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "SCORES_AT_ONCE", scores_at_once)
+    draw = torch.Generator().manual_seed(4)
+    q, k, v = (torch.randn((batch, 3, 50, 16), generator=draw).bfloat16() for _ in range(3))
+    q = q[:, :, :29]
+    found = engine_module._attend(q, k, v.transpose(1, 2)).float()
+    wanted = nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    # Two roundings to 8 bits of numbers below 4: probabilities, and the result.
+    assert (found - wanted.transpose(1, 2).flatten(2)).abs().max() < 2 * 4 * 2**-8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "ROWS_AT_ONCE", 80)  # sequences of 60 go one by one
+    ours, x = Engine(network(), dtype), tokens(3, 60)
+    rows = torch.cat([some_rows(1, 60) + 60 * b for b in (0, 2)])  # nothing moves in one of them
+    together = ours.hidden(x, T, H, rows)
+    alone = [ours.hidden(x[b : b + 1], T, H, some_rows(1, 60)) for b in (0, 2)]
+    assert torch.equal(together, torch.cat(alone))

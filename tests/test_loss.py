@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.flow import loss as loss_module
 from fsdfm.flow.loss import (
     LATEST_TIME,
     POSITION_LOSSES,
+    ChunkLoss,
+    PositionLoss,
     RowLoss,
     cross_entropy,
     elbo_nats_per_token,
@@ -136,30 +139,81 @@ class Linear:
         return self.weight, self.bias
 
 
-def row_losses(rows: int, vocab_size: int) -> dict[str, RowLoss]:
+def row_data(rows: int, vocab_size: int) -> tuple[tuple[Tensor, Tensor, Tensor], Tensor]:
+    """(x_t, x_1, g) and a target, of each row."""
     generator = torch.Generator().manual_seed(4)
     x_t = torch.randint(vocab_size + 1, (rows,), generator=generator)
     x_1 = torch.randint(vocab_size, (rows,), generator=generator)
     g = torch.rand(rows, dtype=torch.float64, generator=generator) * 5
     p = torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator).softmax(-1)
-    return {
-        "generalized_kl": lambda logits, at: generalized_kl(logits, x_t[at], x_1[at], g[at]),
-        "cross_entropy": lambda logits, at: cross_entropy(logits, x_t[at], x_1[at], g[at]),
-        "kl": lambda logits, at: kl(p[at], logits),
-    }
+    return (x_t, x_1, g), p
+
+
+def row_losses(rows: int, vocab_size: int) -> dict[str, ChunkLoss]:
+    data, p = row_data(rows, vocab_size)
+
+    def position(loss: PositionLoss) -> ChunkLoss:
+        def chunk(at: slice) -> RowLoss:
+            return lambda logits, piece: loss(logits, *(each[at][piece] for each in data))
+
+        return chunk
+
+    losses = {name: position(loss) for name, loss in POSITION_LOSSES.items()}
+    return {**losses, "kl": lambda at: lambda logits, piece: kl(p[at][piece], logits)}
+
+
+def naive(name: str, logits: Tensor, at: tuple[Tensor, ...], p: Tensor) -> Tensor:
+    """The losses as the formulas say, for autograd to differentiate."""
+    x_t, x_1, g = at
+    posterior = logits.softmax(-1)
+    if name == "kl":
+        return (p * (p.log() - posterior.log())).sum(-1)
+    nats = -posterior.gather(-1, x_1[:, None])[:, 0].log()
+    if name == "cross_entropy":
+        return nats
+    padded = F.pad(posterior, (0, 1))  # a mask id has no mass
+    here = padded.gather(-1, x_t[:, None])[:, 0]
+    done = (x_t == x_1).double()
+    return -g * (here - done - (1.0 - done) * nats)
+
+
+@pytest.mark.parametrize("name", [*POSITION_LOSSES, "kl"])
+def test_losses_and_their_gradients_are_those_of_the_formulas(name: str) -> None:
+    rows, vocab_size = 40, 11
+    at, p = row_data(rows, vocab_size)
+    at[0][:8] = at[1][:8]  # some have arrived
+    assert (at[0] == vocab_size).any()  # and some are masked
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(rows, vocab_size, dtype=torch.float64, generator=generator) * 3
+    upstream = torch.randn(rows, dtype=torch.float64, generator=generator)
+    ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    value = {
+        "generalized_kl": lambda: generalized_kl(ours, *at),
+        "cross_entropy": lambda: cross_entropy(ours, *at),
+        "kl": lambda: kl(p, ours),
+    }[name]()
+    expected = naive(name, theirs, at, p)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    slope, truth = (
+        torch.autograd.grad(nats, z, upstream)[0] for nats, z in ((value, ours), (expected, theirs))
+    )
+    torch.testing.assert_close(slope, truth, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", [*POSITION_LOSSES, "kl"])
 @pytest.mark.parametrize("chunk", [1, 7, 23, 1024])
+@pytest.mark.parametrize("piece", [1, 5, 1024])
 def test_mean_over_rows_and_its_gradients_are_those_of_plain_autograd(
-    name: str, chunk: int
+    name: str, chunk: int, piece: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vocab_size = 23, 11
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", chunk * vocab_size)
+    monkeypatch.setattr(loss_module, "CPU_PIECE", piece * vocab_size)
     model, loss = Linear(rows, 6, vocab_size + 1), row_losses(rows, vocab_size)[name]
     parameters = (model.hidden, model.weight, model.bias)
     logits = F.linear(*parameters)[:, :vocab_size]
-    plain = loss(logits, slice(0, rows)).mean()
-    value = mean_over_rows(model, model.hidden, loss, vocab_size, chunk)
+    plain = loss(slice(0, rows))(logits, slice(0, rows)).mean()
+    value = mean_over_rows(model, model.hidden, loss, vocab_size)
     torch.testing.assert_close(value, plain, rtol=1e-12, atol=0)
     # A factor upstream: the gradient of the loss, not only of itself.
     expected = torch.autograd.grad(1.7 * plain, parameters)
@@ -168,11 +222,31 @@ def test_mean_over_rows_and_its_gradients_are_those_of_plain_autograd(
         torch.testing.assert_close(slope, truth, rtol=0, atol=1e-12)
     assert (slopes[1][vocab_size:] == 0.0).all() and (slopes[2][vocab_size:] == 0.0).all()
     with torch.no_grad():
-        value = mean_over_rows(model, model.hidden, loss, vocab_size, chunk)
+        value = mean_over_rows(model, model.hidden, loss, vocab_size)
     torch.testing.assert_close(value, plain, rtol=1e-12, atol=0)
 
 
-def test_mean_over_rows_under_autocast_sees_float32_logits_and_stays_near_float64() -> None:
+def test_no_more_logits_exist_at_a_time_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", 6 * 11)
+    monkeypatch.setattr(loss_module, "CPU_PIECE", 4 * 11)
+    model, chunks, pieces = Linear(23, 6, 12), list[int](), list[int]()
+
+    def loss(rows: slice) -> RowLoss:
+        chunks.append(rows.stop - rows.start)
+
+        def row_loss(logits: Tensor, piece: slice) -> Tensor:
+            pieces.append(len(logits))
+            return logits.logsumexp(-1)
+
+        return row_loss
+
+    mean_over_rows(model, model.hidden, loss, 11)
+    assert chunks == [6, 6, 6, 5] and pieces == [4, 2, 4, 2, 4, 2, 4, 1]
+
+
+def test_mean_over_rows_under_autocast_sees_float32_logits_and_stays_near_float64(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows, vocab_size = 23, 11
     model, loss = Linear(rows, 6, vocab_size + 1), row_losses(rows, vocab_size)["cross_entropy"]
     exact = mean_over_rows(model, model.hidden, loss, vocab_size)
@@ -181,12 +255,16 @@ def test_mean_over_rows_under_autocast_sees_float32_logits_and_stays_near_float6
         setattr(model, name, getattr(model, name).detach().float().requires_grad_())
     seen: list[torch.dtype] = []
 
-    def watched(logits: Tensor, at: slice) -> Tensor:
-        seen.append(logits.dtype)
-        return loss(logits, at)
+    def watched(rows: slice) -> RowLoss:
+        def row_loss(logits: Tensor, piece: slice) -> Tensor:
+            seen.append(logits.dtype)
+            return loss(rows)(logits, piece)
 
+        return row_loss
+
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", 7 * vocab_size)
     with torch.autocast("cpu", torch.bfloat16):
-        value = mean_over_rows(model, model.hidden, watched, vocab_size, 7)
+        value = mean_over_rows(model, model.hidden, watched, vocab_size)
     slopes = torch.autograd.grad(value, (model.hidden, model.weight, model.bias))
     assert value.dtype == torch.float32 and set(seen) == {torch.float32}
     assert float(value.detach()) == pytest.approx(float(exact.detach()), rel=0.02)

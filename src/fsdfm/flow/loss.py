@@ -19,8 +19,15 @@ from fsdfm.flow.schedule import Polynomial, Schedule
 LATEST_TIME = 1.0 - 1e-3
 """Times are clipped here: the rate is singular at 1."""
 
+CPU_CHUNK, OTHER_CHUNK = 2**25, 2**28
+"""Logits that exist at a time on a CPU, and on any other device."""
+CPU_PIECE = 2**20
+"""Logits that a CPU takes to float32 at a time: what is made of them stays in its cache."""
+
 RowLoss = Callable[[Tensor, slice], Tensor]
-"""(logits of some rows (n, V), which rows) -> loss of each, (n,)."""
+"""(logits of some rows (n, V), float32; which rows of their chunk) -> loss of each, (n,)."""
+ChunkLoss = Callable[[slice], RowLoss]
+"""Which rows -> their loss; called once for each chunk, to prepare what all its rows need."""
 
 
 PositionLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -60,18 +67,23 @@ def generalized_kl(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tenso
 
     Source: FS-DFM, arXiv 2509.20624.
     """
-    log_p = _precise(logits).log_softmax(-1)
     last = logits.shape[-1] - 1
-    at = log_p.gather(-1, x_t.clamp_max(last)[:, None])[:, 0].exp()
-    p_here = torch.where(x_t <= last, at, 0.0)
-    log_p_data = log_p.gather(-1, x_1[:, None])[:, 0]
+    log_p = _precise(logits.detach()).log_softmax(-1)
+    here, data = x_t.clamp_max(last), x_1
+    p_here = torch.where(x_t <= last, _at(log_p, here).exp(), 0.0)
     done = x_t == x_1
-    return g * torch.where(done, 1.0 - p_here, -p_here - log_p_data)
+    nats = g * torch.where(done, 1.0 - p_here, -p_here - _at(log_p, data))
+    # d p(k) = p(k) (1[k] - p) and d ln p(k) = 1[k] - p, both in the logits.
+    still = torch.where(done, 0.0, g)
+    spikes = torch.stack((here, data), 1), torch.stack((-g * p_here, -still), 1)
+    return _SoftmaxLoss.apply(logits, log_p, nats, g * p_here + still, *spikes)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def cross_entropy(logits: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tensor:
     """-ln p(x_1), nats, shape (N,); arguments as for `generalized_kl`, x_t and g unused."""
-    return F.cross_entropy(_precise(logits), x_1, reduction="none")
+    log_p = _precise(logits.detach()).log_softmax(-1)
+    nats, one = -_at(log_p, x_1), log_p.new_ones(len(x_1))
+    return _SoftmaxLoss.apply(logits, log_p, nats, one, x_1[:, None], -one[:, None])  # type: ignore[no-any-return, no-untyped-call]
 
 
 def kl(target: Tensor, logits: Tensor) -> Tensor:
@@ -84,30 +96,69 @@ def kl(target: Tensor, logits: Tensor) -> Tensor:
     Returns:
         (N,).
     """
-    log_target = torch.where(target > 0.0, target, 1.0).log()
-    return (target * (log_target - _precise(logits).log_softmax(-1))).sum(-1)
+    log_p = _precise(logits.detach()).log_softmax(-1)
+    # The clamp keeps 0 ln 0 at 0; the difference first, or near-equal rows lose their digits.
+    log_target = target.clamp_min(torch.finfo(target.dtype).tiny).log_()
+    nats = log_target.sub_(log_p).mul_(target).sum(-1)
+    return _SoftmaxLoss.apply(logits, log_p, nats, target.sum(-1), None, target)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _at(log_p: Tensor, index: Tensor) -> Tensor:
+    return log_p.gather(-1, index[:, None])[:, 0]
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """A loss whose gradient in the logits is mass p + spikes, in as few passes as that takes.
+
+    `spikes` are the values at the places (N, k); without places, minus a whole row (N, V).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        log_p: Tensor,
+        nats: Tensor,
+        mass: Tensor,
+        places: Tensor | None,
+        spikes: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(log_p, mass, places, spikes)
+        ctx.dtype = logits.dtype
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        log_p, mass, places, spikes = ctx.saved_tensors
+        grad = grads[0][:, None]
+        slope = log_p.exp().mul_(mass[:, None] * grad)
+        if places is None:
+            slope.addcmul_(spikes, grad, value=-1.0)
+        else:
+            slope.scatter_add_(1, places, (spikes * grad).to(slope.dtype))
+        return slope.to(ctx.dtype), None, None, None, None, None
 
 
 class _RowsLoss(torch.autograd.Function):
     """Sum of row losses; the backward pass is done chunk by chunk inside the forward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, loss: RowLoss, chunk: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, loss: ChunkLoss) -> Tensor:
         total = _precise(hidden.new_zeros(()))
         d_hidden = torch.empty_like(hidden)
         d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            with torch.enable_grad():
-                logits = _precise(F.linear(hidden[rows], weight, bias)).detach().requires_grad_()
-                value = loss(logits, rows).sum()
-                (d_logits,) = torch.autograd.grad(value, logits)
-            total += value.detach()
-            d_hidden[rows] = (d_logits @ weight).to(hidden.dtype)
-            d_weight += d_logits.T @ hidden[rows]
-            d_bias += d_logits.sum(0)
+        for rows, logits, pieces in _chunks(hidden, weight, bias):
+            row_loss = loss(rows)
+            for piece in pieces:
+                with torch.enable_grad():
+                    some = _precise(logits[piece]).detach().requires_grad_()
+                    value = row_loss(some, piece).sum()
+                    (slope,) = torch.autograd.grad(value, some)
+                total += value.detach()
+                logits[piece] = slope  # in the place of the logits, in the format of the products
+            d_hidden[rows] = (logits @ weight).to(hidden.dtype)
+            d_weight += logits.T @ hidden[rows]
+            d_bias += logits.sum(0, dtype=bias.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
@@ -115,7 +166,21 @@ class _RowsLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         (grad,) = grads
-        return grad * d_hidden, grad * d_weight, grad * d_bias, None, None
+        return grad * d_hidden, grad * d_weight, grad * d_bias, None
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor
+) -> Iterator[tuple[slice, Tensor, list[slice]]]:
+    """Rows, their logits (n, V), and the pieces of the chunk to take to float32 at a time."""
+    cpu, columns = hidden.device.type == "cpu", len(weight)
+    chunk = max(1, (CPU_CHUNK if cpu else OTHER_CHUNK) // columns)
+    some = max(1, CPU_PIECE // columns) if cpu else chunk
+    for start in range(0, len(hidden), chunk):
+        rows = slice(start, min(start + chunk, len(hidden)))
+        count = rows.stop - start
+        pieces = [slice(i, min(i + some, count)) for i in range(0, count, some)]
+        yield rows, F.linear(hidden[rows], weight, bias), pieces
 
 
 POSITION_LOSSES: dict[str, PositionLoss] = {
@@ -125,9 +190,9 @@ POSITION_LOSSES: dict[str, PositionLoss] = {
 
 
 def mean_over_rows(
-    model: TrainableModel, hidden: Tensor, loss: RowLoss, vocab_size: int, chunk: int = 1024
+    model: TrainableModel, hidden: Tensor, loss: ChunkLoss, vocab_size: int
 ) -> Tensor:
-    """Mean of a row loss whose logits exist only `chunk` rows at a time.
+    """Mean of a row loss; few rows' logits exist at a time.
 
     The gradient is exact; it is computed along with the value, so the (N, V) logits are made once
     and never stored.
@@ -135,23 +200,23 @@ def mean_over_rows(
     Args:
         model: owner of the head.
         hidden: final hidden rows, shape (N, D).
-        loss: row loss; it sees the V columns of data tokens.
+        loss: of rows; it sees the V columns of data tokens.
         vocab_size: V; a mask column is left out.
-        chunk: rows at a time.
 
     Returns:
         Scalar, nats.
     """
     weight, bias = model.head_parameters()
     weight, bias = weight[:vocab_size], bias[:vocab_size]
-    if not torch.is_grad_enabled():
+    if torch.is_grad_enabled():
+        total: Tensor = _RowsLoss.apply(hidden, weight, bias, loss)  # type: ignore[no-untyped-call]
+    else:
         total = _precise(hidden.new_zeros(()))
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            total += loss(_precise(F.linear(hidden[rows], weight, bias)), rows).sum()
-        return total / hidden.shape[0]
-    summed: Tensor = _RowsLoss.apply(hidden, weight, bias, loss, chunk)  # type: ignore[no-untyped-call]
-    return summed / hidden.shape[0]
+        for rows, logits, pieces in _chunks(hidden, weight, bias):
+            row_loss = loss(rows)
+            for piece in pieces:
+                total += row_loss(_precise(logits[piece]), piece).sum()
+    return total / hidden.shape[0]
 
 
 @torch.no_grad()
@@ -223,9 +288,9 @@ def path_loss(
     hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
     g = schedule.rate(t.double()).float().repeat_interleave(x_t.shape[1])
     at, data = x_t.flatten(), x_1.flatten()
-    return mean_over_rows(
-        model,
-        hidden,
-        lambda logits, rows: position_loss(logits, at[rows], data[rows], g[rows]),
-        vocab_size,
-    )
+
+    def loss(rows: slice) -> RowLoss:
+        here, there, rate = at[rows], data[rows], g[rows]
+        return lambda logits, piece: position_loss(logits, here[piece], there[piece], rate[piece])
+
+    return mean_over_rows(model, hidden, loss, vocab_size)

@@ -28,12 +28,17 @@ class Target:
     weights: tuple[Tensor, ...]
     """Weight of each component at each position, (B L,); they sum to 1."""
 
-    def probabilities(self, model: FlowModel, rows: slice, vocab_size: int) -> Tensor:
-        """The target at some of the B L positions, float32, shape (n, V)."""
-        parts = zip(self.hiddens, self.weights, strict=True)
-        return torch.stack(
-            [w[rows, None] * sharpen(model.head(hid[rows])[:, :vocab_size]) for hid, w in parts]
-        ).sum(0)
+    def logits(self, model: FlowModel, rows: slice, vocab_size: int) -> list[Tensor]:
+        """Each component's logits at some of the B L positions, (n, V), in the head's format."""
+        return [model.head(hidden[rows])[:, :vocab_size] for hidden in self.hiddens]
+
+    def mix(self, logits: list[Tensor], rows: slice, piece: slice) -> Tensor:
+        """The target, float32, at a piece of the rows that `logits` were made for."""
+        parts = [sharpen(component[piece]) for component in logits]
+        if len(parts) == 1:
+            return parts[0]
+        weighted = zip(parts, self.weights, strict=True)
+        return sum((p.mul_(w[rows][piece, None]) for p, w in weighted), torch.zeros(()))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fsdfm.flow.loss import (
     LATEST_TIME,
     PositionLoss,
+    RowLoss,
     TrainableModel,
     generalized_kl,
     kl,
@@ -173,9 +174,10 @@ class Distill:
             jumper = Jumper(ema, self.schedule, self.rule, vocab_size, generator)
             target = self.target(jumper, x_t, t, h)
         hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
-        return mean_over_rows(
-            model,
-            hidden,
-            lambda logits, rows: kl(target.probabilities(ema, rows, vocab_size), logits),
-            vocab_size,
-        )
+
+        def loss(rows: slice) -> RowLoss:
+            with torch.no_grad():
+                logits = target.logits(ema, rows, vocab_size)
+            return lambda student, piece: kl(target.mix(logits, rows, piece), student)
+
+        return mean_over_rows(model, hidden, loss, vocab_size)

@@ -102,21 +102,6 @@ def test_bfloat16_is_as_near_to_float32_as_autocast_is(
     assert error < 1.2 * usual_error
 
 
-@pytest.mark.parametrize("scores_at_once", [1, 3 * 50 * 8, 2**22])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_attention_in_blocks_is_attention(
-    batch: int, scores_at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "SCORES_AT_ONCE", scores_at_once)
-    draw = torch.Generator().manual_seed(4)
-    q, k, v = (torch.randn((batch, 3, 50, 16), generator=draw).bfloat16() for _ in range(3))
-    q = q[:, :, :29]
-    found = engine_module._attend(q, k, v.transpose(1, 2)).float()
-    wanted = nn.functional.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
-    # Two roundings to 8 bits of numbers below 4: probabilities, and the result.
-    assert (found - wanted.transpose(1, 2).flatten(2)).abs().max() < 2 * 4 * 2**-8
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -43,5 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns:
         Same shape and dtype as x.
     """
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    half = x.shape[-1] // 2
+    # Rolled by half a head is (x_2, x_1); unlike slices, its gradient needs no zeros to add to.
+    signed = torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)
+    return x * cos.to(x.dtype) + x.roll(half, dims=-1) * signed.to(x.dtype)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.errors import ConfigError
+from fsdfm.model.attention import attend
 from fsdfm.model.rotary import Rotary, rotate
 
 Source = Literal["uniform", "mask"]
@@ -188,8 +189,7 @@ class Block(nn.Module):
             linear(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for linear in (self.qw, self.kw, self.vw)
         )
-        y = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        attended: Tensor = self.attn_out(y.transpose(1, 2).flatten(2))
+        attended: Tensor = self.attn_out(attend(rotate(q, cos, sin), rotate(k, cos, sin), v))
         return attended
 
 

@@ -1,0 +1,70 @@
+"""Attention is attention, whichever way it is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fsdfm.model import attention
+from fsdfm.model.attention import attend
+
+
+def inputs(batch: int, asking: int, dtype: torch.dtype) -> list[Tensor]:
+    """q, and k and v of 50 positions; the heads lie side by side, as projections leave them."""
+    draw = torch.Generator().manual_seed(4)
+    return [
+        torch.randn((batch, length, 3, 16), generator=draw).to(dtype).transpose(1, 2)
+        for length in (asking, 50, 50)
+    ]
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 2 * 29 * 50, 2**21])
+@pytest.mark.parametrize(("batch", "asking"), [(1, 29), (2, 29), (2, 50)])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 20)])
+def test_values_and_gradients_are_those_of_the_formula(
+    scores_at_once: int,
+    batch: int,
+    asking: int,
+    dtype: torch.dtype,
+    bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores_at_once)
+    ours = [x.requires_grad_() for x in inputs(batch, asking, dtype)]
+    exact = [x.detach().double().requires_grad_() for x in ours]
+    q, k, v = exact
+    wanted = ((q @ k.transpose(2, 3) / 4.0).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    found = attend(*ours)
+    assert found.shape == (batch, asking, 48) and found.dtype == dtype
+    upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+    pairs = [(found, wanted)]
+    slopes = torch.autograd.grad(found, ours, upstream)
+    truths = torch.autograd.grad(wanted, exact, upstream.double())
+    pairs += zip(slopes, truths, strict=True)
+    for value, truth in pairs:
+        # A handful of roundings in a row; 2 ** -bits each.
+        assert (value.double() - truth).norm() < 3 * 2.0**-bits * truth.norm()
+
+
+def test_bfloat16_errs_about_as_much_as_pytorchs_own() -> None:
+    ours = inputs(2, 50, torch.bfloat16)
+    exact = F.scaled_dot_product_attention(*(x.double() for x in ours)).transpose(1, 2).flatten(2)
+    usual = F.scaled_dot_product_attention(*ours).transpose(1, 2).flatten(2)
+    error, usual_error = ((y.double() - exact).norm() for y in (attend(*ours), usual))
+    assert error < 2.0 * usual_error
+
+
+def test_probabilities_are_made_a_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 2 * 50 * 50)
+    shapes: list[tuple[int, ...]] = []
+    probabilities = attention._probabilities
+
+    def watched(q: Tensor, k: Tensor) -> Tensor:
+        shapes.append((len(q), q.shape[1], k.shape[1]))
+        return probabilities(q, k)
+
+    monkeypatch.setattr(attention, "_probabilities", watched)
+    attend(*inputs(1, 50, torch.bfloat16))
+    assert shapes == [(2, 50, 50), (1, 50, 50)]

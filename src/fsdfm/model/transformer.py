@@ -145,8 +145,13 @@ class Norm(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x (1 + scale) + shift, with one shift and scale (B, D) for all positions of a sequence."""
-    return x * (1.0 + scale[:, None]) + shift[:, None]
+    """x (1 + scale) + shift, with one shift and scale (B, D) for all positions of a sequence.
+
+    What comes out goes into products: under autocast it is converted here, once for all of them.
+    """
+    x = torch.addcmul(shift[:, None], x, 1.0 + scale[:, None])
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 def fuse(linear: nn.Linear | None, c: Tensor) -> Tensor:
@@ -180,9 +185,9 @@ class Block(nn.Module):
         modulation = self.adaLN_modulation(fuse(self.condition_fuser, c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         attended = self._attend(modulate(self.norm1(x), shift_a, scale_a), cos, sin)
-        x = x + gate_a[:, None] * attended
-        x = x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
-        return x
+        x = torch.addcmul(x, gate_a[:, None], attended)
+        y = self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        return torch.addcmul(x, gate_m[:, None], y)
 
     def _attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = (

@@ -75,7 +75,7 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    for command in ("prepare", "pretrain", "distill", "generate", "convert"):
+    for command in ("prepare", "pretrain", "distill", "generate", "convert", "bench"):
         assert f"fsdfm {command}" in done.stdout
     flags = "steps length num-samples seed model temperature top-p step movers prompt json"
     for flag in flags.split():
@@ -89,7 +89,9 @@ def test_the_module_runs_as_the_command() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, f"fsdfm {fsdfm.__version__}\n", "")
 
 
-@pytest.mark.parametrize("command", ["prepare", "pretrain", "distill", "generate", "convert"])
+@pytest.mark.parametrize(
+    "command", ["prepare", "pretrain", "distill", "generate", "convert", "bench"]
+)
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
@@ -187,7 +189,7 @@ def test_a_missing_model_is_one_line_on_stderr(run: Run, tmp_path: Path) -> None
 
 
 def test_a_command_is_needed(run: Run) -> None:
-    names = "generate, prepare, pretrain, distill, evaluate, compare, convert"
+    names = "generate, prepare, pretrain, distill, evaluate, compare, convert, bench"
     choices = f"choose {names}, or see fsdfm --help."
     assert run() == (2, "", f"error: a command is missing: {choices}\n")
     assert run("train") == (2, "", f"error: there is no command 'train': {choices}\n")

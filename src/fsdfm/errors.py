@@ -5,7 +5,8 @@
     |-- DataError         an input that is missing, empty, not text or too short; an output that
     |                     cannot be written
     |-- CheckpointError   a model, run or checkpoint that is missing, corrupt, truncated or foreign
-    `-- TrainingError     training that cannot go on (the loss is not finite)
+    |-- TrainingError     training that cannot go on (the loss is not finite)
+    `-- BenchError        a measurement that cannot go on (a side's process died)
 
 Every message is one line that says what is wrong and what to do. Only the command line turns these
 into exit codes; anything else that escapes is a bug of ours and keeps its traceback.
@@ -32,3 +33,7 @@ class CheckpointError(FsdfmError):
 
 class TrainingError(FsdfmError):
     """Training that cannot go on."""
+
+
+class BenchError(FsdfmError):
+    """A measurement that cannot go on."""

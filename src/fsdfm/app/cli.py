@@ -33,15 +33,17 @@ from rich.progress import (
 )
 from tyro.conf import Positional, arg
 
-from fsdfm.errors import ConfigError, DataError, FsdfmError
+from fsdfm.errors import BenchError, ConfigError, DataError, FsdfmError
 
 if TYPE_CHECKING:
     from fsdfm.app.generator import Generator, Options, Sample, Snapshot
+    from fsdfm.bench.figures import Row
 
 T = TypeVar("T")
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 SEPARATOR = "---"
+TABLE_WIDTH = 100
 
 HELP = """\
 Long text from a handful of model calls: few-step discrete flow matching.
@@ -55,6 +57,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm evaluate --model STUDENT --out REPORT  judge its texts, at several budgets
   fsdfm compare REPORT...                      reports side by side
   fsdfm convert IN.pth DIR --tokenizer FILE    a published checkpoint -> model directory
+  fsdfm bench                                  speed and memory here, beside references
 
 Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.
 """
@@ -276,7 +279,7 @@ def evaluate(argv: Sequence[str]) -> None:
 
     plots.check()
     try:
-        with _work() as progress:
+        with _work("Loading models and judge") as progress:
             report = evaluation.evaluate(args, progress)
     except KeyboardInterrupt:
         _note(f"What is done is kept in {args.out}: run the same command again to go on.")
@@ -327,6 +330,48 @@ def compare(argv: Sequence[str]) -> None:
     _write(text + "\n")
 
 
+def bench(argv: Sequence[str]) -> None:
+    """Measure speed and memory; one table for each task."""
+    from fsdfm.app.config import BenchArgs
+
+    args = _parse(BenchArgs, "bench", argv)
+    with _work("Starting the sides") as progress:
+        from fsdfm.app import benchmark
+        from fsdfm.bench import autoregressive
+        from fsdfm.bench.sides import NO_AUTOREGRESSIVE
+
+        machine, rows = benchmark.bench(args, progress)
+    if args.json:
+        _write(json.dumps({**machine, "rows": [row.to_dict() for row in rows]}) + "\n")
+    else:
+        _write(f"{', '.join(f'{name} {value}' for name, value in machine.items())}\n")
+        _write(_tables(rows))
+    if not autoregressive.available():
+        _note(NO_AUTOREGRESSIVE)
+    if failed := [row.error for row in rows if row.error is not None]:
+        raise BenchError(failed[0])
+
+
+def _tables(rows: Sequence[Row]) -> str:
+    """The rows as text, for the terminal or for a pipe."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from fsdfm.bench.figures import HEADERS, cells, grouped
+
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
+    with console.capture() as capture:
+        for name, group in grouped(rows).items():
+            table = Table(title=name, title_justify="left", box=SIMPLE_HEAD)
+            for header in HEADERS:
+                table.add_column(header, justify="left" if header == "side" else "right")
+            for row in group:
+                table.add_row(*cells(row))
+            console.print(table)
+    return capture.get()
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": lambda argv: generate(_parse(GenerateArgs, "generate", argv)),
     "prepare": lambda argv: prepare(_parse(PrepareArgs, "prepare", argv)),
@@ -335,6 +380,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "evaluate": evaluate,
     "compare": compare,
     "convert": lambda argv: convert(_parse(ConvertArgs, "convert", argv)),
+    "bench": bench,
 }
 
 
@@ -454,7 +500,7 @@ def _bars(titles: Mapping[str, str]) -> Iterator[Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def _work() -> Iterator[Callable[[str, int, int], None]]:
+def _work(first: str) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr with an ETA, told (what was done, done, in all); lines without a terminal."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     columns = (
@@ -466,7 +512,7 @@ def _work() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar, last = progress.add_task("Loading models and judge", total=None), ""
+        bar, last = progress.add_task(first, total=None), ""
         started = time.monotonic()
 
         def advance(label: str, done: int, total: int) -> None:

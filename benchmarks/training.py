@@ -1,0 +1,99 @@
+"""Speed and memory of one update of training, beside plain loops.
+
+    python benchmarks/training.py --out runs/training
+    python benchmarks/training.py --distill 256x6x8192x8x256 --pretrain --out runs/training
+
+A case is HIDDENxBLOCKSxVOCABULARYxBATCHxLENGTH. Distillation is the published recipe on all sides:
+RK-4 targets, published jumps, step sizes with weights 1 / h, generalized KL at the smallest. The
+reference computes every branch for every row, and calls the teacher, as the published loop does.
+Pretraining is cross-entropy. An update is loss, backward, clip, AdamW and moving average; "extra
+memory" is its peak beyond weights, average and optimizer. See benchmarks/sampling.py for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from fsdfm.app.device import hardware, pick_device, preferred_dtype
+from fsdfm.bench.figures import Row, report, write_report
+from fsdfm.bench.harness import MALLOC, machine, measure, say, specs_for, started
+from fsdfm.bench.sides import Job, sides_for
+from fsdfm.errors import FsdfmError
+from fsdfm.model.transformer import ModelConfig
+
+HEAD_WIDTH, COND_SIZE = 64, 128
+DISTILL = ["256x6x8192x8x256", "256x6x50257x4x1024"]
+PRETRAIN = [
+    f"{hidden}x{blocks}x8192x{batch}x{length}"
+    for hidden, blocks in ((192, 4), (256, 6), (384, 6), (512, 6), (640, 8))
+    for batch, length in ((8, 256), (2, 1024))
+]
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--distill", nargs="*", default=DISTILL, metavar="CASE")
+    parser.add_argument("--pretrain", nargs="*", default=PRETRAIN, metavar="CASE")
+    parser.add_argument("--updates", type=int, default=2, help="in one timed run")
+    parser.add_argument("--malloc", nargs="+", choices=MALLOC, default=["default"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--peak-tflops", type=float)
+    parser.add_argument("--patience", type=float, default=3600.0, help="seconds for one run")
+    parser.add_argument("--device", default=None)
+    return parser.parse_args()
+
+
+def case(text: str, updates: int) -> tuple[ModelConfig, Job]:
+    """Network and job of HIDDENxBLOCKSxVOCABULARYxBATCHxLENGTH."""
+    hidden, blocks, vocab_size, batch, length = (int(word) for word in text.split("x"))
+    config = ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        blocks=blocks,
+        heads=max(1, hidden // HEAD_WIDTH),
+        cond_size=COND_SIZE,
+        context_length=length,
+        step_embedding="log2",
+    )
+    return config, Job(batch, length, updates)
+
+
+def main() -> int:
+    args = parse()
+    device = pick_device(args.device)
+    dtype = preferred_dtype(device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = machine(device, hardware(device))
+    rows: list[Row] = []
+    for task, cases in (("distill", args.distill), ("pretrain", args.pretrain)):
+        sides = sides_for(task, dtype)
+        for text in cases:
+            config, job = case(text, args.updates)
+            for malloc in args.malloc:
+                print(f"{task} {text}, malloc {malloc}", file=sys.stderr)
+                specs = specs_for(task, sides, text, config, str(device), dtype, malloc)
+                with started(specs, args.patience) as workers:
+                    new = measure(
+                        workers, job, args.repeats, peak_tflops=args.peak_tflops, progress=say
+                    )
+                for row in new:
+                    if row.error is not None:
+                        print(f"error: {row.error}", file=sys.stderr)
+                rows += new
+                write_report(args.out, facts, rows)
+    print(report(facts, rows))
+    return int(any(row.error is not None for row in rows))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except FsdfmError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

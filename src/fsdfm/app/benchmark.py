@@ -1,0 +1,62 @@
+"""`fsdfm bench`: a short look at speed and memory on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fsdfm.app.config import BenchArgs
+from fsdfm.app.device import hardware, pick_device, preferred_dtype
+from fsdfm.bench.figures import Row
+from fsdfm.bench.harness import Progress, machine, measure, plan, specs_for, started
+from fsdfm.bench.sides import SIDES, Job, shape, sides_for
+from fsdfm.errors import ConfigError
+
+TRAINING_BATCH, TRAINING_LENGTH = 4, 256
+
+
+def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row]]:
+    """Measure all sides of all tasks.
+
+    Args:
+        args: what is measured.
+        progress: told (what was done, requests done, requests in all).
+
+    Returns:
+        The machine, and a row for each side.
+
+    Raises:
+        ConfigError: a value out of range, or no such device.
+        BenchError: a side cannot be built.
+    """
+    args, config = args.checked(), shape(args.shape)
+    device = pick_device(args.device)
+    if device.type == "mps":
+        raise ConfigError("bench runs on cuda or cpu: say --device cpu.")
+    if args.length > config.context_length:
+        raise ConfigError(f"--length must be at most {config.context_length}, got {args.length}.")
+    dtype = preferred_dtype(device)
+    jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in SIDES}
+    jobs["sample"] = Job(args.batch_size, args.length, args.steps)
+    sides = {task: sides_for(task, dtype) for task in jobs}
+    totals = {task: len(plan(dict.fromkeys(sides[task], args.repeats))) for task in jobs}
+    rows: list[Row] = []
+    before = 0
+    for task, job in jobs.items():
+        specs = specs_for(task, sides[task], args.shape, config, str(device), dtype)
+        tell = _part(progress, task, before, sum(totals.values()))
+        with started(specs) as workers:
+            rows += measure(workers, job, args.repeats, progress=tell)
+        before += totals[task]
+    return machine(device, hardware(device)), rows
+
+
+def _part(
+    progress: Progress, task: str, before: int, total: int
+) -> Callable[[str, int, int], None]:
+    """Progress of one task, as part of all."""
+
+    def tell(label: str, done: int, _: int) -> None:
+        progress(f"{task}, {label}", before + done, total)
+
+    return tell

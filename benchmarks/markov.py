@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fsdfm.app.device import pick_device
-from fsdfm.flow.grid import checked_grid, even_grid
+from fsdfm.flow.grid import late_grid
 from fsdfm.flow.loss import cross_entropy, kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state
 from fsdfm.flow.sampler import Drawing, FlowModel, Noise, WholeSequences, sample
@@ -387,15 +387,6 @@ def path_gap(model: Transformer, chain: Chain, length: int, seed: int) -> float:
     h = torch.full_like(t, 1.0 / 1024)
     logits = model(x_t.to(device), t.float().to(device), h.float().to(device)).flatten(0, 1)
     return float(kl(exact, logits.double().cpu()).mean())
-
-
-def late_grid(steps: int, power: float) -> Tensor:
-    """t = 1 - (1 - s) ** power at even s: power 1 is the even grid, 2 takes small steps near 1.
-
-    The last step draws a share h of all positions at once, each without regard to the others, and
-    nothing corrects it; early draws are drawn again. So small steps are worth most at the end.
-    """
-    return checked_grid(1.0 - (1.0 - even_grid(steps)) ** power)
 
 
 def judge(model: FlowModel, setting: Setting, args: argparse.Namespace, chain: Chain) -> Row:

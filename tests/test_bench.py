@@ -13,7 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,16 @@ from fsdfm.app import benchmark
 from fsdfm.bench import autoregressive, harness, reference, sides
 from fsdfm.bench.figures import Row, body_flops, head_flops, markdown, per_step
 from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
-from fsdfm.bench.sides import SIDES, Job, build_side, make_engine, runnable, shape, sides_for
+from fsdfm.bench.sides import (
+    SIDES,
+    Job,
+    OurSampler,
+    build_side,
+    make_engine,
+    runnable,
+    shape,
+    sides_for,
+)
 from fsdfm.errors import BenchError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import path_loss
@@ -35,6 +44,7 @@ from fsdfm.flow.path import UniformSource
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, transition
+from fsdfm.model import transformer
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer
 from fsdfm.train.objective import Distill, published_weights
@@ -351,7 +361,8 @@ class FakeWorker:
     loaded_bytes = 7
 
     def __init__(self, side: str, seconds: list[float], told: list[tuple[str, str, int]]) -> None:
-        self.spec = Spec("sample", side, "toy", TOY, "cpu", "float32")
+        dtype = "float32" if side.endswith("float32") else "bfloat16"
+        self.spec = Spec("sample", side, "toy", TOY, "cpu", dtype)
         self.seconds, self.told = iter(seconds), told
 
     def ask(self, do: str, job: Job, seed: int) -> dict[str, Any]:
@@ -381,6 +392,7 @@ def test_figures_are_medians_and_ratios_of_runs_in_turn() -> None:
     assert fast.tokens_per_second == pytest.approx(64 / 3)
     assert fast.over_floor == pytest.approx(2.0), "time and rate belong to the same moment"
     assert fast.of_peak == pytest.approx(50 / 3 / 1e3)
+    assert slow.of_peak is None, "the peak is that of bfloat16"
     assert (fast.loaded_bytes, fast.memory_bytes) == (7, 5)
     assert (fast.error, broken.error) == (None, "it died")
     timed = [(side, seed) for do, side, seed in told if do == "time" and side != "broken"]
@@ -422,12 +434,43 @@ def toy_specs(task: str, names: list[str]) -> list[Spec]:
     return specs_for(task, names, "toy", TOY, "cpu", torch.float32)
 
 
-def test_a_dead_worker_is_told_with_its_last_words() -> None:
+def test_a_side_that_cannot_be_built_is_told_with_its_last_words_and_the_others_go_on() -> None:
     bad = Spec("sample", "engine", "toy", TOY, "nowhere", "float32")
-    with pytest.raises(BenchError) as told, started([bad]):
-        pass
-    assert str(told.value).startswith("engine ended with exit code 1; it said: ")
-    assert "nowhere" in str(told.value)
+    with started([bad, *toy_specs("sample", ["engine-float32"])]) as workers:
+        failed, fine = measure(workers, Job(1, 8, 1), 1)
+    assert failed.error is not None and failed.seconds is None
+    assert failed.error.startswith("engine ended with exit code 1; it said: ")
+    assert "nowhere" in failed.error
+    assert fine.error is None and fine.seconds is not None
+
+
+def test_the_reference_has_pytorchs_attention_and_leaves_the_networks_own_in_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unwanted(*_: Tensor) -> Tensor:
+        raise AssertionError("the project's own attention")
+
+    monkeypatch.setattr(transformer, "attend", unwanted)
+    model, x, t = Transformer(TOY), torch.zeros(1, 8, dtype=torch.int64), torch.full((1,), 0.5)
+    assert reference.whole_logits(model, x, t, t).shape == (1, 8, TOY.vocab_size)
+    assert transformer.attend is unwanted
+
+
+def test_a_sequence_that_passes_alone_is_charged_for_its_movers_in_the_last_block() -> None:
+    config = replace(TOY, context_length=300)
+    ours = OurSampler(config, torch.device("cpu"), torch.float32)
+    alone, together = Job(1, 300, 4), Job(2, 30, 4)
+    moved: list[int] = []
+    hidden = ours.engine.hidden
+    ours.engine.hidden = lambda x, t, h, rows: (moved.append(len(rows)), hidden(x, t, h, rows))[1]
+    for job in (alone, together):
+        moved.clear()
+        cost = ours.run(job, seed=1)
+        whole = 4 * body_flops(config, job.batch, job.length) + head_flops(config, sum(moved))
+        still = 4 * job.batch * job.length - sum(moved)
+        width = config.hidden_size
+        skipped = still * (2 * width**2 * 9 + 4 * job.length * width) * (job is alone)
+        assert cost.flops == whole - skipped
 
 
 def test_a_killed_or_stuck_worker_leaves_the_others_and_its_error_stays() -> None:

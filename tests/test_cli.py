@@ -77,7 +77,8 @@ def test_help_needs_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for command in ("prepare", "pretrain", "distill", "generate", "convert", "bench"):
         assert f"fsdfm {command}" in done.stdout
-    flags = "steps length num-samples seed model temperature top-p step movers prompt json"
+    flags = "steps length num-samples seed model temperature top-p step movers grid prompt"
+    flags += " precision json"
     for flag in flags.split():
         assert f"--{flag} " in done.stdout
 

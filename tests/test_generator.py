@@ -246,6 +246,7 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5."),
         ({"step": "heun"}, "step must be one of exact, published, euler, got 'heun'."),
         ({"movers": "all"}, "movers must be one of independent, systematic, got 'all'."),
+        ({"grid": "early"}, "grid must be one of even, late, got 'early'."),
     ],
 )
 def test_values_that_cannot_work_are_refused_at_once(
@@ -256,6 +257,55 @@ def test_values_that_cannot_work_are_refused_at_once(
         generator.batches(**options)  # before the first batch is asked for
     assert str(caught.value) == message
     assert shapes == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_asked_for_is_that_of_the_logits(
+    precision: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Generator(network(tokenizer), tokenizer, device="cpu", precision=precision)
+    dtypes: set[torch.dtype] = set()
+    head = made.engine.head
+
+    def watched(rows: Tensor) -> Tensor:
+        logits = head(rows)
+        dtypes.add(logits.dtype)
+        return logits
+
+    monkeypatch.setattr(made.engine, "head", watched)
+    assert made.generate(prompt=WORDS[:20]).samples[0].text.startswith(WORDS[:20])
+    assert dtypes == {getattr(torch, precision)}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_long_texts_have_the_same_tokens_alone_and_in_a_batch(
+    precision: Any, tokenizer: Tokenizer
+) -> None:
+    model = network(tokenizer, context_length=300)
+    made = Generator(model, tokenizer, device="cpu", precision=precision)
+    alone, together = (
+        made.generate(steps=3, num_samples=3, seed=5, batch_size=size).samples for size in (1, 3)
+    )
+    assert [s.token_ids for s in together] == [s.token_ids for s in alone]
+
+
+@pytest.mark.parametrize(
+    ("grid", "times"), [("even", [0.0, 0.25, 0.5, 0.75]), ("late", [0.0, 7 / 16, 3 / 4, 15 / 16])]
+)
+def test_the_grid_says_when_the_model_is_called(
+    grid: Any, times: list[float], generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float]] = []
+    hidden = generator.engine.hidden
+
+    def watched(x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
+        seen.append((t, h))
+        return hidden(x, t, h, rows)
+
+    monkeypatch.setattr(generator.engine, "hidden", watched)
+    generator.generate(steps=4, grid=grid)
+    ends = [*times[1:], 1.0]
+    assert seen == [(t, end - t) for t, end in zip(times, ends, strict=True)]
 
 
 def test_the_largest_seed_works(generator: Generator) -> None:

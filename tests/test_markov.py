@@ -144,11 +144,6 @@ def test_a_perfect_student_beats_the_posterior_it_follows(  # type: ignore[no-un
     assert row["nll"] > chain.entropy(LENGTH) + 4.5 * row["nll_se"]
 
 
-def test_power_one_is_the_even_grid_and_two_has_its_small_steps_last(markov: ModuleType) -> None:
-    torch.testing.assert_close(markov.late_grid(5, 1.0), even_grid(5), rtol=0.0, atol=1e-15)
-    assert markov.late_grid(4, 2.0).tolist() == [0.0, 7 / 16, 3 / 4, 15 / 16, 1.0]
-
-
 def test_samples_of_the_exact_posterior_approach_the_true_law(markov: ModuleType, chain) -> None:  # type: ignore[no-untyped-def]
     law = chain.trigrams.flatten()
     divergences = []

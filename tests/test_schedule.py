@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fsdfm.flow.grid import checked_grid, even_grid
+from fsdfm.flow.grid import GRIDS, checked_grid, even_grid, late_grid
 from fsdfm.flow.path import MaskSource, UniformSource, make_source, mixture_state
 from fsdfm.flow.schedule import Polynomial, jump_probability
 
@@ -125,3 +125,17 @@ def test_mixture_shows_the_data_with_probability_kappa_of_each_sequence() -> Non
     # Positions are independent: neighbours agree as often as two separate draws.
     both = (x_t[1, 1:] * x_t[1, :-1]).double().mean()
     assert abs(both - 0.09**2) < 4.5 * math.sqrt(3 * 0.09**2 / length)
+
+
+def test_a_late_grid_has_its_small_steps_last_and_power_one_is_even() -> None:
+    assert late_grid(4).tolist() == [0.0, 7 / 16, 3 / 4, 15 / 16, 1.0]
+    torch.testing.assert_close(late_grid(5, 1.0), even_grid(5), rtol=0.0, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_every_grid_ends_with_a_certain_jump_at_any_budget(name: str) -> None:
+    for steps in (*range(1, 200), 1024, 2000):
+        grid = GRIDS[name](steps)
+        assert len(grid) == steps + 1 and grid[0] == 0.0 and grid[-1] == 1.0
+        t = grid[-2:-1]
+        assert jump_probability(Polynomial(), t, grid[-1:] - t) == 1.0

@@ -194,6 +194,21 @@ def test_semigroup_weight_differs_by_sequence_and_is_right_by_hand() -> None:
     torch.testing.assert_close(made.weights[0], expected)
 
 
+@pytest.mark.parametrize("target", [rk4_target, rk2_target])
+def test_means_of_bfloat16_rows_lose_nothing(target: TargetRule) -> None:
+    class Rough(Table):
+        """The same bfloat16 rows at every call, as autocast gives them."""
+
+        def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            return super().body(x_t, torch.zeros_like(t), h).bfloat16()
+
+    model = Rough(moving=False)
+    x_t = torch.randint(VOCAB, (2, 50), generator=torch.Generator().manual_seed(4))
+    made = target(jumper(model), x_t, f64(0.25, 0.5), f64(0.5, 0.5))
+    same = model.body(x_t, f64(0.0, 0.0), f64(0.5, 0.5)).float().flatten(0, 1)
+    torch.testing.assert_close(made.hiddens[0], same, rtol=2**-20, atol=0)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES[:2])
 def test_semigroup_target_is_unbiased_from_one_draw_of_the_middle_state(
     schedule: Polynomial,

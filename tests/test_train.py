@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fsdfm.errors import CheckpointError, ConfigError, TrainingError
-from fsdfm.flow.loss import LATEST_TIME, path_loss
+from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
 from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
@@ -446,6 +446,30 @@ def test_accumulated_passes_give_the_mean_of_their_losses_and_gradients(
     assert loss == pytest.approx((alone[0][1] + alone[1][1]) / 2)
     for total, a, b in zip(both, alone[0][0], alone[1][0], strict=True):
         torch.testing.assert_close(total, (a + b) / 2)
+
+
+@pytest.mark.parametrize("position_loss", POSITION_LOSSES.values(), ids=POSITION_LOSSES)
+def test_gradients_under_bfloat16_autocast_are_near_those_in_float32(
+    position_loss: PositionLoss,
+) -> None:
+    torch.manual_seed(3)
+    config = ModelConfig(61, 32, blocks=2, heads=2, cond_size=16, step_embedding="log2")
+    model = Transformer(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x_1 = torch.randint(61, (4, 24))
+    objective = Pretrain(UniformSource(61), Polynomial(), position_loss)
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(1)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = objective.loss(model, model, x_1, generator)["loss"]
+        slopes = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+        found.append((loss.detach(), torch.cat([g.flatten() for g in slopes if g is not None])))
+    (exact, slope), (rough, rough_slope) = found
+    assert float(rough) == pytest.approx(float(exact), rel=0.01)
+    assert (rough_slope - slope).norm() < 0.03 * slope.norm()
+    assert not torch.equal(rough_slope, slope)  # autocast was on
 
 
 def test_gradients_are_shortened_to_the_clip_norm(

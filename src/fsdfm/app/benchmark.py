@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from fsdfm.app.config import BenchArgs
 from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row
@@ -27,10 +29,9 @@ def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row
 
     Raises:
         ConfigError: a value out of range, or no such device.
-        BenchError: a side cannot be built.
     """
     args, config = args.checked(), shape(args.shape)
-    device = pick_device(args.device)
+    device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
         raise ConfigError("bench runs on cuda or cpu: say --device cpu.")
     if args.length > config.context_length:

@@ -17,9 +17,10 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.device import hardware, preferred_dtype
+from fsdfm.app.device import hardware
 from fsdfm.app.generator import Generator, Sample
 from fsdfm.app.heldout import Blocks, HeldOut, read_texts
 from fsdfm.errors import ConfigError
@@ -217,9 +218,10 @@ class Cells:
             "source": config.source,
             "step_embedding": config.step_embedding,
             "device": hardware(generator.device),
-            "dtype": str(preferred_dtype(generator.device)).removeprefix("torch."),
+            "dtype": str(generator.dtype).removeprefix("torch."),
             "step": self.args.step or defaults["step"],
             "movers": "independent" if paper else defaults["movers"],
+            "grid": "even" if paper else defaults["grid"],
             "top_p": 1.0 if paper else defaults["top_p"],
         }
 
@@ -236,7 +238,7 @@ class Cells:
                     "steps": steps,
                     "temperature": temperature,
                     "batch_size": self.args.batch_size,
-                    **{key: facts[key] for key in ("step", "movers", "top_p")},
+                    **{key: facts[key] for key in ("step", "movers", "grid", "top_p")},
                 }
                 yield Cell(
                     name,
@@ -306,9 +308,8 @@ class Cells:
             for i in group:
                 x_1 = torch.tensor([blocks[i]], device=generator.device)
                 seed = self.args.seed + i
-                with generator.autocast():
-                    model = generator.model
-                    found = list(elbo_nats_per_token(model, x_1, source, schedule, seed=seed))
+                model = _Precise(generator)
+                found = list(elbo_nats_per_token(model, x_1, source, schedule, seed=seed))
                 record: Record = {
                     "elbo_nats": self.length * sum(found) / len(found),
                     "elbo_tokens": self.length,
@@ -320,8 +321,25 @@ class Cells:
         # Not the step rule and its like: the bound does not depend on them.
         names = ("weights_sha256", "tokenizer", "device", "dtype")
         facts = self.shared | {n: self.models[name][n] for n in names} | {"task": "likelihood"}
+        facts["dtype"] = str(generator.engine.dtype).removeprefix("torch.")
         count = min(self.most, len(blocks))
         return Cell(name, "model", "likelihood", count, make, facts, judged=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Precise:
+    """A generator's network for the bound: the body in its format, logits in float32."""
+
+    generator: Generator
+
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """See `TrainableModel`."""
+        with self.generator.autocast():
+            return self.generator.model.body(x_t, t, h).float()
+
+    def head_parameters(self) -> tuple[Tensor, Tensor]:
+        """See `TrainableModel`."""
+        return self.generator.model.head_parameters()
 
 
 def hidden_positions(length: int, share: float, seed: int, index: int) -> Any:

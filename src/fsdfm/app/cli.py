@@ -99,6 +99,11 @@ class GenerateArgs:
         arg(metavar="{independent,systematic}", help_behavior_hint=MODEL_DECIDES),
     ] = None
     """How the positions that move in a step are chosen."""
+    grid: Annotated[
+        Literal["even", "late"] | None,
+        arg(metavar="{even,late}", help_behavior_hint=MODEL_DECIDES),
+    ] = None
+    """Times of the model calls: evenly spaced, or long steps first and short ones last."""
     prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(optional)")] = None
     """Text that every sample starts with."""
     batch_size: int = 1
@@ -107,12 +112,20 @@ class GenerateArgs:
         str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else mps, else cpu)")
     ] = None
     """cpu, cuda, cuda:N or mps."""
+    precision: Annotated[
+        Literal["float32", "bfloat16", "int8"] | None,
+        arg(
+            metavar="{float32,bfloat16,int8}",
+            help_behavior_hint="(default: bfloat16 where it is fast)",
+        ),
+    ] = None
+    """Of the matrix products; int8 is faster for large models on CPUs with AVX512-VNNI or AMX."""
     json: bool = False
     """Print one JSON object per text: text, tokens, nfe, seed, seconds, tokens_per_second."""
 
     def options(self) -> Options:
         """The arguments of `Generator.generate`."""
-        elsewhere = ("model", "device", "json")
+        elsewhere = ("model", "device", "precision", "json")
         names = [field.name for field in fields(self) if field.name not in elsewhere]
         options: Any = {name: getattr(self, name) for name in names}
         found: Options = options
@@ -169,7 +182,7 @@ def generate(args: GenerateArgs) -> None:
     with _status("Loading the model"):
         from fsdfm.app.generator import load
 
-        generator = load(args.model, device=args.device)
+        generator = load(args.model, device=args.device, precision=args.precision)
     if terminal.is_terminal and not terminal.is_dumb_terminal and not args.json:
         _generate_on_terminal(generator, args, terminal)
         return
@@ -349,7 +362,9 @@ def bench(argv: Sequence[str]) -> None:
     if not autoregressive.available():
         _note(NO_AUTOREGRESSIVE)
     if failed := [row.error for row in rows if row.error is not None]:
-        raise BenchError(failed[0])
+        for error in failed[:-1]:
+            _note(f"error: {error}")
+        raise BenchError(failed[-1])
 
 
 def _tables(rows: Sequence[Row]) -> str:

@@ -219,6 +219,14 @@ class EvaluateArgs:
         str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else mps, else cpu)")
     ] = None
     """cuda, cuda:N, mps or cpu."""
+    precision: Annotated[
+        Literal["float32", "bfloat16", "int8"] | None,
+        arg(
+            metavar="{float32,bfloat16,int8}",
+            help_behavior_hint="(default: bfloat16 where it is fast)",
+        ),
+    ] = None
+    """Of the matrix products that write the texts; the judge's is --judge-dtype."""
 
     def resolved(self) -> EvaluateArgs:
         """With what was not said taken from the preset.

@@ -33,7 +33,7 @@ from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
 from fsdfm.eval.report import Record, Report, Row, write_whole
 
-EVALUATION = 2
+EVALUATION = 3
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
 FEWEST_SEGMENTS = 80
 """MAUVE of fewer feature vectors (8 clusters) is noise."""
@@ -196,7 +196,10 @@ def _make(parts: Parts, cell: Cell, group: range) -> None:
 
 def _prepare(args: EvaluateArgs, device: torch.device, folder: Path) -> tuple[Cells, Parts]:
     heldout = HeldOut.open(args.heldout)
-    generators = {name: load(place, device=device) for name, place in _names(args.model)}
+    generators = {
+        name: load(place, device=device, precision=args.precision)
+        for name, place in _names(args.model)
+    }
     cells = Cells(args, generators, heldout)
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.judge_dtype)
     judge = load_judge(args.judge or "", device=device, dtype=dtype or preferred_dtype(device))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -16,9 +17,9 @@ from typing import Any, Literal, TypedDict, TypeVar, Unpack
 import torch
 from torch import Tensor
 
-from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.app.device import pick_device, pick_dtype
 from fsdfm.errors import CheckpointError, ConfigError
-from fsdfm.flow.grid import even_grid
+from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
@@ -29,6 +30,7 @@ from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
 T = TypeVar("T")
+Precision = Literal["float32", "bfloat16", "int8"]
 
 LARGEST_SEED = 2**32 - 1
 """The noise is seeded with 32 bits; a larger seed would repeat a smaller one."""
@@ -40,6 +42,7 @@ DEFAULTS: Mapping[str, Any] = {
     "steps": 8,
     "step": "exact",
     "movers": "independent",
+    "grid": "even",
     "temperature": 1.0,
     "top_p": 1.0,
 }
@@ -57,6 +60,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     step: Literal["exact", "published", "euler"] | None
     movers: Literal["independent", "systematic"] | None
+    grid: Literal["even", "late"] | None
     prompt: str | None
     batch_size: int
 
@@ -125,6 +129,8 @@ class _Request:
     seed: int
     batch_size: int
     drawing: Drawing
+    grid: Tensor
+    """Times of the calls, float64, shape (steps + 1,)."""
     fixed: Tensor
     """Tokens of the frozen positions, int64, shape (num_samples, L); the others are not read."""
     frozen: Tensor
@@ -139,6 +145,8 @@ class Generator:
         tokenizer: the tokenizer it was trained with.
         defaults: what `generate` uses where its caller says nothing (see DEFAULTS).
         device: where to run; cuda if there is one, else mps, else cpu.
+        precision: float32, bfloat16 or int8, of the products; bfloat16 where it is fast, else
+            float32.
     """
 
     def __init__(
@@ -148,6 +156,7 @@ class Generator:
         *,
         defaults: Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
+        precision: Precision | None = None,
     ) -> None:
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
@@ -155,7 +164,7 @@ class Generator:
         self.tokenizer = tokenizer
         known = {name: value for name, value in (defaults or {}).items() if name in DEFAULTS}
         self.defaults: dict[str, Any] = {**DEFAULTS, **known}
-        self.dtype = preferred_dtype(self.device)
+        self.dtype = pick_dtype(precision, self.device)
         self.engine = Engine(self.model, self.dtype)
         # The sampler draws in float64, which MPS lacks.
         self.state_device = torch.device("cpu") if self.device.type == "mps" else self.device
@@ -172,6 +181,7 @@ class Generator:
         top_p: float | None = None,
         step: Literal["exact", "published", "euler"] | None = None,
         movers: Literal["independent", "systematic"] | None = None,
+        grid: Literal["even", "late"] | None = None,
         prompt: str | None = None,
         batch_size: int = 1,
     ) -> Generation:
@@ -190,6 +200,7 @@ class Generator:
             top_p: in (0, 1]; only the likeliest tokens that together have this mass are drawn.
             step: step rule of the sampler.
             movers: how the positions that move in a step are chosen.
+            grid: the times of the calls: evenly spaced, or long steps first and short ones last.
             prompt: text that every sample starts with; it is kept as it is.
             batch_size: texts made together. More than 1 pays on a GPU only. The noise stays the
                 same, but products over a batch round otherwise, so in bfloat16 a text may differ
@@ -211,6 +222,7 @@ class Generator:
             top_p=top_p,
             step=step,
             movers=movers,
+            grid=grid,
             prompt=prompt,
             batch_size=batch_size,
         )
@@ -285,7 +297,7 @@ class Generator:
         for start in range(0, len(seeds), request.batch_size):
             batch = seeds[start : start + request.batch_size]
             began = time.perf_counter()
-            *_, last = self._states(request, start, len(batch))
+            (last,) = deque(self._states(request, start, len(batch)), maxlen=1)
             rows: list[list[int]] = last.x.tolist()
             seconds = time.perf_counter() - began
             free = (~request.frozen[start : start + len(batch)]).sum(1).tolist()
@@ -330,7 +342,7 @@ class Generator:
             yield from sample(
                 self.engine,
                 start.to(self.state_device),
-                even_grid(request.steps),
+                request.grid,
                 noise,
                 vocab_size=self.config.vocab_size,
                 schedule=Polynomial(self.config.schedule_power),
@@ -344,9 +356,9 @@ class Generator:
             ) from None
 
     def autocast(self) -> torch.autocast:
-        """For calls of `model` itself: products in the engine's format."""
-        on = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype, enabled=on)
+        """For calls of `model` itself: products in the engine's format (bfloat16 for int8)."""
+        dtype = self.engine.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Token ids as text; a mask, or a row that pads the network's vocabulary, is no text."""
@@ -377,9 +389,10 @@ class Generator:
                 f"got seed={seed} for {num_samples} samples."
             )
         prompt = self._encode(merged.get("prompt", ""), length)
-        shape = (num_samples, length)
+        shape, steps = (num_samples, length), _whole("steps", merged["steps"])
         return _Request(
-            steps=_whole("steps", merged["steps"]),
+            steps=steps,
+            grid=_choice("grid", merged["grid"], GRIDS)(steps),
             length=length,
             num_samples=num_samples,
             seed=seed,
@@ -400,22 +413,31 @@ class Generator:
         return torch.tensor(ids, dtype=torch.int64)
 
 
-def load(model: str | Path | None = None, *, device: str | torch.device | None = None) -> Generator:
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    precision: Precision | None = None,
+) -> Generator:
     """Load a model to generate text with.
 
     Args:
         model: a model directory, a run directory of `pretrain` or `distill`, or `org/name` on the
             Hugging Face Hub; None takes the model that comes with the package.
         device: where to run; cuda if there is one, else mps, else cpu.
+        precision: of the matrix products. None: bfloat16 where it is fast, else float32. int8 is
+            faster still for large networks, on CPUs with AVX512-VNNI or AMX, and slightly coarser.
 
     Raises:
         CheckpointError: the model is missing, damaged, or not one of ours.
-        ConfigError: the device cannot be used.
+        ConfigError: the device or the precision cannot be used.
     """
     place = pick_device(device)
     loaded = load_pretrained(_bundled() if model is None else model, device=place)
     tokenizer = Tokenizer.from_json(loaded.tokenizer_json)
-    return Generator(loaded.model, tokenizer, defaults=loaded.generation, device=place)
+    return Generator(
+        loaded.model, tokenizer, defaults=loaded.generation, device=place, precision=precision
+    )
 
 
 def _bundled() -> Path:

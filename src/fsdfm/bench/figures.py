@@ -34,6 +34,17 @@ def body_flops(config: ModelConfig, batch: int, length: int) -> int:
     return batch * (length * position + sequence)
 
 
+def last_block_flops(config: ModelConfig, length: int) -> int:
+    """FLOPs of a position in a block after its queries, keys and values: what a still row skips.
+
+    Args:
+        config: shape of the network.
+        length: positions, L.
+    """
+    width = config.hidden_size
+    return 2 * width**2 * (1 + 2 * MLP_RATIO) + 4 * length * width
+
+
 def head_flops(config: ModelConfig, rows: int) -> int:
     """FLOPs of the head on some rows."""
     return 2 * rows * config.hidden_size * config.embedding_rows
@@ -64,7 +75,7 @@ class Row:
     """Peak of one run beyond the loaded model."""
     over_floor: float | None
     """Time over that of the run's own FLOPs at the rate of a bare matrix product, measured beside
-    each run."""
+    each run (a bfloat16 product for int8)."""
     of_peak: float | None
     """The run's FLOPs a second over the device's peak, if one was given."""
     split: dict[str, float] | None

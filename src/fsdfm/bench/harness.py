@@ -55,7 +55,7 @@ class Spec:
     config: ModelConfig
     device: str
     dtype: str
-    """Of matrix products, as torch names it: float32 or bfloat16."""
+    """Of matrix products, as torch names it: float32, bfloat16 or int8."""
     malloc: str = "default"
 
     def first_line(self) -> dict[str, Any]:
@@ -116,6 +116,8 @@ class Worker:
 
     def __init__(self, spec: Spec, patience_seconds: float = PATIENCE_SECONDS) -> None:
         self.spec, self.patience_seconds = spec, patience_seconds
+        self.loaded_bytes: int | None = None
+        self._failed: BenchError | None = None
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fsdfm.bench.worker"],
@@ -130,12 +132,11 @@ class Worker:
         self._send(spec.first_line())
 
     def ready(self) -> None:
-        """Wait until the side is built.
-
-        Raises:
-            BenchError: it cannot be.
-        """
-        self.loaded_bytes: int | None = self._receive()["loaded_bytes"]
+        """Wait until the side is built; if it cannot be, every question will say why."""
+        try:
+            self.loaded_bytes = self._receive()["loaded_bytes"]
+        except BenchError as error:
+            self._failed = error
 
     def ask(self, do: str, job: Job, seed: int) -> dict[str, Any]:
         """One run.
@@ -143,6 +144,8 @@ class Worker:
         Raises:
             BenchError: the worker died, was too slow and was stopped, or has not enough memory.
         """
+        if self._failed is not None:
+            raise self._failed
         self._send({"do": do, "job": asdict(job), "seed": seed})
         return self._receive()
 
@@ -203,11 +206,7 @@ class Worker:
 def started(
     specs: Sequence[Spec], patience_seconds: float = PATIENCE_SECONDS
 ) -> Iterator[list[Worker]]:
-    """Workers for these sides, built at the same time; none is left at the end, however it comes.
-
-    Raises:
-        BenchError: a side cannot be built.
-    """
+    """Workers for these sides, built at the same time; none is left in the end."""
     workers: list[Worker] = []
     try:
         for spec in specs:
@@ -259,7 +258,7 @@ def measure(
         workers: the sides; the first one is what the others' speed-up is over.
         job: what each does.
         repeats: timed runs, of all or of each side by name.
-        peak_tflops: of the device, for the fraction of it that a side reaches.
+        peak_tflops: of the device in bfloat16, for the fraction of it that such sides reach.
         progress: told after every request.
 
     Returns:
@@ -300,7 +299,7 @@ def _row(
     if flops is not None:
         pairs = zip(tally.seconds, tally.rates, strict=True)
         over_floor = median([each * rate / flops for each, rate in pairs])
-        if peak_tflops is not None and seconds is not None:
+        if peak_tflops is not None and seconds is not None and spec.dtype == "bfloat16":
             of_peak = flops / seconds / (peak_tflops * 1e12)
     return Row(
         task=spec.task,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fsdfm.bench import autoregressive, reference
-from fsdfm.bench.figures import body_flops, head_flops
+from fsdfm.bench.figures import body_flops, head_flops, last_block_flops
 from fsdfm.errors import ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import cross_entropy
@@ -24,7 +25,7 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
-from fsdfm.model.engine import Engine
+from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
@@ -167,7 +168,7 @@ class OurSampler(_Sampler):
         config = self.config
         noise = Noise(range(seed * job.batch, (seed + 1) * job.batch))
         source = make_source(config.source, config.vocab_size)
-        *_, last = sample(
+        states = sample(
             engine,
             noise.start(source, job.length).to(self.device),
             even_grid(job.steps),
@@ -175,8 +176,13 @@ class OurSampler(_Sampler):
             vocab_size=config.vocab_size,
             drawing=Drawing(STEP_RULES[job.rule]),
         )
+        (last,) = deque(states, maxlen=1)
         last.x.tolist()
         flops = last.calls * body_flops(config, job.batch, job.length)
+        if job.batch == 1 or (job.length > ROWS_AT_ONCE // 2 and self.device.type == "cpu"):
+            # A sequence that passes alone leaves the last block with its movers only.
+            still = last.calls * last.x.numel() - last.head_rows
+            flops -= still * last_block_flops(config, job.length)
         return Cost(last.x.numel(), flops + head_flops(config, last.head_rows))
 
 
@@ -378,6 +384,7 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
         "reference-bf16": (PlainSampler, torch.bfloat16),
         "engine": (OurSampler, None),
         "engine-float32": (OurSampler, torch.float32),
+        "engine-int8": (OurSampler, torch.int8),
         "autoregressive-float32": (Autoregressive, torch.float32),
         "autoregressive-bf16": (Autoregressive, torch.bfloat16),
     },
@@ -399,7 +406,7 @@ NO_AUTOREGRESSIVE = "No autoregressive side: it needs transformers (pip install 
 
 def sides_for(task: str, preferred: torch.dtype) -> list[str]:
     """Sides of a task that can run and are worth it where `preferred` is the fast format."""
-    names = list(SIDES[task])
+    names = [name for name in SIDES[task] if name != "engine-int8"]  # on request
     if preferred == torch.float32:  # bf16 would be emulated, and engine is engine-float32
         names = [name for name in names if not name.endswith("bf16") and name != "engine-float32"]
     return runnable(names)

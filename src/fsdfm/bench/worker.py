@@ -139,7 +139,8 @@ class Bench:
         cost = self.side.run(job, seed)
         synchronise(self.device)
         seconds = time.perf_counter() - started
-        rate = matmul_rate(self.config.hidden_size, self.device, self.dtype)
+        dtype = torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+        rate = matmul_rate(self.config.hidden_size, self.device, dtype)
         return {"seconds": seconds, "tokens": cost.tokens, "flops": cost.flops, "rate": rate}
 
     def _split(self, job: Job, seed: int) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,25 @@ def even_grid(steps: int) -> Tensor:
     return torch.arange(steps + 1, dtype=torch.float64) / steps
 
 
+def late_grid(steps: int, power: float = 2.0) -> Tensor:
+    """1 - (1 - k / N) ** power: long steps first, short ones towards the end.
+
+    Near t = 0 a state says little, and a long step loses little; near 1 positions that move
+    together depend on each other.
+
+    Args:
+        steps: the budget N, at least 1.
+        power: 1 is the even grid.
+
+    Returns:
+        float64, shape (N + 1,), exactly 0 and 1 at its ends.
+
+    Raises:
+        ValueError: steps < 1.
+    """
+    return checked_grid(1.0 - (1.0 - even_grid(steps)) ** power)
+
+
 def checked_grid(times: Sequence[float] | Tensor) -> Tensor:
     """Any increasing times from 0 to 1 as a grid.
 
@@ -37,3 +56,6 @@ def checked_grid(times: Sequence[float] | Tensor) -> Tensor:
     if not bool((grid[1:] > grid[:-1]).all()):
         raise ValueError("The times of a grid must increase strictly.")
     return grid
+
+
+GRIDS: dict[str, Callable[[int], Tensor]] = {"even": even_grid, "late": late_grid}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fsdfm.flow.path import Source, mixture_state
@@ -21,8 +22,8 @@ LATEST_TIME = 1.0 - 1e-3
 
 CPU_CHUNK, OTHER_CHUNK = 2**25, 2**28
 """Logits that exist at a time on a CPU, and on any other device."""
-CPU_PIECE = 2**20
-"""Logits that a CPU takes to float32 at a time: what is made of them stays in its cache."""
+CPU_PIECE, OTHER_PIECE = 2**20, 2**26
+"""Logits that are taken to float32 at a time: on a CPU, what is made of them stays in its cache."""
 
 RowLoss = Callable[[Tensor, slice], Tensor]
 """(logits of some rows (n, V), float32; which rows of their chunk) -> loss of each, (n,)."""
@@ -128,6 +129,7 @@ class _SoftmaxLoss(torch.autograd.Function):
         return nats
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         log_p, mass, places, spikes = ctx.saved_tensors
         grad = grads[0][:, None]
@@ -163,6 +165,7 @@ class _RowsLoss(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         (grad,) = grads
@@ -175,7 +178,7 @@ def _chunks(
     """Rows, their logits (n, V), and the pieces of the chunk to take to float32 at a time."""
     cpu, columns = hidden.device.type == "cpu", len(weight)
     chunk = max(1, (CPU_CHUNK if cpu else OTHER_CHUNK) // columns)
-    some = max(1, CPU_PIECE // columns) if cpu else chunk
+    some = max(1, (CPU_PIECE if cpu else OTHER_PIECE) // columns)
     for start in range(0, len(hidden), chunk):
         rows = slice(start, min(start + chunk, len(hidden)))
         count = rows.stop - start

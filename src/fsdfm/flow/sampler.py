@@ -55,7 +55,9 @@ class WholeSequences:
     def hidden(self, x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
         """See `Sampled`."""
         wanted, place = torch.unique_consecutive(rows // x.shape[1], return_inverse=True)
-        times, steps = (torch.full((len(wanted),), v, device=x.device) for v in (t, h))
+        times, steps = (
+            torch.full((len(wanted),), v, dtype=torch.float32, device=x.device) for v in (t, h)
+        )
         return self.model.body(x[wanted], times, steps)[place, rows % x.shape[1]]
 
     def head(self, rows: Tensor) -> Tensor:

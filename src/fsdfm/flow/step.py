@@ -25,8 +25,8 @@ DRAW_BLOCK = 64
 """Tokens whose weights are summed before a draw looks at them one by one."""
 CPU_LOGITS, OTHER_LOGITS = 2**23, 2**28
 """Logits that exist at a time on a CPU, and on any other device."""
-CPU_WEIGHTS = 2**21
-"""Weights that are drawn from at a time on a CPU: their several copies stay in its cache."""
+CPU_WEIGHTS, OTHER_WEIGHTS = 2**21, 2**26
+"""Weights that are drawn from at a time: on a CPU their several copies stay in its cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
         Token ids, int64, shape (N,).
     """
     whole = weights.shape[1] // DRAW_BLOCK * DRAW_BLOCK
-    blocks = weights[:, :whole].reshape(len(weights), -1, DRAW_BLOCK)
+    blocks = weights[:, :whole].reshape(len(weights), whole // DRAW_BLOCK, DRAW_BLOCK)
     blocks = blocks.sum(-1, dtype=torch.float64)
     tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
     block, rest = _invert(torch.cat((blocks, tail), -1), u)
@@ -237,7 +237,7 @@ def advance(
     """
     x, cpu = x_t.flatten().clone(), x_t.device.type == "cpu"
     chunk = max(1, (CPU_LOGITS if cpu else OTHER_LOGITS) // vocab_size)
-    some = max(1, CPU_WEIGHTS // vocab_size) if cpu else chunk
+    some = max(1, (CPU_WEIGHTS if cpu else OTHER_WEIGHTS) // vocab_size)
     for start in range(0, len(rows), chunk):
         block = logits(slice(start, start + chunk))
         for first in range(0, len(block), some):

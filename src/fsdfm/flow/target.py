@@ -52,8 +52,8 @@ class Jumper:
     generator: torch.Generator
 
     def hidden(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """Final hidden rows, (B, L, D)."""
-        return self.model.body(x, t.float(), h.float())
+        """Final hidden rows, (B, L, D), float32: means of bfloat16 rows would lose digits."""
+        return self.model.body(x, t.float(), h.float()).float()
 
     def jump(self, x: Tensor, hidden: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """The state after a step of size h from (x, t), whose hidden rows are given; (B, L)."""

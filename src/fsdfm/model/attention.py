@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 SCORES_AT_ONCE = 2**21
-"""Scores that exist at a time: 4 MB."""
+"""Scores that exist at a time: 4 MB (or those of one head, where they are more)."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,6 +51,7 @@ class _Products(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, y = ctx.saved_tensors
         scale = q.shape[-1] ** -0.5

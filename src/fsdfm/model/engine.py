@@ -2,7 +2,8 @@
 
 All sequences of a sampler's step share t and h. So the condition is one row; a layer norm, its
 weight and the modulation after it are one layer norm; weights are in the format of the products
-from the start; and the last block, once it has its keys and values, runs on the rows that may move.
+from the start; and the last block, once it has its keys and values, runs on the rows that may move
+(where a sequence passes alone).
 
 Shapes: B sequences, L positions, N rows (some of the B L positions), D hidden, H heads of width d.
 """
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.model.attention import attend
+from fsdfm.model.int8 import int8_linear
 from fsdfm.model.transformer import Block, Transformer, fuse
 
 ROWS_AT_ONCE = 512
@@ -34,14 +36,17 @@ class Engine:
 
     Args:
         model: the network, on the device to run on.
-        dtype: of the matrix products.
+        dtype: of the matrix products; int8 (on a CPU with `has_int8`) rounds what goes into linear
+            layers to 8 bits, and does the rest in bfloat16.
     """
 
     def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
-        self.model, self.dtype = model, dtype
+        self.model = model
         self.device = model.vocab_embed.weight.device
-        self.layers = [_Layer(b, dtype) for b in model.blocks if isinstance(b, Block)]
-        self.head_weight, self.head_bias = _cast(model.output_layer.linear, dtype)
+        self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+        self.layers = [_Layer(block, dtype) for block in model.blocks]
+        head = model.output_layer.linear
+        self._head = _linear(head.weight, head.bias, dtype)
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
 
@@ -77,12 +82,13 @@ class Engine:
     @torch.no_grad()
     def head(self, rows: Tensor) -> Tensor:
         """Logits of hidden rows, (N, D) -> (N, V), or V + 1 columns with the mask source."""
-        return F.linear(rows, self.head_weight, self.head_bias)
+        return self._head(rows)
 
     def _modulations(self, t: float, h: float) -> tuple[list[_Modulation], NormWeights]:
         """What (t, h) makes of every block, and of the final norm."""
-        times = torch.tensor([[t], [h]], dtype=torch.float32, device=self.device)
-        c = self.model.condition(times[0], times[1])
+        # Filled in place: copies from the host would be waited for.
+        times = (torch.full((1,), v, dtype=torch.float32, device=self.device) for v in (t, h))
+        c = self.model.condition(*times)
         output = self.model.output_layer
         shift, scale = output.adaLN_modulation(fuse(output.condition_fuser, c))[0].chunk(2)
         final = (output.norm_final.weight * (1.0 + scale), shift)
@@ -125,15 +131,18 @@ class _Modulation:
 
 
 class _Layer:
-    """A block's weights in the format of the products; q, k and v in one."""
+    """A block's linear layers as the engine runs them; q, k and v are one."""
 
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(block, Block)
         self.block, self.heads = block, block.heads
-        self.qkv = torch.cat([_cast(w, dtype)[0] for w in (block.qw, block.kw, block.vw)])
-        self.attn_out, _ = _cast(block.attn_out, dtype)
+        qkv = torch.cat([linear.weight for linear in (block.qw, block.kw, block.vw)])
         up, down = block.mlp[0], block.mlp[2]
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        self.up, self.down = _gelu_linear(*_cast(up, dtype)), _cast(down, dtype)
+        self.qkv = _linear(qkv, None, dtype)
+        self.out = _linear(block.attn_out.weight, None, dtype)
+        self.up = _gelu_linear(up.weight, up.bias, dtype)
+        self.down = _linear(down.weight, down.bias, dtype)
 
     def modulation(self, c: Tensor) -> _Modulation:
         """The block's share of a condition, (1, C)."""
@@ -151,28 +160,29 @@ class _Layer:
     def project(self, x: Tensor) -> list[Tensor]:
         """Queries, keys and values, each (B, L, H, d)."""
         batch, length, _ = x.shape
-        return list(F.linear(x, self.qkv).view(batch, length, 3, self.heads, -1).unbind(2))
-
-    def out(self, x: Tensor) -> Tensor:
-        """What attention adds, (B, L, D)."""
-        return F.linear(x, self.attn_out)
+        return list(self.qkv(x).view(batch, length, 3, self.heads, -1).unbind(2))
 
     def mlp(self, x: Tensor) -> Tensor:
         """What the MLP adds, (B, L, D)."""
-        return F.linear(self.up(x), *self.down)
+        return self.down(self.up(x))
 
 
-def _cast(linear: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weight and bias (zeros for none) of a linear layer in the format of the products."""
-    bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-    return linear.weight.detach().to(dtype), bias.detach().to(dtype)
+def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """x -> W x + b in the format of the products."""
+    if dtype == torch.int8:
+        return int8_linear(weight, bias, torch.bfloat16)
+    w, b = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
+    return lambda x: F.linear(x, w, b)
 
 
-def _gelu_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
+def _gelu_linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """x -> tanh-GELU(W x + b), in one pass where oneDNN is there: on its own it is a third of W x.
 
     oneDNN's fused product is what torch.compile calls, too; it has no public name.
     """
+    if dtype == torch.int8:
+        return int8_linear(weight, bias, torch.bfloat16, gelu=True)
+    weight, bias = (p.detach().to(dtype) for p in (weight, bias))
 
     def plain(x: Tensor) -> Tensor:
         return F.gelu(F.linear(x, weight, bias), approximate="tanh")
@@ -186,7 +196,7 @@ def _gelu_linear(weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
         fused(weight.new_zeros(1, weight.shape[1]))
-    except (RuntimeError, AttributeError, NotImplementedError):  # no oneDNN, or another PyTorch
+    except (RuntimeError, AttributeError):  # no oneDNN, or another PyTorch
         return plain
     return fused
 

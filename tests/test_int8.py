@@ -1,0 +1,127 @@
+"""Products in 8 bits: within the bounds of their rounding, and refused where they would not run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fsdfm.app import device as device_module
+from fsdfm.app.device import pick_dtype
+from fsdfm.errors import ConfigError
+from fsdfm.model import int8
+from fsdfm.model.engine import Engine
+from fsdfm.model.int8 import has_int8, int8_linear
+from fsdfm.model.transformer import ModelConfig, Transformer
+
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU has no fast 8-bit products")
+
+
+def case(rows: int, inputs: int, outputs: int, shift: float = 0.0) -> tuple[Tensor, ...]:
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn((rows, inputs), generator=draw) + shift
+    weight = torch.randn((outputs, inputs), generator=draw) * torch.rand(outputs, 1, generator=draw)
+    return x, weight, torch.randn(outputs, generator=draw)
+
+
+@needs_int8
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(1, 16, 5), (70, 48, 33), (9, 200, 64)])
+@pytest.mark.parametrize("shift", [0.0, 5.0, -5.0])
+@pytest.mark.parametrize("at_once", [1, 400, 2**18])
+def test_products_err_no_more_than_their_rounding(
+    rows: int,
+    inputs: int,
+    outputs: int,
+    shift: float,
+    at_once: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(int8, "NUMBERS_AT_ONCE", at_once)
+    x, weight, bias = case(rows, inputs, outputs, shift)
+    found = int8_linear(weight, bias, torch.float32)(x).double()
+    # Each input is off by half a step at most, and each weight; zero is exact.
+    step_x = (max(float(x.max()), 0.0) - min(float(x.min()), 0.0)) / int8.STEPS
+    step_w = weight.abs().amax(1).double() / int8.LEVELS
+    bound = step_x / 2 * weight.double().abs().sum(1)
+    bound = bound + step_w / 2 * (x.double().abs() + step_x / 2).sum(1, keepdim=True)
+    error = (found - F.linear(x.double(), weight.double(), bias.double())).abs()
+    assert (error <= 1.001 * bound + 1e-5).all()
+    assert error.max() > 1e-4  # it did round
+
+
+@needs_int8
+def test_gelu_follows_where_it_is_asked_for() -> None:
+    x, weight, bias = case(20, 48, 33)
+    plain = int8_linear(weight, bias, torch.float32)(x)
+    found = int8_linear(weight, bias, torch.float32, gelu=True)(x)
+    torch.testing.assert_close(found, F.gelu(plain, approximate="tanh"), rtol=1e-3, atol=1e-4)
+
+
+@needs_int8
+def test_odd_inputs_are_no_trouble() -> None:
+    _, weight, bias = case(1, 16, 5)
+    product = int8_linear(weight, bias, torch.float32)
+    torch.testing.assert_close(product(torch.zeros(3, 16)), bias.expand(3, 5))
+    assert product(torch.ones(2, 3, 16)).shape == (2, 3, 5)
+    torch.testing.assert_close(
+        product(torch.ones(1, 16))[0], weight.sum(1) + bias, rtol=0.1, atol=0.1
+    )
+    silent = int8_linear(torch.zeros(5, 16), bias, torch.float32)
+    torch.testing.assert_close(silent(torch.ones(2, 16)), bias.expand(2, 5))
+
+
+@needs_int8
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_engine_in_8_bits_says_nearly_what_the_network_says(batch: int) -> None:
+    config = ModelConfig(83, 48, blocks=3, heads=3, cond_size=16, step_embedding="log2")
+    torch.manual_seed(2)
+    model = Transformer(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    x = torch.randint(83, (batch, 40))
+    rows = torch.arange(0, x.numel(), 3)
+    exact, ours = Engine(model, torch.float32), Engine(model, torch.int8)
+    truth = exact.head(exact.hidden(x, 0.3, 0.125, rows))
+    found = ours.head(ours.hidden(x, 0.3, 0.125, rows))
+    assert found.dtype == torch.bfloat16
+    error = (found.float() - truth).norm() / truth.norm()
+    assert 0.001 < error < 0.05
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_int8_is_for_cpus(kind: str) -> None:
+    with pytest.raises(ConfigError, match="precision int8 needs a CPU"):
+        pick_dtype("int8", torch.device(kind))
+
+
+def test_int8_is_refused_where_it_would_not_be_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "has_int8", lambda: False)
+    with pytest.raises(ConfigError, match="precision int8 needs a CPU"):
+        pick_dtype("int8", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("features", [{}, {"avx512_bf16": True}])
+def test_a_cpu_without_vnni_or_amx_has_no_int8(
+    features: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    assert not has_int8()
+
+
+def test_a_pytorch_without_the_operators_has_no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+
+    def missing(*_: object) -> Tensor:
+        raise RuntimeError("qlinear: not available")
+
+    monkeypatch.setattr(int8, "int8_linear", missing)
+    assert not has_int8()
+
+
+def test_precisions_by_name() -> None:
+    cpu = torch.device("cpu")
+    assert pick_dtype("float32", cpu) == torch.float32
+    assert pick_dtype("bfloat16", cpu) == torch.bfloat16
+    with pytest.raises(ConfigError, match="precision must be one of float32, bfloat16, int8, got"):
+        pick_dtype("fp8", cpu)

@@ -71,6 +71,14 @@ def test_the_step_size_and_the_time_are_heard() -> None:
     assert (ours.hidden(x, T + 0.2, H, rows) - here).abs().max() > 0.01
 
 
+def test_a_step_smaller_than_training_shows_is_told_as_the_smallest() -> None:
+    model, x, rows = network(), tokens(1, 9), torch.arange(9)
+    ours = Engine(model, torch.float32)
+    smallest = ours.hidden(x, T, 2.0**-10, rows)
+    assert torch.equal(ours.hidden(x, T, 2.0**-20, rows), smallest)
+    assert not torch.equal(ours.hidden(x, T, 2.0**-9, rows), smallest)
+
+
 @pytest.mark.parametrize("source", ["uniform", "mask"])
 def test_logits_are_the_networks(source: str) -> None:
     model = network(source=source)

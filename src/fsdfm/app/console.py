@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fsdfm.app.config import TrainArgs
 from fsdfm.app.live import printable
-from fsdfm.flow.grid import even_grid
+from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
@@ -130,7 +130,7 @@ class TrainingConsole:
         states = sample(
             WholeSequences(ema),
             x_0.to(device),
-            even_grid(self.generation["steps"]),
+            GRIDS[self.generation.get("grid", "even")](self.generation["steps"]),
             noise,
             vocab_size=config.vocab_size,
             schedule=Polynomial(config.schedule_power),

@@ -202,9 +202,9 @@ class Generator:
             movers: how the positions that move in a step are chosen.
             grid: the times of the calls: evenly spaced, or long steps first and short ones last.
             prompt: text that every sample starts with; it is kept as it is.
-            batch_size: texts made together. More than 1 pays on a GPU only. The noise stays the
-                same, but products over a batch round otherwise, so in bfloat16 a text may differ
-                from the one made alone.
+            batch_size: texts made together. It pays on a GPU, and for short texts. The noise stays
+                the same, but where several texts share a product (on a CPU: texts of 256 tokens
+                or fewer) it rounds otherwise, so a text may differ from the one made alone.
 
         Returns:
             The texts, with their cost.

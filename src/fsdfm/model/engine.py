@@ -21,6 +21,8 @@ from fsdfm.model.attention import attend
 from fsdfm.model.int8 import int8_linear
 from fsdfm.model.transformer import Block, Transformer, fuse
 
+SMALLEST_STEP = 2.0**-10
+"""Training shows no smaller step; a grid may have some, and the network is told this one."""
 ROWS_AT_ONCE = 512
 """Positions that pass the blocks together on a CPU: more are no faster, and take more memory."""
 
@@ -57,7 +59,7 @@ class Engine:
         Args:
             x: token ids, int64, shape (B, L).
             t: time of all sequences, in [0, 1].
-            h: step size of all sequences, in (0, 1].
+            h: step size of all sequences, in (0, 1]; less than SMALLEST_STEP is told as that.
             rows: which of the B L positions, ascending, int64, shape (N,).
 
         Returns:
@@ -87,7 +89,10 @@ class Engine:
     def _modulations(self, t: float, h: float) -> tuple[list[_Modulation], NormWeights]:
         """What (t, h) makes of every block, and of the final norm."""
         # Filled in place: copies from the host would be waited for.
-        times = (torch.full((1,), v, dtype=torch.float32, device=self.device) for v in (t, h))
+        times = (
+            torch.full((1,), value, dtype=torch.float32, device=self.device)
+            for value in (t, max(h, SMALLEST_STEP))
+        )
         c = self.model.condition(*times)
         output = self.model.output_layer
         shift, scale = output.adaLN_modulation(fuse(output.condition_fuser, c))[0].chunk(2)

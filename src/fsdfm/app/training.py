@@ -109,7 +109,8 @@ def distill(args: DistillArgs) -> bool:
         raise ConfigError(
             f"--context-length {length} is more than the teacher's {config.context_length}."
         )
-    defaults = {"steps": 8, "step": args.target_rule}
+    # Late: 14 to 23 % less perplexity at 2 to 8 steps, 4 to 12 % of it at equal entropy (LOG.md).
+    defaults = {"steps": 8, "step": args.target_rule, "grid": "late"}
     return _train(args, settings, store, model, objective, length, defaults)
 
 

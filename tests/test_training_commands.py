@@ -192,7 +192,7 @@ def test_a_student_starts_from_its_teacher_and_remembers_how_to_be_sampled(
     args = distill_args(data, tmp_path / "run", teacher, learning_rate=1e-9, target_rule="euler")
     assert distill(args)
     student, start = load_pretrained(tmp_path / "run"), load_pretrained(teacher)
-    assert student.generation == {"steps": 8, "step": "euler"}
+    assert student.generation == {"steps": 8, "step": "euler", "grid": "late"}
     assert student.model.config.step_embedding == "log2"
     x = torch.arange(LENGTH)[None]
     t, h = torch.tensor([0.3]), torch.tensor([0.5])

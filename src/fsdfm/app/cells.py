@@ -221,7 +221,7 @@ class Cells:
             "dtype": str(generator.dtype).removeprefix("torch."),
             "step": self.args.step or defaults["step"],
             "movers": "independent" if paper else defaults["movers"],
-            "grid": "even" if paper else defaults["grid"],
+            "grid": self.args.grid or ("even" if paper else defaults["grid"]),
             "top_p": 1.0 if paper else defaults["top_p"],
         }
 

@@ -207,6 +207,11 @@ class EvaluateArgs:
         arg(metavar="{exact,published,euler}", help_behavior_hint="(default: each model's own)"),
     ] = None
     """Step rule of the sampler."""
+    grid: Annotated[
+        Literal["even", "late"] | None,
+        arg(metavar="{even,late}", help_behavior_hint="(default: each model's own)"),
+    ] = None
+    """Times of the model calls: evenly spaced, or long steps first and short ones last."""
     preset: Annotated[
         Literal["paper"] | None, arg(metavar="{paper}", help_behavior_hint="(optional)")
     ] = None

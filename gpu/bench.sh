@@ -6,7 +6,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to a folder for the results}
-export PYTHONPATH=$PWD/src
+export PYTHONPATH=$PWD/src:$PWD/runs/packages
+mkdir -p "$out"
 read -ra batches <<<"${BATCHES:-1 2 4 8 16 32 64}"
 read -ra steps <<<"${STEPS:-1 2 4 8}"
 read -ra shapes <<<"${SHAPES:-0.17B 1.3B}"

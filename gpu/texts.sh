@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to a folder for the results}
-export PYTHONPATH=$PWD/src
+export PYTHONPATH=$PWD/src:$PWD/runs/packages
+mkdir -p "$out"
 for steps in ${STEPS:-1 2 4 8 16 64 1024}; do
   python3 -m fsdfm generate ${MODEL:+--model "$MODEL"} --device "${DEVICE:-cuda}" --json \
     --steps "$steps" --num-samples "${SAMPLES:-64}" --batch-size "${BATCH:-64}" --temperature 1 \

@@ -8,7 +8,8 @@ device=${DEVICE:-cuda}
 out=${OUT:?set OUT to a folder for the results}
 steps=${STEPS:-20000}
 work=runs/gpu
-export PYTHONPATH=$PWD/src
+export PYTHONPATH=$PWD/src:$PWD/runs/packages
+mkdir -p "$out"
 common=(--data "$work/data" --device "$device" --batch-size "${BATCH:-32}")
 python3 -m fsdfm pretrain "${common[@]}" --out "$work/teacher" --preset "${PRESET:-small}" \
   --context-length 1024 --steps "$steps" --learning-rate 1e-3 --warmup-steps $((steps / 20))

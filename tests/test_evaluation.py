@@ -18,7 +18,7 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 
-from fsdfm.app.cells import Cell, hidden_positions
+from fsdfm.app.cells import Cell, Cells, hidden_positions
 from fsdfm.app.config import EvaluateArgs
 from fsdfm.app.evaluation import Parts, evaluate
 from fsdfm.app.generator import load
@@ -105,6 +105,30 @@ def test_there_is_a_row_for_every_model_task_budget_and_temperature(report: Repo
         "human text",
         "human text",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "grids"),
+    [
+        ({}, ("even", "late")),
+        ({"grid": "late"}, ("late", "late")),
+        ({"preset": "paper"}, ("even", "even")),
+        ({"preset": "paper", "grid": "late"}, ("late", "late")),
+    ],
+)
+def test_the_grid_is_the_one_asked_for_else_the_models_own(
+    changes: dict[str, Any], grids: tuple[str, str], place: Path, tmp_path: Path
+) -> None:
+    places = tmp_path / "teacher", tmp_path / "student"
+    for name in places:
+        shutil.copytree(place / name.name, name)
+    (places[1] / "generation.json").write_text('{"grid": "late"}')
+    generators = {name.name: load(name, device="cpu") for name in places}
+    args = arguments(place, tmp_path / "out", **changes).resolved()
+    cells = Cells(args, generators, HeldOut.open(place / "heldout.jsonl"))
+    assert tuple(cells.models[name]["grid"] for name in ("teacher", "student")) == grids
+    cell = next(c for c in cells.all() if (c.name, c.steps) == ("student", 3))
+    assert cell.facts["grid"] == grids[1]
 
 
 def test_only_generated_tokens_are_counted_and_judged(report: Report) -> None:

@@ -124,7 +124,7 @@ def test_the_grid_is_the_one_asked_for_else_the_models_own(
         shutil.copytree(place / name.name, name)
     (places[1] / "generation.json").write_text('{"grid": "late"}')
     generators = {name.name: load(name, device="cpu") for name in places}
-    args = arguments(place, tmp_path / "out", **changes).resolved()
+    args = arguments(place, tmp_path / "out", length=48, **changes).resolved()
     cells = Cells(args, generators, HeldOut.open(place / "heldout.jsonl"))
     assert tuple(cells.models[name]["grid"] for name in ("teacher", "student")) == grids
     cell = next(c for c in cells.all() if (c.name, c.steps) == ("student", 3))

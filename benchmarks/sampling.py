@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row, report, write_report
-from fsdfm.bench.harness import MALLOC, Worker, machine, measure, say, specs_for, started
+from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
 from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SIDES, Job, runnable, shape, sides_for
 from fsdfm.errors import FsdfmError
 from fsdfm.flow.step import STEP_RULES
@@ -60,18 +60,6 @@ def repeats_of(words: list[str], sides: list[str]) -> dict[str, int]:
     return {side: found[side] for side in sides}
 
 
-def measured(
-    workers: list[Worker], job: Job, repeats: dict[str, int], args: argparse.Namespace
-) -> list[Row]:
-    """Rows of one job; errors are told at once."""
-    print(f"{workers[0].spec.shape}, malloc {workers[0].spec.malloc}, {job}", file=sys.stderr)
-    rows = measure(workers, job, repeats, peak_tflops=args.peak_tflops, progress=say)
-    for row in rows:
-        if row.error is not None:
-            print(f"error: {row.error}", file=sys.stderr)
-    return rows
-
-
 def main() -> int:
     args = parse()
     device = pick_device(args.device)
@@ -90,12 +78,12 @@ def main() -> int:
                 for batch in args.batches:
                     for steps in args.steps:
                         job = Job(batch, args.length, steps, args.rule)
-                        rows += measured(workers, job, repeats, args)
+                        rows += measure_aloud(workers, job, repeats, args.peak_tflops)
                         write_report(args.out, facts, rows)
                 engines = [worker for worker in workers if worker.spec.side == "engine"]
                 if args.many and engines:
                     job = Job(1, args.length, args.many, args.rule)
-                    rows += measured(engines, job, {"engine": 1}, args)
+                    rows += measure_aloud(engines, job, {"engine": 1}, args.peak_tflops)
                     write_report(args.out, facts, rows)
     print(report(facts, rows))
     return int(any(row.error is not None for row in rows))

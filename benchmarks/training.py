@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row, report, write_report
-from fsdfm.bench.harness import MALLOC, machine, measure, say, specs_for, started
+from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
 from fsdfm.bench.sides import Job, sides_for
 from fsdfm.errors import FsdfmError
 from fsdfm.model.transformer import ModelConfig
@@ -75,16 +75,9 @@ def main() -> int:
         for text in cases:
             config, job = case(text, args.updates)
             for malloc in args.malloc:
-                print(f"{task} {text}, malloc {malloc}", file=sys.stderr)
                 specs = specs_for(task, sides, text, config, str(device), dtype, malloc)
                 with started(specs, args.patience) as workers:
-                    new = measure(
-                        workers, job, args.repeats, peak_tflops=args.peak_tflops, progress=say
-                    )
-                for row in new:
-                    if row.error is not None:
-                        print(f"error: {row.error}", file=sys.stderr)
-                rows += new
+                    rows += measure_aloud(workers, job, args.repeats, args.peak_tflops)
                 write_report(args.out, facts, rows)
     print(report(facts, rows))
     return int(any(row.error is not None for row in rows))

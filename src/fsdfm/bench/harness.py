@@ -282,6 +282,22 @@ def measure(
     return [_row(sides[side], job, tally, base, peak_tflops) for side, tally in tallies.items()]
 
 
+def measure_aloud(
+    workers: Sequence[Worker],
+    job: Job,
+    repeats: int | Mapping[str, int],
+    peak_tflops: float | None = None,
+) -> list[Row]:
+    """As `measure`, with what is done, and what failed, as lines on stderr."""
+    spec = workers[0].spec
+    print(f"{spec.task}, {spec.shape}, malloc {spec.malloc}, {job}", file=sys.stderr)
+    rows = measure(workers, job, repeats, peak_tflops=peak_tflops, progress=say)
+    for row in rows:
+        if row.error is not None:
+            print(f"error: {row.error}", file=sys.stderr)
+    return rows
+
+
 def _ask(worker: Worker, do: str, job: Job, tally: _Tally) -> None:
     reply = worker.ask(do, job, seed=len(tally.seconds) + 1)
     if do == "time":

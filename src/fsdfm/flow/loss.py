@@ -35,6 +35,10 @@ PositionLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(logits (N, V), x_t (N,), x_1 (N,), g (N,)) -> nats (N,)."""
 
 
+Divergence = Callable[[Tensor, Tensor], Tensor]
+"""(target probabilities (N, V), logits (N, V)) -> nats of each row (N,)."""
+
+
 class TrainableModel(Protocol):
     """What losses need of a network."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fsdfm.flow.loss import (
     LATEST_TIME,
+    Divergence,
     PositionLoss,
     RowLoss,
     TrainableModel,
@@ -46,10 +47,23 @@ class Objective(Protocol):
         Args:
             model: the network in training.
             ema: its moving average; no gradient flows into it.
-            x_1: data, int64, shape (B, L).
+            x_1: data, int64, shape (B, L); or coupled pairs (x_0, x_1), shape (B, 2, L).
             generator: the only source of randomness, on the device of x_1.
         """
         ...
+
+
+def path_ends(batch: Tensor, source: Source, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """x_0 and x_1, int64, (B, L): those of coupled pairs (B, 2, L), or fresh noise for data (B, L).
+
+    Pairs that a model drew from x_0 are *rectified couplings*: few of its steps are then lost to
+    drawing positions independently.
+
+    Source: ReDi, arXiv 2507.15897.
+    """
+    if batch.dim() == 3:
+        return batch[:, 0], batch[:, 1]
+    return source.draw(tuple(batch.shape), generator), batch
 
 
 def stratified(count: int, generator: torch.Generator) -> Tensor:
@@ -73,7 +87,7 @@ class Pretrain:
     ) -> dict[str, Tensor]:
         """See `Objective`."""
         t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
-        x_0 = self.source.draw(tuple(x_1.shape), generator)
+        x_0, x_1 = path_ends(x_1, self.source, generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
         h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
         return {
@@ -117,6 +131,8 @@ class Distill:
     """Chance of h = 1, 1/2, ..., 1/1024, shape (11,)."""
     position_loss: PositionLoss = generalized_kl
     """Path loss of one position, for the rows at the smallest h."""
+    divergence: Divergence = kl
+    """Between target and student, for the other rows."""
 
     def loss(
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
@@ -124,7 +140,7 @@ class Distill:
         """See `Objective`."""
         batch = x_1.shape[0]
         t, h = self._times(batch, generator)
-        x_0 = self.source.draw(tuple(x_1.shape), generator)
+        x_0, x_1 = path_ends(x_1, self.source, generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
         small = h <= 2.0**-SMALLEST_EXPONENT
         parts: dict[str, Tensor] = {}
@@ -178,6 +194,6 @@ class Distill:
         def loss(rows: slice) -> RowLoss:
             with torch.no_grad():
                 logits = target.logits(ema, rows, vocab_size)
-            return lambda student, piece: kl(target.mix(logits, rows, piece), student)
+            return lambda student, piece: self.divergence(target.mix(logits, rows, piece), student)
 
         return mean_over_rows(model, hidden, loss, vocab_size)

@@ -1,0 +1,544 @@
+"""Which recipe distils the best student? One teacher, many students, equal compute.
+
+    python benchmarks/study.py --out runs/study --language prose --teacher TEACHER --data DATA
+    python benchmarks/study.py --out runs/study --language markov --teacher-run runs/markov/teacher
+
+trains every recipe of RECIPES (or those named by --recipes) from one teacher, with the project's own
+objectives and loop, judges its samples at few steps and two temperatures, and prints one table:
+the ratio of its perplexity to that of the teacher's 1,024 steps, at the teacher's entropy.
+
+Equal compute: a forward pass of one sequence is 1, its backward pass 2; every recipe makes as many
+updates as --budget allows (1 of it is one batch forward). Drawing the pairs of rectified couplings comes
+on top, and is printed.
+
+  prose   perplexity by the offline judge, entropy of each text's own token histogram
+  markov  the true likelihood of the chain of benchmarks/markov.py, entropy of its 3-grams
+
+At matched entropy: ln perplexity is linear in the entropy between the two temperatures; beyond them
+the line is drawn on, and the cell is marked with *.
+
+Models and samples that exist are kept: run the same command again to go on, and several at once with
+other --recipes, --seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import markov
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.eval.judge import load_judge
+from fsdfm.eval.metrics import histogram_entropy_nats
+from fsdfm.flow.grid import late_grid
+from fsdfm.flow.loss import POSITION_LOSSES, kl
+from fsdfm.flow.path import UniformSource
+from fsdfm.flow.sampler import Drawing, Noise, Sampled, WholeSequences, sample
+from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.flow.target import TARGETS
+from fsdfm.model.engine import Engine
+from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.transformer import Transformer, student_from_teacher
+from fsdfm.text.packing import TokenStore
+from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.objective import Distill, even_weights, published_weights
+
+TARGET_EVALUATIONS = {"rk4": 4, "rk2": 2, "semigroup": 2}
+MANY = 1024
+"""Steps of the teacher that students are compared with."""
+
+
+def reverse_kl(target: Tensor, logits: Tensor) -> Tensor:
+    """KL(softmax(logits) || target), nats, (N,)."""
+    log_p = logits.log_softmax(-1)
+    return (log_p.exp() * (log_p - target.clamp_min(1e-30).log())).sum(-1)
+
+
+def jensen_shannon(target: Tensor, logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence, nats, (N,)."""
+    p = logits.softmax(-1)
+    middle = ((p + target) / 2).clamp_min(1e-30).log()
+    ours = (p * (p.clamp_min(1e-30).log() - middle)).sum(-1)
+    return (ours + (target * (target.clamp_min(1e-30).log() - middle)).sum(-1)) / 2
+
+
+def total_variation(target: Tensor, logits: Tensor) -> Tensor:
+    """Half of the summed differences, (N,)."""
+    return (logits.softmax(-1) - target).abs().sum(-1) / 2
+
+
+DIVERGENCES = {
+    "kl": kl,
+    "reverse_kl": reverse_kl,
+    "jensen_shannon": jensen_shannon,
+    "total_variation": total_variation,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to make a student."""
+
+    target: str = "rk4"
+    rule: str = "published"
+    """Of the jumps inside the target."""
+    share: float = 0.25
+    """Of rows at the smallest step: path loss. The others are even, or 1/h where share is 0."""
+    embedding: str = "log2"
+    divergence: str = "kl"
+    path_loss: str = "cross_entropy"
+    ema: float = 0.998
+    learning_rate: float = 1.0
+    """Times the language's own."""
+    pairs: bool = False
+    """Rectified couplings instead of data with fresh noise."""
+    scratch: bool = False
+    """Fresh weights instead of the teacher's."""
+    sampler: str = "exact"
+    power: float = 2.0
+    """Of the grid that the samples are drawn on; 1 is even."""
+
+    def weights(self) -> Tensor:
+        """Chance of h = 1, 1/2, ..., 1/1024."""
+        return even_weights(self.share) if self.share else published_weights()
+
+    def updates(self, budget: int) -> int:
+        """As many as `budget` batches forward pay for."""
+        small = float(self.weights()[-1])
+        cost = 3.0 + (1.0 - small) * TARGET_EVALUATIONS[self.target]
+        return round(budget / cost)
+
+
+RECIPES = {
+    # The faithful run of the published recipe; its sampler too.
+    "published": Recipe(
+        share=0.0,
+        embedding="raw",
+        path_loss="generalized_kl",
+        ema=0.9995,
+        sampler="published",
+        power=1.0,
+    ),
+    "published, cross-entropy": Recipe(share=0.0, embedding="raw", sampler="published", power=1.0),
+    "rk4": Recipe(),
+    # One factor at a time.
+    "target rk2": Recipe("rk2"),
+    "target semigroup": Recipe("semigroup", "exact"),
+    "jumps exact": Recipe(rule="exact"),
+    "embedding raw": Recipe(embedding="raw"),
+    "weights 1/h": Recipe(share=0.0),
+    "share .5": Recipe(share=0.5),
+    "share .75": Recipe(share=0.75),
+    "ema .99": Recipe(ema=0.99),
+    "ema .9995": Recipe(ema=0.9995),
+    "reverse kl": Recipe(divergence="reverse_kl"),
+    "jensen-shannon": Recipe(divergence="jensen_shannon"),
+    "total variation": Recipe(divergence="total_variation"),
+    "scratch": Recipe(scratch=True),
+    "rate x 3": Recipe(learning_rate=3.0),
+    # Together, and rectified couplings.
+    "path only": Recipe(share=1.0, learning_rate=3.0),
+    "path only, pairs": Recipe(share=1.0, learning_rate=3.0, pairs=True),
+    "semigroup, pairs": Recipe("semigroup", "exact", share=0.5, pairs=True),
+    "rk4, pairs": Recipe(share=0.5, pairs=True),
+    "share .5, rate x 3": Recipe(share=0.5, learning_rate=3.0),
+    "semigroup, share .5, rate x 3": Recipe("semigroup", "exact", share=0.5, learning_rate=3.0),
+}
+
+Row = dict[str, Any]
+
+
+class Language(Protocol):
+    """Where text, teacher and truth come from."""
+
+    teacher: Transformer
+    settings: TrainSettings
+    length: int
+
+    def batch(self, index: int) -> Tensor:
+        """Text, int64, (batch, length)."""
+        ...
+
+    def validation(self) -> Tensor:
+        """Other text."""
+        ...
+
+    def judge(self, x: Tensor) -> tuple[list[float], list[int], float]:
+        """Nats and tokens of each sample, and their entropy."""
+        ...
+
+
+class Prose:
+    """Packed text, and an offline language model as the judge."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.store, found = TokenStore.open(args.data), load_pretrained(args.teacher)
+        self.teacher, self.length = found.model, 256
+        self.tokenizer = Tokenizer.from_json(found.tokenizer_json)
+        self.sample_length, self.judge_name = 1024, args.judge
+        self.settings = TrainSettings(
+            steps=1,
+            batch_size=16,
+            learning_rate=3e-4,
+            warmup_steps=30,
+            ema_warmup=False,
+            seed=args.seed,
+            evaluate_every=1000,
+            checkpoint_every=100,
+        )
+        self._judge: Any = None
+
+    def batch(self, index: int) -> Tensor:
+        size, seed = self.settings.batch_size, self.settings.seed
+        return self.store.train.batch(index, batch_size=size, length=self.length, seed=seed)
+
+    def validation(self) -> Tensor:
+        return torch.stack([self.store.validation.block(i, self.length) for i in range(16)])
+
+    def judge(self, x: Tensor) -> tuple[list[float], list[int], float]:
+        if self._judge is None:
+            cpu = torch.device("cpu")
+            self._judge = load_judge(self.judge_name, device=cpu, dtype=preferred_dtype(cpu))
+        texts = [self.tokenizer.decode(row.tolist()) for row in x]
+        scores = [judged.score for judged in self._judge.judge(texts)]
+        entropy = float(np.mean([histogram_entropy_nats(row.tolist()) for row in x]))
+        return [s.nats for s in scores], [s.tokens for s in scores], entropy
+
+
+class Chain:
+    """The Markov language of benchmarks/markov.py, whose true likelihood is known."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.chain = markov.Chain.random(4, 0.3, 0.1, 0)
+        self.length = self.sample_length = 12
+        config = {"vocab_size": 4, "hidden_size": 64, "blocks": 2, "heads": 4, "cond_size": 64}
+        self.teacher = Transformer(markov.ModelConfig.from_dict({**config, "context_length": 12}))
+        tensors = load_file(args.teacher_run / "checkpoint.safetensors")
+        ema = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        self.teacher.load_state_dict(ema)
+        self.settings = TrainSettings(
+            steps=1,
+            batch_size=256,
+            learning_rate=1e-3,
+            ema_warmup=False,
+            seed=args.seed,
+            evaluate_every=100_000,
+            checkpoint_every=500,
+        )
+
+    def batch(self, index: int) -> Tensor:
+        seed = 1_000_003 * (self.settings.seed + 1) + index
+        return self.chain.draw(self.settings.batch_size, self.length, seed)
+
+    def validation(self) -> Tensor:
+        return self.chain.draw(128, self.length, seed=17)
+
+    def judge(self, x: Tensor) -> tuple[list[float], list[int], float]:
+        counts = markov.trigram_counts(x, self.chain.symbols).sum(0)
+        entropy, _ = markov.trigram_figures(counts, self.chain.trigrams.flatten())
+        nats = self.chain.nll(x) * self.length
+        return nats.tolist(), [self.length] * len(x), entropy
+
+
+LANGUAGES: dict[str, Callable[[argparse.Namespace], Prose | Chain]] = {
+    "prose": Prose,
+    "markov": Chain,
+}
+
+
+def drawn(
+    language: Prose | Chain, model: Transformer, steps: int, temperature: float, recipe: Recipe
+) -> Tensor:
+    """Samples of one model in one setting, int64, (samples, L): the same noise for all models."""
+    source = UniformSource(model.config.vocab_size)
+    noises: list[Noise]
+    sampled: Sampled
+    if isinstance(language, Prose):
+        noises = [Noise([1_000_000 + i]) for i in range(args_samples(language))]
+        sampled = Engine(model.eval(), preferred_dtype(torch.device("cpu")))
+    else:
+        noises = [markov.OneStream(args_samples(language), 0)]
+        sampled = WholeSequences(model.eval())
+    rows = []
+    for noise in noises:
+        *_, last = sample(
+            sampled,
+            noise.start(source, language.sample_length),
+            late_grid(steps, recipe.power),
+            noise,
+            vocab_size=source.vocab_size,
+            drawing=Drawing(STEP_RULES[recipe.sampler], temperature=temperature),
+        )
+        rows.append(last.x)
+    return torch.cat(rows)
+
+
+def args_samples(language: Prose | Chain) -> int:
+    """Samples of one row."""
+    return 8 if isinstance(language, Prose) else 4096
+
+
+class Pairs:
+    """Rectified couplings: x_0 and what the teacher made of it, drawn once and kept."""
+
+    def __init__(self, language: Prose | Chain, path: Path, count: int, steps: int) -> None:
+        self.size, self.seed = language.settings.batch_size, language.settings.seed
+        if not path.exists():
+            started, blocks = time.perf_counter(), []
+            for block in blocks_of_pairs(language, count, steps):
+                blocks.append(block)
+                done, seconds = sum(map(len, blocks)), time.perf_counter() - started
+                eta = seconds * (count / done - 1)
+                print(f"pairs: {done}/{count}, {seconds:.0f} s, ETA {eta:.0f} s", flush=True)
+            partial_path = path.with_suffix(".partial.npy")
+            np.save(partial_path, np.concatenate(blocks))
+            partial_path.replace(path)
+        self.all = torch.from_numpy(np.load(path).astype(np.int64))
+
+    def batch(self, index: int) -> Tensor:
+        """(batch, 2, L)."""
+        per_epoch = len(self.all) // self.size
+        epoch, place = divmod(index, per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.all))
+        return self.all[order[place * self.size : (place + 1) * self.size]]
+
+
+def blocks_of_pairs(language: Prose | Chain, count: int, steps: int) -> Iterator[Any]:
+    """Coupled pairs, uint16, (n, 2, L), by the exact rule on the late grid."""
+    source = UniformSource(language.teacher.config.vocab_size)
+    prose = isinstance(language, Prose)
+    model: Sampled = WholeSequences(language.teacher.eval())
+    if prose:
+        model = Engine(language.teacher.eval(), preferred_dtype(torch.device("cpu")))
+    size = 16 if prose else 4096
+    for first in range(0, count, size):
+        seeds = [2_000_000 + first + i for i in range(size)]
+        noise = Noise(seeds) if prose else markov.OneStream(size, seeds[0])
+        x_0 = noise.start(source, language.length)
+        *_, last = sample(model, x_0, late_grid(steps), noise, vocab_size=source.vocab_size)
+        yield torch.stack((x_0, last.x), 1).numpy().astype(np.uint16)
+
+
+class Watch:
+    """Prints the loss now and then, and keeps the average."""
+
+    ema: Transformer | None = None
+
+    def __init__(self, name: str) -> None:
+        self.name, self.started = name, time.perf_counter()
+
+    def advanced(self, step: int, steps: int, loss: float | None) -> None:
+        if loss is not None and step % 50 == 0:
+            seconds = time.perf_counter() - self.started
+            print(f"{self.name}: {step}/{steps} loss {loss:.4f} ({seconds:.0f} s)", flush=True)
+
+    def evaluated(self, record: dict[str, Any], ema: Transformer) -> None:
+        print(f"{self.name}: step {record['step']} ELBO {record['elbo_nats_per_token']:.4f}")
+
+    def saved(self, ema: Transformer) -> None:
+        self.ema = ema
+
+
+def student(
+    name: str, recipe: Recipe, language: Prose | Chain, args: argparse.Namespace
+) -> Transformer:
+    """The averaged network of one recipe, trained now or before."""
+    directory = args.out / args.language / f"{name} {args.seed}".replace("/", ":")
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    start = Transformer(language.teacher.config) if recipe.scratch else language.teacher
+    model = student_from_teacher(start, recipe.embedding)  # type: ignore[arg-type]
+    source = UniformSource(model.config.vocab_size)
+    batch = language.batch
+    if recipe.pairs:
+        path = args.out / args.language / "pairs.npy"
+        batch = Pairs(language, path, args.pairs, args.pair_steps).batch
+    settings = replace(
+        language.settings,
+        steps=recipe.updates(args.budget),
+        learning_rate=language.settings.learning_rate * recipe.learning_rate,
+        ema_decay=recipe.ema,
+    )
+    objective = Distill(
+        source,
+        Polynomial(),
+        TARGETS[recipe.target],
+        STEP_RULES[recipe.rule],
+        recipe.weights(),
+        POSITION_LOSSES[recipe.path_loss],
+        DIVERGENCES[recipe.divergence],
+    )
+    prose = isinstance(language, Prose)
+    dtype = preferred_dtype(pick_device("cpu")) if prose else torch.float32
+    device = torch.device("cpu")
+    task = Task(objective, source, Polynomial(), batch, language.validation(), device, dtype)
+    watch = Watch(name)
+    if not Run(directory, settings, task, watch).train(model):
+        raise SystemExit("Stopped: run the same command again to go on.")
+    if watch.ema is None:
+        tensors = load_file(directory / "checkpoint.safetensors")
+        model.load_state_dict(
+            {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+        )
+        return model.eval()
+    if isinstance(language, Prose):
+        defaults = {"steps": 8, "step": recipe.sampler, "grid": "late"}
+        saved = directory / "model"
+        json_text = language.store.tokenizer_json
+        save_pretrained(saved, watch.ema, tokenizer_json=json_text, generation=defaults)
+    return watch.ema
+
+
+def judged(
+    rows: list[Row],
+    facts: Row,
+    language: Prose | Chain,
+    model: Callable[[], Transformer],
+    recipe: Recipe,
+    path: Path,
+) -> None:
+    """One row of results.jsonl, unless it is there."""
+    if any(facts.items() <= row.items() for row in rows):
+        return
+    x = drawn(language, model(), facts["steps"], facts["temperature"], recipe)
+    nats, tokens, entropy = language.judge(x)
+    row = facts | {
+        "nats": sum(nats) / sum(tokens),
+        "nats_se": standard_error(nats, tokens),
+        "entropy": entropy,
+        "samples": len(x),
+    }
+    rows.append(row)
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def standard_error(nats: list[float], tokens: list[int]) -> float:
+    """Of pooled nats a token, over samples (linearised)."""
+    total, count = sum(tokens), len(nats)
+    mean = sum(nats) / total
+    residuals = [n - mean * t for n, t in zip(nats, tokens, strict=True)]
+    return math.sqrt(count / max(1, count - 1) * sum(r * r for r in residuals)) / total
+
+
+def at_entropy(swept: list[Row], entropy: float) -> tuple[float, bool]:
+    """Nats at an entropy on the line through the two nearest rows, and whether it is between them."""
+    if len(swept) == 1:
+        return swept[0]["nats"], False
+    low, high = sorted(sorted(swept, key=lambda r: abs(r["entropy"] - entropy))[:2], key=entropy_of)
+    span = high["entropy"] - low["entropy"]
+    if span <= 0.0:
+        return low["nats"], False
+    w = (entropy - low["entropy"]) / span
+    return (1 - w) * low["nats"] + w * high["nats"], 0.0 <= w <= 1.0
+
+
+def entropy_of(row: Row) -> float:
+    """For sorting."""
+    return float(row["entropy"])
+
+
+def table(rows: list[Row], budgets: list[int]) -> str:
+    """Ratios to the teacher's many steps at its entropy, and figures at temperature 1."""
+    (goal,) = [r for r in rows if r["model"] == "teacher" and r["steps"] == MANY][:1]
+    lines = [
+        f"Teacher at {MANY} steps: perplexity {math.exp(goal['nats']):.4g}, entropy "
+        f"{goal['entropy']:.3f}. Ratios to it, at its entropy (* beyond the temperatures drawn):",
+        "",
+        f"| student | seed | {' | '.join(f'{n} steps' for n in budgets)} |",
+        "|---|---" + "|---" * len(budgets) + "|",
+    ]
+    groups = dict.fromkeys((r["model"], r["seed"]) for r in rows)
+    for name, seed in groups:
+        cells = []
+        for steps in budgets:
+            swept = [
+                r for r in rows if (r["model"], r["seed"], r["steps"]) == (name, seed, steps)
+            ]
+            if not swept:
+                cells.append("")
+                continue
+            nats, inside = at_entropy(swept, goal["entropy"])
+            cells.append(f"{math.exp(nats - goal['nats']):.2f}{'' if inside else '*'}")
+        if any(cells):
+            lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows so far."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--language", choices=LANGUAGES, default="prose")
+    parser.add_argument("--teacher", type=Path, help="model directory (prose)")
+    parser.add_argument("--data", type=Path, help="prepared data (prose)")
+    parser.add_argument("--judge", default="smollm2")
+    parser.add_argument("--teacher-run", type=Path, help="run of benchmarks/markov.py (markov)")
+    parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--no-teacher", action="store_true", help="do not judge the teacher now")
+    parser.add_argument("--budget", type=int, default=1800, help="batches forward")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.9, 1.1])
+    parser.add_argument("--pairs", type=int, default=1536)
+    parser.add_argument("--pair-steps", type=int, default=32)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    language = LANGUAGES[args.language](args)
+    where = args.out / args.language
+    where.mkdir(parents=True, exist_ok=True)
+    path = where / "results.jsonl"
+    rows = read(path)
+    settings = list(itertools.product(args.budgets, args.temperatures))
+    for name in args.recipes:
+        recipe = RECIPES[name]
+        make = partial(student, name, recipe, language, args)
+        kept: list[Transformer] = []
+
+        def model(make: Any = make, kept: list[Transformer] = kept) -> Transformer:
+            if not kept:
+                kept.append(make())
+            return kept[0]
+
+        for steps, temperature in settings:
+            facts = {"model": name, "seed": args.seed, "steps": steps, "temperature": temperature}
+            facts |= {"budget": args.budget, "recipe": asdict(recipe)}
+            judged(rows, facts, language, model, recipe, path)
+    if not args.no_teacher:
+        plain = Recipe()
+        for steps, temperature in [*settings, (MANY, 1.0)]:
+            facts = {"model": "teacher", "seed": 0, "steps": steps, "temperature": temperature}
+            even = replace(plain, power=1.0) if steps == MANY else plain
+            judged(rows, facts, language, lambda: language.teacher, even, path)
+        print("\n" + table(read(path), args.budgets))
+
+
+if __name__ == "__main__":
+    main()

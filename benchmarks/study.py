@@ -24,6 +24,7 @@ other --recipes, --seed.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -57,9 +58,11 @@ from fsdfm.model.transformer import Transformer, student_from_teacher
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.loop import Run, Task, TrainSettings
-from fsdfm.train.objective import Distill, even_weights, published_weights
+from fsdfm.train.objective import Distill, Joint, Objective, even_weights, published_weights
 
 TARGET_EVALUATIONS = {"rk4": 4, "rk2": 2, "semigroup": 2}
+JOINT_HEAD_COST = 0.6
+"""Of a pass with the joint head, in passes without it, at the bundled shape."""
 MANY = 1024
 """Steps of the teacher that students are compared with."""
 
@@ -110,6 +113,10 @@ class Recipe:
     """Rectified couplings instead of data with fresh noise."""
     scratch: bool = False
     """Fresh weights instead of the teacher's."""
+    neighbours: int = 0
+    """R of a joint head, trained by its own path loss; 0: none."""
+    draws: int = 1
+    """Groups in which the sampler draws the movers of a call."""
     sampler: str = "exact"
     power: float = 2.0
     """Of the grid that the samples are drawn on; 1 is even."""
@@ -122,7 +129,7 @@ class Recipe:
         """As many as `budget` batches forward pay for."""
         small = float(self.weights()[-1])
         cost = 3.0 + (1.0 - small) * TARGET_EVALUATIONS[self.target]
-        return round(budget / cost)
+        return round(budget / (cost * (JOINT_HEAD_COST if self.neighbours else 1.0)))
 
 
 RECIPES = {
@@ -153,10 +160,15 @@ RECIPES = {
     "scratch": Recipe(scratch=True),
     "rate x 3": Recipe(learning_rate=3.0),
     # Together, and rectified couplings.
-    "path only": Recipe(share=1.0, learning_rate=3.0),
-    "path only, pairs": Recipe(share=1.0, learning_rate=3.0, pairs=True),
+    "path only": Recipe(share=1.0, embedding="none", learning_rate=3.0),
+    "path only, pairs": Recipe(share=1.0, embedding="none", learning_rate=3.0, pairs=True),
     "semigroup, pairs": Recipe("semigroup", "exact", share=0.5, pairs=True),
     "rk4, pairs": Recipe(share=0.5, pairs=True),
+    # Positions drawn together see each other.
+    "joint head": Recipe(share=1.0, learning_rate=3.0, embedding="none", neighbours=3, draws=8, ema=0.99),
+    "joint head, 32 draws": Recipe(
+        share=1.0, learning_rate=3.0, embedding="none", neighbours=3, draws=32, ema=0.99
+    ),
     "share .5, rate x 3": Recipe(share=0.5, learning_rate=3.0),
     "semigroup, share .5, rate x 3": Recipe("semigroup", "exact", share=0.5, learning_rate=3.0),
 }
@@ -283,7 +295,7 @@ def drawn(
             late_grid(steps, recipe.power),
             noise,
             vocab_size=source.vocab_size,
-            drawing=Drawing(STEP_RULES[recipe.sampler], temperature=temperature),
+            drawing=Drawing(STEP_RULES[recipe.sampler], temperature=temperature, draws=recipe.draws),
         )
         rows.append(last.x)
     return torch.cat(rows)
@@ -363,7 +375,10 @@ def student(
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     start = Transformer(language.teacher.config) if recipe.scratch else language.teacher
-    model = student_from_teacher(start, recipe.embedding)  # type: ignore[arg-type]
+    if recipe.embedding == "none" and not recipe.neighbours:
+        model = copy.deepcopy(start)
+    else:
+        model = student_from_teacher(start, recipe.embedding, recipe.neighbours)  # type: ignore[arg-type]
     source = UniformSource(model.config.vocab_size)
     batch = language.batch
     if recipe.pairs:
@@ -375,7 +390,7 @@ def student(
         learning_rate=language.settings.learning_rate * recipe.learning_rate,
         ema_decay=recipe.ema,
     )
-    objective = Distill(
+    objective: Objective = Distill(
         source,
         Polynomial(),
         TARGETS[recipe.target],
@@ -384,6 +399,8 @@ def student(
         POSITION_LOSSES[recipe.path_loss],
         DIVERGENCES[recipe.divergence],
     )
+    if recipe.neighbours:
+        objective = Joint(source, Polynomial())
     prose = isinstance(language, Prose)
     dtype = preferred_dtype(pick_device("cpu")) if prose else torch.float32
     device = torch.device("cpu")

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from fsdfm.app import cli
 from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
 from fsdfm.app.console import TrainingConsole
+from fsdfm.app.generator import load
 from fsdfm.app.training import distill, pretrain
 from fsdfm.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 from fsdfm.model import pretrained as pretrained_module
@@ -189,8 +190,8 @@ def test_a_run_is_a_model_directory_with_the_average_of_the_last_update(
 def test_a_student_starts_from_its_teacher_and_remembers_how_to_be_sampled(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    args = distill_args(data, tmp_path / "run", teacher, learning_rate=1e-9, target_rule="euler")
-    assert distill(args)
+    changes = {"learning_rate": 1e-9, "target": "rk4", "target_rule": "euler"}
+    assert distill(distill_args(data, tmp_path / "run", teacher, **changes))
     student, start = load_pretrained(tmp_path / "run"), load_pretrained(teacher)
     assert student.generation == {"steps": 8, "step": "euler", "grid": "late"}
     assert student.model.config.step_embedding == "log2"
@@ -200,6 +201,35 @@ def test_a_student_starts_from_its_teacher_and_remembers_how_to_be_sampled(
         torch.testing.assert_close(
             student.model(x, t, h), start.model(x, t, h), rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
+    source: str, data: Path, tmp_path: Path
+) -> None:
+    start = make_model(data, tmp_path / "teacher", source=source)
+    out = tmp_path / "run"
+    assert distill(distill_args(data, out, start, steps=6, learning_rate=0.1, ema_decay=0.0))
+    student, teacher = load_pretrained(out), load_pretrained(start)
+    assert student.generation == {"steps": 8, "step": "exact", "grid": "late", "draws": 8}
+    assert student.model.config == replace(teacher.model.config, neighbours=3)
+    before, after = teacher.model.state_dict(), student.model.state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"output_layer.linear.weight", "output_layer.linear.bias"}
+    assert after["joint.out.weight"].abs().sum() > 0
+    generator = load(out)
+    assert generator.generate(length=LENGTH, steps=2).samples[0].nfe == 2
+    few, many = (generator.generate(length=LENGTH, steps=1, draws=k).texts for k in (1, 4))
+    assert few != many
+
+
+def test_a_joint_head_needs_neighbours_and_draws_need_a_joint_head(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="--neighbours must be at least 1, got 0"):
+        distill(distill_args(data, tmp_path / "run", teacher, neighbours=0))
+    with pytest.raises(ConfigError, match="no joint head.*leave draws=4 out"):
+        load(teacher).generate(draws=4)
 
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])

@@ -222,6 +222,7 @@ class Cells:
             "step": self.args.step or defaults["step"],
             "movers": "independent" if paper else defaults["movers"],
             "grid": self.args.grid or ("even" if paper else defaults["grid"]),
+            "draws": (self.args.draws or defaults["draws"]) if config.neighbours else 1,
             "top_p": 1.0 if paper else defaults["top_p"],
         }
 
@@ -238,7 +239,7 @@ class Cells:
                     "steps": steps,
                     "temperature": temperature,
                     "batch_size": self.args.batch_size,
-                    **{key: facts[key] for key in ("step", "movers", "grid", "top_p")},
+                    **{key: facts[key] for key in ("step", "movers", "grid", "draws", "top_p")},
                 }
                 yield Cell(
                     name,

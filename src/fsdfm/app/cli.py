@@ -104,6 +104,9 @@ class GenerateArgs:
         arg(metavar="{even,late}", help_behavior_hint=MODEL_DECIDES),
     ] = None
     """Times of the model calls: evenly spaced, or long steps first and short ones last."""
+    draws: Annotated[int | None, arg(metavar="K", help_behavior_hint=MODEL_DECIDES)] = None
+    """Groups in which the positions of a call are drawn, each knowing the ones before: more are
+    better and slower (models with a joint head)."""
     prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(optional)")] = None
     """Text that every sample starts with."""
     batch_size: int = 1

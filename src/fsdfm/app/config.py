@@ -102,9 +102,10 @@ class PretrainArgs(TrainArgs):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillArgs(TrainArgs):
-    """Distil a few-step student from a teacher, by default with the published target.
+    """Distil a few-step student from a teacher.
 
-    The published recipe to the letter is --step-embedding raw --step-weights published.
+    The published recipe to the letter is --target rk4 --step-embedding raw --step-weights published
+    --loss generalized_kl.
     """
 
     teacher: Path
@@ -117,8 +118,11 @@ class DistillArgs(TrainArgs):
     """How the network is told h: ours (log2 h, starts at zero), or as published (raw h)."""
     step_weights: Literal["even", "published"] = "even"
     """How often each step size is seen: a quarter on the smallest and the rest even, or 1 / h."""
-    target: Literal["rk4", "rk2", "semigroup"] = "rk4"
-    """What a big step should land on."""
+    target: Literal["joint", "rk4", "rk2", "semigroup"] = "joint"
+    """joint: a head that lets the positions of a call see each other (docs/results/study.md); the others
+    say what a big step should land on, rk4 is the published one."""
+    neighbours: int = 3
+    """Tokens on each side that the joint head sees (--target joint)."""
     target_rule: Literal["published", "exact", "euler"] = "published"
     """Step rule of the jumps inside the target; the semigroup target presumes the exact one."""
 
@@ -212,6 +216,10 @@ class EvaluateArgs:
         arg(metavar="{even,late}", help_behavior_hint="(default: each model's own)"),
     ] = None
     """Times of the model calls: evenly spaced, or long steps first and short ones last."""
+    draws: Annotated[
+        int | None, arg(metavar="K", help_behavior_hint="(default: each model's own)")
+    ] = None
+    """Groups in which the positions of a call are drawn, of models with a joint head."""
     preset: Annotated[
         Literal["paper"] | None, arg(metavar="{paper}", help_behavior_hint="(optional)")
     ] = None
@@ -245,6 +253,8 @@ class EvaluateArgs:
             if getattr(args, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(args, name)}.")
+        if args.draws is not None and args.draws < 1:
+            raise ConfigError(f"--draws must be at least 1, got {args.draws}.")
         if args.length is not None and args.length < 1:
             raise ConfigError(f"--length must be at least 1, got {args.length}.")
         if not 0 <= args.seed < 2**32 - 1_000_000:

@@ -43,6 +43,7 @@ DEFAULTS: Mapping[str, Any] = {
     "step": "exact",
     "movers": "independent",
     "grid": "even",
+    "draws": 1,
     "temperature": 1.0,
     "top_p": 1.0,
 }
@@ -61,6 +62,7 @@ class Options(TypedDict, total=False):
     step: Literal["exact", "published", "euler"] | None
     movers: Literal["independent", "systematic"] | None
     grid: Literal["even", "late"] | None
+    draws: int | None
     prompt: str | None
     batch_size: int
 
@@ -182,6 +184,7 @@ class Generator:
         step: Literal["exact", "published", "euler"] | None = None,
         movers: Literal["independent", "systematic"] | None = None,
         grid: Literal["even", "late"] | None = None,
+        draws: int | None = None,
         prompt: str | None = None,
         batch_size: int = 1,
     ) -> Generation:
@@ -201,6 +204,8 @@ class Generator:
             step: step rule of the sampler.
             movers: how the positions that move in a step are chosen.
             grid: the times of the calls: evenly spaced, or long steps first and short ones last.
+            draws: groups in which the positions that move in a call are drawn, each knowing the
+                ones before; above 1 needs a model with a joint head.
             prompt: text that every sample starts with; it is kept as it is.
             batch_size: texts made together. It pays on a GPU, and for short texts. The noise stays
                 the same, but where several texts share a product (on a CPU: texts of 256 tokens
@@ -223,6 +228,7 @@ class Generator:
             step=step,
             movers=movers,
             grid=grid,
+            draws=draws,
             prompt=prompt,
             batch_size=batch_size,
         )
@@ -397,10 +403,19 @@ class Generator:
             num_samples=num_samples,
             seed=seed,
             batch_size=_whole("batch_size", merged.get("batch_size", 1)),
-            drawing=_drawing(merged),
+            drawing=self._drawing(merged),
             fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))).expand(*shape),
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )
+
+    def _drawing(self, options: Mapping[str, Any]) -> Drawing:
+        draws = _whole("draws", options["draws"])
+        if draws > 1 and not self.config.neighbours:
+            raise ConfigError(
+                f"This model has no joint head, so its positions are drawn on their own: leave "
+                f"draws={draws} out, or use a model of fsdfm distill --target joint."
+            )
+        return replace(_drawing(options), draws=draws)
 
     def _encode(self, prompt: str, length: int) -> Tensor:
         """The prompt's tokens, int64, at least one fewer than length."""

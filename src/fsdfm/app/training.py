@@ -26,10 +26,14 @@ from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_f
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.loop import Run, Task, TrainSettings
-from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
+from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
 
 CHANGEABLE = ("out", "device", "data", "teacher", "init")
 """Settings that may differ when a run goes on: places, which are compared by content instead."""
+
+
+DRAWS = 8
+"""Groups in which a model with a joint head draws the positions of a call, unless told otherwise."""
 
 
 def pretrain(args: PretrainArgs) -> bool:
@@ -90,20 +94,29 @@ def distill(args: DistillArgs) -> bool:
     settings = replace(args.settings(), ema_warmup=False)
     if args.target == "semigroup" and args.target_rule != "exact":
         raise ConfigError("--target semigroup presumes the exact rule: add --target-rule exact.")
+    if args.target == "joint" and args.neighbours < 1:
+        raise ConfigError(f"--neighbours must be at least 1, got {args.neighbours}.")
     store = TokenStore.open(args.data)
     teacher = load_pretrained(args.teacher)
     _same_tokenizer(teacher, args.teacher, store, args.data)
     torch.manual_seed(args.seed)
-    model = student_from_teacher(teacher.model, args.step_embedding)
+    joint = args.target == "joint"
+    embedding = teacher.model.config.step_embedding if joint else args.step_embedding
+    model = student_from_teacher(teacher.model, embedding, args.neighbours if joint else 0)
     config = model.config
-    objective = Distill(
-        make_source(config.source, config.vocab_size),
-        Polynomial(config.schedule_power),
-        TARGETS[args.target],
-        STEP_RULES[args.target_rule],
-        STEP_WEIGHTS[args.step_weights](),
-        POSITION_LOSSES[args.loss],
-    )
+    source, schedule = objective_parts(config)
+    objective: Objective
+    if joint:
+        objective = Joint(source, schedule, POSITION_LOSSES[args.loss])
+    else:
+        objective = Distill(
+            source,
+            schedule,
+            TARGETS[args.target],
+            STEP_RULES[args.target_rule],
+            STEP_WEIGHTS[args.step_weights](),
+            POSITION_LOSSES[args.loss],
+        )
     length = args.context_length or config.context_length
     if length > config.context_length:
         raise ConfigError(
@@ -111,6 +124,8 @@ def distill(args: DistillArgs) -> bool:
         )
     # Late: 14 to 23 % less perplexity at 2 to 8 steps, 4 to 12 % of it at equal entropy (LOG.md).
     defaults = {"steps": 8, "step": args.target_rule, "grid": "late"}
+    if joint:
+        defaults |= {"step": "exact", "draws": DRAWS}
     return _train(args, settings, store, model, objective, length, defaults)
 
 

@@ -37,6 +37,10 @@ class Sampled(Protocol):
         """States (B, L), time, step size, some of the B L positions, ascending -> rows (N, D)."""
         ...
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """Rows (N, D) at positions (N,), the state (B, L), what has been drawn (B, L) -> (N, D)."""
+        ...
+
     def head(self, rows: Tensor) -> Tensor:
         """Hidden rows (N, D) -> logits (N, V), or more columns, of which the first V count."""
         ...
@@ -59,6 +63,11 @@ class WholeSequences:
             torch.full((len(wanted),), v, dtype=torch.float32, device=x.device) for v in (t, h)
         )
         return self.model.body(x[wanted], times, steps)[place, rows % x.shape[1]]
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """See `Sampled`; a model without a joint head tells its rows nothing."""
+        told = getattr(self.model, "told", None)
+        return rows if told is None else told(rows, at, x, known)
 
     def head(self, rows: Tensor) -> Tensor:
         """See `Sampled`."""
@@ -99,12 +108,17 @@ class Drawing:
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Mass of the nucleus that is kept."""
+    draws: int = 1
+    """Groups in which the movers of one call are drawn, each knowing the ones before (with a joint
+    head; without one they are drawn as one)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
             raise ValueError(f"temperature must be >= 0, got {self.temperature}.")
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
+        if self.draws < 1:
+            raise ValueError(f"draws must be at least 1, got {self.draws}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,22 +177,49 @@ def sample(
             # Counted and picked on the CPU, so that nothing here waits for the device.
             rows = _send(movers.nonzero()[:, 0], x.device)
             hidden = model.hidden(x, t, h, rows)
+            u_rows = _send(u_land, x.device)
+            known = ~_send(free, x.device)
+            for part in groups(rows % x.shape[1], drawing.draws):
+                at = rows if part is None else rows[part]
+                few = hidden if part is None else hidden[part.to(hidden.device)]
+                if part is not None:
+                    few = model.told(few, at, x, known)
+                    known = known.flatten().index_fill(0, at, True).view_as(known)
 
-            def logits(part: slice, hidden: Tensor = hidden) -> Tensor:
-                return model.head(hidden[part])[:, :vocab_size].to(x_0.device)
+                def logits(block: slice, few: Tensor = few) -> Tensor:
+                    return model.head(few[block])[:, :vocab_size].to(x_0.device)
 
-            x = advance(
-                x,
-                rows,
-                logits,
-                torch.full((len(rows),), a, dtype=torch.float64, device=x.device),
-                _send(u_land, x.device),
-                drawing.rule,
-                lambda block: sharpen(block, drawing.temperature, drawing.top_p),
-                vocab_size=vocab_size,
-            )
+                x = advance(
+                    x,
+                    at,
+                    logits,
+                    torch.full((len(at),), a, dtype=torch.float64, device=x.device),
+                    u_rows if part is None else u_rows[part],
+                    drawing.rule,
+                    lambda block: sharpen(block, drawing.temperature, drawing.top_p),
+                    vocab_size=vocab_size,
+                )
             calls, head_rows = calls + 1, head_rows + len(rows)
         yield State(x, step, then, calls, head_rows)
+
+
+def groups(position: Tensor, draws: int) -> Iterator[Tensor | None]:
+    """Which movers are drawn together: every `draws`-th position, from left to right.
+
+    Args:
+        position: of each mover in its sequence, int64, shape (N,).
+        draws: number of groups.
+
+    Yields:
+        Indices into the movers, of each group that has any; None, once, if all are drawn as one.
+    """
+    if draws == 1:
+        yield None
+        return
+    for k in range(draws):
+        part = (position % draws == k).nonzero()[:, 0]
+        if len(part):
+            yield part
 
 
 def _send(x: Tensor, device: torch.device) -> Tensor:

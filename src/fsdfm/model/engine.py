@@ -86,6 +86,13 @@ class Engine:
         """Logits of hidden rows, (N, D) -> (N, V), or V + 1 columns with the mask source."""
         return self._head(rows)
 
+    @torch.no_grad()
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """See `Transformer.told`."""
+        at, x, known = at.to(self.device), x.to(self.device), known.to(self.device)
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            return self.model.told(rows, at, x, known).to(self.dtype)
+
     def _modulations(self, t: float, h: float) -> tuple[list[_Modulation], NormWeights]:
         """What (t, h) makes of every block, and of the final norm."""
         # Filled in place: copies from the host would be waited for.

@@ -49,6 +49,8 @@ class ModelConfig:
     """`none`: a DFM teacher; `raw`: the published student; `log2`: ours, zero at the start."""
     schedule_power: float = 1.0
     """n in kappa_t = t ** n, the path the network was trained on."""
+    neighbours: int = 0
+    """R, the tokens on each side that the joint head sees; 0: there is no joint head."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "blocks", "heads", "cond_size", "context_length"):
@@ -57,6 +59,11 @@ class ModelConfig:
                 raise ConfigError(
                     f"Model config: {name} must be a whole number >= 1, got {value!r}."
                 )
+        if not isinstance(self.neighbours, int) or not 0 <= self.neighbours < self.context_length:
+            raise ConfigError(
+                f"Model config: neighbours must be a whole number from 0 to the context, "
+                f"got {self.neighbours!r}."
+            )
         if self.hidden_size % (2 * self.heads):
             raise ConfigError(
                 f"Model config: hidden_size={self.hidden_size} must be a multiple of twice "
@@ -85,8 +92,9 @@ class ModelConfig:
         return self.vocab_size if self.source == "mask" else None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values."""
-        return asdict(self)
+        """The fields as plain JSON values; without a joint head, as before there were any."""
+        values = asdict(self)
+        return values if self.neighbours else {k: v for k, v in values.items() if k != "neighbours"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
@@ -214,6 +222,51 @@ class OutputLayer(nn.Module):
         return modulate(self.norm_final(x), shift, scale)
 
 
+class JointHead(nn.Module):
+    """Tells a hidden row which tokens have been drawn beside it, within one and the same call.
+
+    p(x_1[i] given x_t) knows nothing of what the other positions of a step draw, so positions drawn
+    together contradict each other. This small MLP moves the row before the head reads it, which
+    makes it p(x_1[i] given x_t and the neighbours drawn so far): a step can draw its movers in a few
+    groups, each seeing the ones before, for one pass of the body. It starts at zero.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, count = config.hidden_size, 2 * config.neighbours
+        self.tokens = nn.Linear(count * width, 2 * width)
+        self.row = nn.Linear(width, 2 * width, bias=False)
+        self.out = nn.Linear(2 * width, width)
+
+    def forward(self, rows: Tensor, around: Tensor, known: Tensor) -> Tensor:
+        """Rows (N, D), embeddings of their neighbours (N, 2 R, D), known (N, 2 R) -> (N, D)."""
+        around = F.layer_norm(around.float(), around.shape[-1:]) * known[..., None]
+        inner = self.tokens(around.flatten(1)) + self.row(rows)
+        told: Tensor = rows + self.out(F.gelu(inner, approximate="tanh"))
+        return told
+
+
+def neighbourhood(x: Tensor, known: Tensor, rows: Tensor, radius: int) -> tuple[Tensor, Tensor]:
+    """What is known around some positions.
+
+    Args:
+        x: token ids, int64, shape (B, L).
+        known: which of them have been drawn, bool, shape (B, L).
+        rows: some of the B L positions, int64, shape (N,).
+        radius: R.
+
+    Returns:
+        Tokens i - R ... i - 1, i + 1 ... i + R, int64, and whether each is known, both (N, 2 R).
+        Past the ends of a sequence nothing is.
+    """
+    length = x.shape[1]
+    steps = torch.arange(-radius, radius + 1, device=x.device)
+    place = rows[:, None] % length + steps[steps != 0]
+    inside = (place >= 0) & (place < length)
+    index = rows[:, None] // length * length + place.clamp(0, length - 1)
+    return x.flatten()[index], known.flatten()[index] & inside
+
+
 def _fuser(config: ModelConfig) -> nn.Linear | None:
     if config.step_embedding != "raw":
         return None
@@ -241,6 +294,8 @@ class Transformer(nn.Module):
         self.rotary_emb = Rotary(config.hidden_size // config.heads)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
         self.output_layer = OutputLayer(config)
+        if config.neighbours:
+            self.joint = JointHead(config)
         self._initialise()
 
     def _initialise(self) -> None:
@@ -260,6 +315,10 @@ class Transformer(nn.Module):
         silent.append(self.output_layer.adaLN_modulation)
         if self.config.step_embedding == "log2":
             silent.append(self.dt_embedding.mlp[2])
+        if self.config.neighbours:
+            silent.append(self.joint.out)
+            for linear in (self.joint.tokens, self.joint.row):  # what goes in has unit scale
+                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
         for linear in silent:
             assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)
@@ -311,6 +370,25 @@ class Transformer(nn.Module):
             x = block(x, c, cos, sin)
         return self.output_layer.final(x, c)
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """Hidden rows that know which tokens have been drawn beside them.
+
+        Args:
+            rows: hidden rows of `at`, shape (N, D).
+            at: some of the B L positions, int64, shape (N,).
+            x: token ids, int64, shape (B, L).
+            known: which of them have been drawn, bool, shape (B, L).
+
+        Returns:
+            (N, D), ready for `head`; the rows themselves, without a joint head.
+        """
+        if not self.config.neighbours:
+            return rows
+        tokens, there = neighbourhood(x, known, at, self.config.neighbours)
+        # Without a gradient: the embedding is the body's.
+        told: Tensor = self.joint(rows, self.vocab_embed(tokens).detach(), there)
+        return told
+
     def head(self, rows: Tensor) -> Tensor:
         """Logits of hidden rows, (..., D) -> (..., V), or V + 1 columns with the mask source."""
         logits: Tensor = self.output_layer.linear(rows)
@@ -325,7 +403,9 @@ class Transformer(nn.Module):
         return self.head(self.body(x_t, t, h))
 
 
-def student_from_teacher(teacher: Transformer, step_embedding: StepEmbedding) -> Transformer:
+def student_from_teacher(
+    teacher: Transformer, step_embedding: StepEmbedding, neighbours: int = 0
+) -> Transformer:
     """A step-aware network that starts from a teacher's weights.
 
     With `log2` it equals the teacher at every h. With `raw` (published) the fusers are fresh, and
@@ -333,14 +413,18 @@ def student_from_teacher(teacher: Transformer, step_embedding: StepEmbedding) ->
 
     Args:
         teacher: a network with or without a step-size branch.
-        step_embedding: the student's branch, `raw` or `log2`.
+        step_embedding: the student's branch, `raw` or `log2`; `none` for one that gets a joint head
+            instead, whose draws are right at any step size.
+        neighbours: R of the student's joint head; 0: none.
 
     Returns:
         A new network; the teacher is left as it was.
     """
     config = {**teacher.config.to_dict(), "step_embedding": step_embedding}
+    config["neighbours"] = neighbours
     student = Transformer(ModelConfig.from_dict(config)).to(teacher.vocab_embed.weight.device)
-    if step_embedding == "none" or teacher.config.step_embedding not in ("none", step_embedding):
+    known = ("none", step_embedding)
+    if (step_embedding == "none" and not neighbours) or teacher.config.step_embedding not in known:
         raise ConfigError(
             f"A {step_embedding} student cannot start from a network whose step embedding is "
             f"{teacher.config.step_embedding}."

@@ -6,7 +6,7 @@ Shapes: B sequences, L positions.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from fsdfm.flow.loss import (
     PositionLoss,
     RowLoss,
     TrainableModel,
+    cross_entropy,
     generalized_kl,
     kl,
     mean_over_rows,
@@ -197,3 +198,61 @@ class Distill:
             return lambda student, piece: self.divergence(target.mix(logits, rows, piece), student)
 
         return mean_over_rows(model, hidden, loss, vocab_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Joint:
+    """A joint head: path loss in which some of the data beside a position is known already.
+
+    Drawing the movers of a step from the joint posterior of x_1 given x_t, instead of each on its own,
+    leaves the law of the path exact at any number of steps. What is known follows the groups that
+    `sample` draws: the first r of every K positions, or a part of them; a quarter of the rows know
+    nothing, which keeps the plain posterior.
+    """
+
+    source: Source
+    schedule: Schedule
+    position_loss: PositionLoss = cross_entropy
+    zero_share: float = 0.25
+    """Of the rows at t = 0, where every budget starts; the others are uniform over [0, 1)."""
+
+    def loss(
+        self, model: Any, ema: Network, x_1: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """See `Objective`; the network has a joint head."""
+        batch, length = x_1.shape[0], x_1.shape[-1]
+        u = stratified(batch, generator)
+        t = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0, LATEST_TIME)
+        x_0, x_1 = path_ends(x_1, self.source, generator)
+        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
+        # The posterior is that of any step; a network that is told h learns so.
+        span = torch.rand(batch, dtype=torch.float64, generator=generator, device=t.device)
+        h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
+        known = known_at_random(batch, length, generator)
+        at = (~known).flatten().nonzero()[:, 0]
+        with torch.no_grad():  # the body is the teacher's: only what the head adds is learned
+            hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)[at]
+        rows = model.told(hidden, at, x_1, known)
+        here, data = x_t.flatten()[at], x_1.flatten()[at]
+        g = self.schedule.rate(t).float().repeat_interleave(length)[at]
+
+        def loss(part: slice) -> RowLoss:
+            a, b, c = here[part], data[part], g[part]
+            return lambda logits, piece: self.position_loss(logits, a[piece], b[piece], c[piece])
+
+        return {"loss": mean_over_rows(model, rows, loss, self.source.vocab_size)}
+
+
+def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tensor:
+    """What the groups drawn so far might be, bool, (B, L); nothing in about a quarter of the rows."""
+    device = generator.device
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator, device=device)
+
+    draws = 2 ** (1 + (uniform(batch, 1) * 5).long())
+    drawn = (uniform(batch, 1) * draws).long()
+    share = torch.where(uniform(batch, 1) < 0.5, 1.0, uniform(batch, 1))
+    share = torch.where(uniform(batch, 1) < 0.2, 0.0, share)
+    place = torch.arange(length, device=device)
+    return (place % draws < drawn) & (uniform(batch, length) < share)

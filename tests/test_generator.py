@@ -246,7 +246,7 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5."),
         ({"step": "heun"}, "step must be one of exact, published, euler, got 'heun'."),
         ({"movers": "all"}, "movers must be one of independent, systematic, got 'all'."),
-        ({"grid": "early"}, "grid must be one of even, late, got 'early'."),
+        ({"grid": "early"}, "grid must be one of even, late, latest, got 'early'."),
     ],
 )
 def test_values_that_cannot_work_are_refused_at_once(

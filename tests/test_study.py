@@ -85,7 +85,9 @@ def test_nats_are_read_off_the_line_at_the_goal(study: ModuleType) -> None:
 def test_pooled_nats_come_with_the_error_of_a_ratio(study: ModuleType) -> None:
     assert study.standard_error([10.0, 20.0], [5, 10]) == pytest.approx(0.0)
     # Equal lengths: the error of a mean.
-    assert study.standard_error([10.0, 14.0], [2, 2]) == pytest.approx(2.0 / math.sqrt(2) / 1.414214)
+    assert study.standard_error([10.0, 14.0], [2, 2]) == pytest.approx(
+        2.0 / math.sqrt(2) / 1.414214
+    )
 
 
 def test_a_study_trains_judges_resumes_and_prints_one_table(

@@ -211,7 +211,7 @@ def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
     out = tmp_path / "run"
     assert distill(distill_args(data, out, start, steps=6, learning_rate=0.1, ema_decay=0.0))
     student, teacher = load_pretrained(out), load_pretrained(start)
-    assert student.generation == {"steps": 8, "step": "exact", "grid": "late", "draws": 8}
+    assert student.generation == {"steps": 8, "step": "exact", "grid": "latest", "draws": 8}
     assert student.model.config == replace(teacher.model.config, neighbours=3)
     before, after = teacher.model.state_dict(), student.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -228,7 +228,7 @@ def test_a_joint_head_needs_neighbours_and_draws_need_a_joint_head(
 ) -> None:
     with pytest.raises(ConfigError, match="--neighbours must be at least 1, got 0"):
         distill(distill_args(data, tmp_path / "run", teacher, neighbours=0))
-    with pytest.raises(ConfigError, match="no joint head.*leave draws=4 out"):
+    with pytest.raises(ConfigError, match=r"no joint head.*leave draws=4 out"):
         load(teacher).generate(draws=4)
 
 

@@ -100,10 +100,11 @@ class GenerateArgs:
     ] = None
     """How the positions that move in a step are chosen."""
     grid: Annotated[
-        Literal["even", "late"] | None,
-        arg(metavar="{even,late}", help_behavior_hint=MODEL_DECIDES),
+        Literal["even", "late", "latest"] | None,
+        arg(metavar="{even,late,latest}", help_behavior_hint=MODEL_DECIDES),
     ] = None
-    """Times of the model calls: evenly spaced, or long steps first and short ones last."""
+    """Times of the model calls: evenly spaced, long steps first, or nearly all in the first
+    (for joint heads)."""
     draws: Annotated[int | None, arg(metavar="K", help_behavior_hint=MODEL_DECIDES)] = None
     """Groups in which the positions of a call are drawn, each knowing the ones before: more are
     better and slower (models with a joint head)."""

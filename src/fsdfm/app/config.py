@@ -119,8 +119,8 @@ class DistillArgs(TrainArgs):
     step_weights: Literal["even", "published"] = "even"
     """How often each step size is seen: a quarter on the smallest and the rest even, or 1 / h."""
     target: Literal["joint", "rk4", "rk2", "semigroup"] = "joint"
-    """joint: a head that lets the positions of a call see each other (docs/results/study.md); the others
-    say what a big step should land on, rk4 is the published one."""
+    """joint: a head that lets the positions of a call see each other (docs/results/study.md), which
+    needs none of the step flags; the others say what a big step should land on (rk4: published)."""
     neighbours: int = 3
     """Tokens on each side that the joint head sees (--target joint)."""
     target_rule: Literal["published", "exact", "euler"] = "published"
@@ -212,10 +212,11 @@ class EvaluateArgs:
     ] = None
     """Step rule of the sampler."""
     grid: Annotated[
-        Literal["even", "late"] | None,
-        arg(metavar="{even,late}", help_behavior_hint="(default: each model's own)"),
+        Literal["even", "late", "latest"] | None,
+        arg(metavar="{even,late,latest}", help_behavior_hint="(default: each model's own)"),
     ] = None
-    """Times of the model calls: evenly spaced, or long steps first and short ones last."""
+    """Times of the model calls: evenly spaced, long steps first, or nearly all in the first
+    (for joint heads)."""
     draws: Annotated[
         int | None, arg(metavar="K", help_behavior_hint="(default: each model's own)")
     ] = None

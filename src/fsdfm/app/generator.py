@@ -61,7 +61,7 @@ class Options(TypedDict, total=False):
     top_p: float | None
     step: Literal["exact", "published", "euler"] | None
     movers: Literal["independent", "systematic"] | None
-    grid: Literal["even", "late"] | None
+    grid: Literal["even", "late", "latest"] | None
     draws: int | None
     prompt: str | None
     batch_size: int
@@ -183,7 +183,7 @@ class Generator:
         top_p: float | None = None,
         step: Literal["exact", "published", "euler"] | None = None,
         movers: Literal["independent", "systematic"] | None = None,
-        grid: Literal["even", "late"] | None = None,
+        grid: Literal["even", "late", "latest"] | None = None,
         draws: int | None = None,
         prompt: str | None = None,
         batch_size: int = 1,
@@ -203,7 +203,8 @@ class Generator:
             top_p: in (0, 1]; only the likeliest tokens that together have this mass are drawn.
             step: step rule of the sampler.
             movers: how the positions that move in a step are chosen.
-            grid: the times of the calls: evenly spaced, or long steps first and short ones last.
+            grid: the times of the calls: evenly spaced; long steps first and short ones last; or
+                nearly all of the way in the first (for models with a joint head).
             draws: groups in which the positions that move in a call are drawn, each knowing the
                 ones before; above 1 needs a model with a joint head.
             prompt: text that every sample starts with; it is kept as it is.

@@ -33,7 +33,7 @@ CHANGEABLE = ("out", "device", "data", "teacher", "init")
 
 
 DRAWS = 8
-"""Groups in which a model with a joint head draws the positions of a call, unless told otherwise."""
+"""Groups in which a model with a joint head draws the positions of a call by default."""
 
 
 def pretrain(args: PretrainArgs) -> bool:
@@ -125,7 +125,7 @@ def distill(args: DistillArgs) -> bool:
     # Late: 14 to 23 % less perplexity at 2 to 8 steps, 4 to 12 % of it at equal entropy (LOG.md).
     defaults = {"steps": 8, "step": args.target_rule, "grid": "late"}
     if joint:
-        defaults |= {"step": "exact", "draws": DRAWS}
+        defaults |= {"step": "exact", "grid": "latest", "draws": DRAWS}
     return _train(args, settings, store, model, objective, length, defaults)
 
 

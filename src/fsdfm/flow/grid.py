@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,4 +59,17 @@ def checked_grid(times: Sequence[float] | Tensor) -> Tensor:
     return grid
 
 
-GRIDS: dict[str, Callable[[int], Tensor]] = {"even": even_grid, "late": late_grid}
+def latest_grid(steps: int) -> Tensor:
+    """The late grid of power 8: one long step, then steps near t = 1 that redraw most positions.
+
+    For models with a joint head: the first step writes whole phrases, the others correct them.
+    Beyond 32 steps the power is less, so that no step is shorter than 2 ** -40.
+    """
+    return late_grid(steps, power=min(8.0, 40.0 / math.log2(max(2, steps))))
+
+
+GRIDS: dict[str, Callable[[int], Tensor]] = {
+    "even": even_grid,
+    "late": late_grid,
+    "latest": latest_grid,
+}

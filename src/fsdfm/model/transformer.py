@@ -226,9 +226,9 @@ class JointHead(nn.Module):
     """Tells a hidden row which tokens have been drawn beside it, within one and the same call.
 
     p(x_1[i] given x_t) knows nothing of what the other positions of a step draw, so positions drawn
-    together contradict each other. This small MLP moves the row before the head reads it, which
-    makes it p(x_1[i] given x_t and the neighbours drawn so far): a step can draw its movers in a few
-    groups, each seeing the ones before, for one pass of the body. It starts at zero.
+    together contradict each other. This small MLP moves the row before the head reads it,
+    which makes it p(x_1[i] given x_t and the neighbours drawn so far): a step can draw its movers
+    in a few groups, each seeing the ones before, for one pass of the body. It starts at zero.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -317,8 +317,8 @@ class Transformer(nn.Module):
             silent.append(self.dt_embedding.mlp[2])
         if self.config.neighbours:
             silent.append(self.joint.out)
-            for linear in (self.joint.tokens, self.joint.row):  # what goes in has unit scale
-                nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            for reads in (self.joint.tokens, self.joint.row):  # what goes in has unit scale
+                nn.init.normal_(reads.weight, std=reads.in_features**-0.5)
         for linear in silent:
             assert isinstance(linear, nn.Linear)
             nn.init.zeros_(linear.weight)

@@ -102,7 +102,12 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                 if name.startswith("pending.")
             }
             if state.step > 0:
+                held = {key.partition(".")[2] for key in file.keys() if key.startswith(MOMENTS)}  # noqa: SIM118
+                if not held:
+                    raise KeyError("the state of the optimizer")
                 for name, parameter in state.model.named_parameters():
+                    if name not in held:
+                        continue  # an objective may train a part of the network
                     state.optimizer.state[parameter] = {
                         "step": torch.tensor(float(state.step), device=parameter.device),
                         **{m: _like(file.get_tensor(f"{m}.{name}"), parameter) for m in MOMENTS},

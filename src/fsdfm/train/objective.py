@@ -204,10 +204,11 @@ class Distill:
 class Joint:
     """A joint head: path loss in which some of the data beside a position is known already.
 
-    Drawing the movers of a step from the joint posterior of x_1 given x_t, instead of each on its own,
-    leaves the law of the path exact at any number of steps. What is known follows the groups that
-    `sample` draws: the first r of every K positions, or a part of them; a quarter of the rows know
-    nothing, which keeps the plain posterior.
+    Drawing the movers of a step from the joint posterior of x_1 given x_t, instead of each on its
+    own, leaves the law of the path exact at any number of steps. What is known follows the groups
+    that `sample` draws: the first r of every K positions, or a part of them; in a good quarter of
+    the rows nothing is, which keeps the plain posterior. The body stays the teacher's: an update
+    costs half of a whole one, and cannot make the posterior worse.
     """
 
     source: Source
@@ -244,7 +245,7 @@ class Joint:
 
 
 def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """What the groups drawn so far might be, bool, (B, L); nothing in about a quarter of the rows."""
+    """What the groups drawn so far might be, bool, (B, L); nothing in over a quarter of rows."""
     device = generator.device
 
     def uniform(*shape: int) -> Tensor:

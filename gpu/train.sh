@@ -14,7 +14,7 @@ common=(--data "$work/data" --device "$device" --batch-size "${BATCH:-32}")
 python3 -m fsdfm pretrain "${common[@]}" --out "$work/teacher" --preset "${PRESET:-small}" \
   --context-length 1024 --steps "$steps" --learning-rate 1e-3 --warmup-steps $((steps / 20))
 python3 -m fsdfm distill "${common[@]}" --out "$work/student" --teacher "$work/teacher" \
-  --steps $((steps / 4)) --learning-rate 3e-4 --warmup-steps $((steps / 100))
+  --steps $((steps / 4)) --warmup-steps $((steps / 100))
 for run in teacher student; do
   mkdir -p "$out/$run"
   cp "$work/$run"/{config.json,model.safetensors,tokenizer.json,generation.json,metrics.jsonl} \

@@ -112,8 +112,9 @@ class DistillArgs(TrainArgs):
     """Model or run to start from."""
     steps: int = 5_000
     """Updates of the whole run."""
-    learning_rate: float = 1e-4
-    """Peak learning rate, after the warm-up."""
+    learning_rate: float = 1e-3
+    """Peak learning rate, after the warm-up. Fit for a joint head, which leaves the body as it is;
+    targets that train the whole network want a tenth of it."""
     step_embedding: Literal["log2", "raw"] = "log2"
     """How the network is told h: ours (log2 h, starts at zero), or as published (raw h)."""
     step_weights: Literal["even", "published"] = "even"

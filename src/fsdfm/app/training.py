@@ -90,8 +90,9 @@ def distill(args: DistillArgs) -> bool:
     Raises:
         FsdfmError: settings, data, checkpoint or training went wrong.
     """
-    # No warm-up: targets come from the average, and a quick one sharpens its own targets (LOG.md).
-    settings = replace(args.settings(), ema_warmup=False)
+    # Where targets come from the average there is no warm-up: a quick one sharpens its own targets
+    # (LOG.md). A joint head starts at zero, and its average must forget that.
+    settings = replace(args.settings(), ema_warmup=args.target == "joint")
     if args.target == "semigroup" and args.target_rule != "exact":
         raise ConfigError("--target semigroup presumes the exact rule: add --target-rule exact.")
     if args.target == "joint" and args.neighbours < 1:

@@ -54,7 +54,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.engine import Engine
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.pretrained import load_pretrained
 from fsdfm.model.transformer import Transformer, student_from_teacher
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
@@ -425,11 +425,6 @@ def student(
             {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
         )
         return model.eval()
-    if isinstance(language, Prose):
-        defaults = {"steps": 8, "step": recipe.sampler, "grid": "late"}
-        saved = directory / "model"
-        json_text = language.store.tokenizer_json
-        save_pretrained(saved, watch.ema, tokenizer_json=json_text, generation=defaults)
     return watch.ema
 
 

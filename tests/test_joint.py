@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fsdfm.errors import ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import UniformSource
 from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, groups, sample
@@ -76,6 +77,11 @@ def test_a_new_joint_head_tells_nothing_and_a_trained_one_listens_to_what_is_kno
     hidden_changed[0, 4], known_changed[0, 1] = 0, 3
     assert torch.equal(model.told(rows, at, hidden_changed, known), told)
     assert not torch.allclose(model.told(rows, at, known_changed, known), told)
+
+
+def test_a_joint_head_of_another_reach_gives_one_line() -> None:
+    with pytest.raises(ConfigError, match="sees 2 neighbours, not 3: give --neighbours 2"):
+        student_from_teacher(network(2), "none", neighbours=3)
 
 
 def test_the_engine_tells_its_rows_the_same() -> None:

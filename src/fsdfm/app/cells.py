@@ -222,7 +222,9 @@ class Cells:
             "step": self.args.step or defaults["step"],
             "movers": "independent" if paper else defaults["movers"],
             "grid": self.args.grid or ("even" if paper else defaults["grid"]),
-            "draws": (self.args.draws or defaults["draws"]) if config.neighbours else 1,
+            "draws": (self.args.draws or (1 if paper else defaults["draws"]))
+            if config.neighbours
+            else 1,
             "top_p": 1.0 if paper else defaults["top_p"],
         }
 

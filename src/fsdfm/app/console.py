@@ -134,7 +134,9 @@ class TrainingConsole:
             noise,
             vocab_size=config.vocab_size,
             schedule=Polynomial(config.schedule_power),
-            drawing=Drawing(STEP_RULES[self.generation["step"]]),
+            drawing=Drawing(
+                STEP_RULES[self.generation["step"]], draws=self.generation.get("draws", 1)
+            ),
         )
         *_, last = states
         with torch.no_grad():

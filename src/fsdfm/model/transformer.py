@@ -429,5 +429,11 @@ def student_from_teacher(
             f"A {step_embedding} student cannot start from a network whose step embedding is "
             f"{teacher.config.step_embedding}."
         )
+    if neighbours and teacher.config.neighbours not in (0, neighbours):
+        raise ConfigError(
+            f"The teacher's joint head sees {teacher.config.neighbours} neighbours, not "
+            f"{neighbours}: "
+            f"give --neighbours {teacher.config.neighbours}, or a teacher without such a head."
+        )
     student.load_state_dict(teacher.state_dict(), strict=False)
     return student

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fsdfm.app import benchmark
 from fsdfm.bench import autoregressive, harness, reference, sides
-from fsdfm.bench.figures import Row, body_flops, head_flops, markdown, per_step
+from fsdfm.bench.figures import Row, body_flops, head_flops, joint_flops, markdown, per_step
 from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
 from fsdfm.bench.sides import (
     SIDES,
@@ -309,10 +309,19 @@ def test_flops_are_those_that_torch_counts(kind: Any) -> None:
         assert head_flops(config, 21) == counted.get_total_flops()
 
 
+def test_flops_of_a_joint_head_are_those_that_torch_counts() -> None:
+    config = ModelConfig(11, 32, 2, 2, 16, neighbours=3)
+    network, at, x = Transformer(config), torch.arange(5), torch.zeros(3, 7, dtype=torch.int64)
+    with torch.no_grad(), FlopCounterMode(display=False) as counted:
+        network.told(torch.zeros(5, 32), at, x, x.bool())
+    assert joint_flops(config, 5) == counted.get_total_flops()
+    assert joint_flops(replace(config, neighbours=0), 5) == 0
+
+
 def test_the_bundled_shape_is_that_of_the_bundled_model() -> None:
     assets = Path(benchmark.__file__).parents[1] / "assets" / "bundled"
     config = load_pretrained(assets).model.config
-    # The sides compare step-aware networks; the joint head is no part of them.
+    # The sides make their own step embedding and joint head.
     assert shape("bundled") == replace(config, step_embedding="log2", neighbours=0)
 
 
@@ -528,6 +537,12 @@ def test_a_reference_and_the_engine_are_charged_for_what_they_do() -> None:
     split = engine.split(Job(2, 16, 4), 1)
     assert sum(split.values()) == pytest.approx(1.0)
     assert set(split) == {"hidden", "head", "draw"} and min(split.values()) > 0.0
+    joint = sides.JointSampler(TOY, CPU, torch.float32)
+    told = joint.run(Job(2, 16, 4), 1)
+    assert told.flops is not None
+    each = head_flops(TOY, 1) + joint_flops(joint.config, 1)
+    assert (told.flops - 4 * once) % each == 0
+    assert set(joint.split(Job(2, 16, 4), 1)) == {"hidden", "told", "head", "draw"}
 
 
 def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,13 @@ def head_flops(config: ModelConfig, rows: int) -> int:
     return 2 * rows * config.hidden_size * config.embedding_rows
 
 
+def joint_flops(config: ModelConfig, rows: int) -> int:
+    """FLOPs of the joint head on some rows; 0 without one."""
+    width = config.hidden_size
+    inner = 2 * width * (2 * config.neighbours + 1) * width
+    return 2 * rows * (inner + 2 * width**2) if config.neighbours else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """One side at one job. Seconds are medians over runs."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fsdfm.bench import autoregressive, reference
-from fsdfm.bench.figures import body_flops, head_flops, last_block_flops
+from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.errors import ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import cross_entropy
@@ -35,7 +35,9 @@ from fsdfm.train.optim import make_optimizer
 
 LEARNING_RATE = 1e-4
 FEW_TOKENS = 8
-ENGINE_METHODS = ("hidden", "head")
+NEIGHBOURS, DRAWS = 3, 8
+"""Of a joint head, as `fsdfm distill` and `fsdfm generate` have them."""
+ENGINE_METHODS = ("hidden", "told", "head")
 """What `split` times; the rest of a run is the draw."""
 
 
@@ -146,7 +148,9 @@ class _Sampler:
 
 
 class OurSampler(_Sampler):
-    """This project's sampler."""
+    """This project's sampler, with a network that has no joint head."""
+
+    draws = 1
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, device
@@ -161,7 +165,7 @@ class OurSampler(_Sampler):
         timed, started = Timed(self.engine, self.device), time.perf_counter()
         self._sample(timed, job, seed)
         total = time.perf_counter() - started
-        shares = {name: seconds / total for name, seconds in timed.seconds.items()}
+        shares = {name: seconds / total for name, seconds in timed.seconds.items() if seconds}
         return {**shares, "draw": 1.0 - sum(shares.values())}
 
     def _sample(self, engine: Any, job: Job, seed: int) -> Cost:
@@ -174,7 +178,7 @@ class OurSampler(_Sampler):
             even_grid(job.steps),
             noise,
             vocab_size=config.vocab_size,
-            drawing=Drawing(STEP_RULES[job.rule]),
+            drawing=Drawing(STEP_RULES[job.rule], draws=self.draws),
         )
         (last,) = deque(states, maxlen=1)
         last.x.tolist()
@@ -183,7 +187,17 @@ class OurSampler(_Sampler):
             # A sequence that passes alone leaves the last block with its movers only.
             still = last.calls * last.x.numel() - last.head_rows
             flops -= still * last_block_flops(config, job.length)
-        return Cost(last.x.numel(), flops + head_flops(config, last.head_rows))
+        flops += head_flops(config, last.head_rows)
+        return Cost(last.x.numel(), flops + joint_flops(config, last.head_rows))
+
+
+class JointSampler(OurSampler):
+    """The same with a joint head, movers drawn in groups."""
+
+    draws = DRAWS
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(replace(config, neighbours=NEIGHBOURS), device, dtype)
 
 
 class PlainSampler(_Sampler):
@@ -385,6 +399,8 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
         "engine": (OurSampler, None),
         "engine-float32": (OurSampler, torch.float32),
         "engine-int8": (OurSampler, torch.int8),
+        "engine-joint": (JointSampler, None),
+        "engine-joint-int8": (JointSampler, torch.int8),
         "autoregressive-float32": (Autoregressive, torch.float32),
         "autoregressive-bf16": (Autoregressive, torch.bfloat16),
     },
@@ -406,7 +422,7 @@ NO_AUTOREGRESSIVE = "No autoregressive side: it needs transformers (pip install 
 
 def sides_for(task: str, preferred: torch.dtype) -> list[str]:
     """Sides of a task that can run and are worth it where `preferred` is the fast format."""
-    names = [name for name in SIDES[task] if name != "engine-int8"]  # on request
+    names = [name for name in SIDES[task] if not name.endswith("int8")]  # on request
     if preferred == torch.float32:  # bf16 would be emulated, and engine is engine-float32
         names = [name for name in names if not name.endswith("bf16") and name != "engine-float32"]
     return runnable(names)

@@ -174,12 +174,14 @@ def sample(
         movers = drawing.movers(a, u, free, offset).flatten()
         u_land = noise.uniform(x.shape[1]).flatten()[movers]
         if len(u_land):
-            # Counted and picked on the CPU, so that nothing here waits for the device.
-            rows = _send(movers.nonzero()[:, 0], x.device)
+            # Counted, picked and grouped on the CPU, so that nothing here waits for the device.
+            places = movers.nonzero()[:, 0]
+            rows = _send(places, x.device)
             hidden = model.hidden(x, t, h, rows)
             u_rows = _send(u_land, x.device)
             known = ~_send(free, x.device)
-            for part in groups(rows % x.shape[1], drawing.draws):
+            for picked in groups(places % x.shape[1], drawing.draws):
+                part = None if picked is None else _send(picked, x.device)
                 at = rows if part is None else rows[part]
                 few = hidden if part is None else hidden[part.to(hidden.device)]
                 if part is not None:

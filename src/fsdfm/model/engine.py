@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from fsdfm.model.attention import attend
 from fsdfm.model.int8 import int8_linear
-from fsdfm.model.transformer import Block, Transformer, fuse
+from fsdfm.model.transformer import Block, JointHead, Transformer, fuse, known_around, neighbourhood
 
 SMALLEST_STEP = 2.0**-10
 """Training shows no smaller step; a grid may have some, and the network is told this one."""
@@ -49,6 +49,7 @@ class Engine:
         self.layers = [_Layer(block, dtype) for block in model.blocks]
         head = model.output_layer.linear
         self._head = _linear(head.weight, head.bias, dtype)
+        self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
 
@@ -89,9 +90,11 @@ class Engine:
     @torch.no_grad()
     def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
         """See `Transformer.told`."""
+        if self._joint is None:
+            return rows
         at, x, known = at.to(self.device), x.to(self.device), known.to(self.device)
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            return self.model.told(rows, at, x, known).to(self.dtype)
+        tokens, there = neighbourhood(x, known, at, self.model.config.neighbours)
+        return self._joint.told(rows, known_around(self.model.vocab_embed(tokens), there))
 
     def _modulations(self, t: float, h: float) -> tuple[list[_Modulation], NormWeights]:
         """What (t, h) makes of every block, and of the final norm."""
@@ -177,6 +180,19 @@ class _Layer:
     def mlp(self, x: Tensor) -> Tensor:
         """What the MLP adds, (B, L, D)."""
         return self.down(self.up(x))
+
+
+class _Joint:
+    """The joint head; what reads the neighbours and what reads the row are one product."""
+
+    def __init__(self, joint: JointHead, dtype: torch.dtype) -> None:
+        both = torch.cat((joint.tokens.weight, joint.row.weight), 1)
+        self.inner = _gelu_linear(both, joint.tokens.bias, dtype)
+        self.out = _linear(joint.out.weight, joint.out.bias, dtype)
+
+    def told(self, rows: Tensor, around: Tensor) -> Tensor:
+        """Rows (N, D), their neighbours (N, 2 R D) -> (N, D)."""
+        return rows + self.out(self.inner(torch.cat((around.to(rows.dtype), rows), 1)))
 
 
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

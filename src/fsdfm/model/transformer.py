@@ -240,10 +240,14 @@ class JointHead(nn.Module):
 
     def forward(self, rows: Tensor, around: Tensor, known: Tensor) -> Tensor:
         """Rows (N, D), embeddings of their neighbours (N, 2 R, D), known (N, 2 R) -> (N, D)."""
-        around = F.layer_norm(around.float(), around.shape[-1:]) * known[..., None]
-        inner = self.tokens(around.flatten(1)) + self.row(rows)
+        inner = self.tokens(known_around(around, known)) + self.row(rows)
         told: Tensor = rows + self.out(F.gelu(inner, approximate="tanh"))
         return told
+
+
+def known_around(around: Tensor, known: Tensor) -> Tensor:
+    """What a joint head reads: embeddings (N, 2 R, D) normed, or zero where unknown, (N, 2 R D)."""
+    return (F.layer_norm(around.float(), around.shape[-1:]) * known[..., None]).flatten(1)
 
 
 def neighbourhood(x: Tensor, known: Tensor, rows: Tensor, radius: int) -> tuple[Tensor, Tensor]:

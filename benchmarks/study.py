@@ -19,7 +19,8 @@ them the line is drawn on, and the cell is marked with *. Intervals: 95 %, from 
 perplexities over samples; that of the interpolation is not in them.
 
 Models and samples that exist are kept: run the same command again to go on, and several at once
-with other --recipes or --seed.
+with other --recipes or --seed. --samples and --first-sample draw another set of samples, with a
+table of its own.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ class Recipe:
     sampler: str = "exact"
     power: float = 2.0
     """Of the grid that the samples are drawn on; 1 is even."""
+    renoise: float = 0.0
+    """Share of positions that the last two calls score and draw again, the least likely ones."""
 
     def weights(self) -> Tensor:
         """Chance of h = 1, 1/2, ..., 1/1024."""
@@ -176,7 +179,11 @@ RECIPES = {
     "joint head, 32 draws": replace(JOINT, draws=32),
     "joint head, late grid": replace(JOINT, power=2.0),
     "joint head, even grid": replace(JOINT, power=1.0),
+    "joint head, power 4": replace(JOINT, power=4.0),
+    "joint head, power 16": replace(JOINT, power=16.0),
     "joint head, drawn alone": replace(JOINT, draws=1),
+    "joint head, renoise .1": replace(JOINT, renoise=0.1),
+    "joint head, renoise .3": replace(JOINT, renoise=0.3),
     "share .5, rate x 3": Recipe(share=0.5, learning_rate=3.0),
     "semigroup, share .5, rate x 3": Recipe("semigroup", "exact", share=0.5, learning_rate=3.0),
 }
@@ -190,6 +197,8 @@ class Language(Protocol):
     teacher: Transformer
     settings: TrainSettings
     length: int
+    samples: int
+    """Of a row, unless --samples says otherwise."""
 
     def batch(self, index: int) -> Tensor:
         """Text, int64, (batch, length)."""
@@ -211,7 +220,7 @@ class Prose:
         self.store, found = TokenStore.open(args.data), load_pretrained(args.teacher)
         self.teacher, self.length = found.model, 256
         self.tokenizer = Tokenizer.from_json(found.tokenizer_json)
-        self.sample_length, self.judge_name = 1024, args.judge
+        self.sample_length, self.samples, self.judge_name = 1024, 8, args.judge
         self.settings = TrainSettings(
             steps=1,
             batch_size=16,
@@ -246,7 +255,7 @@ class Chain:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.chain = markov.Chain.random(4, 0.3, 0.1, 0)
-        self.length = self.sample_length = 12
+        self.length, self.sample_length, self.samples = 12, 12, 4096
         config = {"vocab_size": 4, "hidden_size": 64, "blocks": 2, "heads": 4, "cond_size": 64}
         self.teacher = Transformer(markov.ModelConfig.from_dict({**config, "context_length": 12}))
         tensors = load_file(args.teacher_run / "checkpoint.safetensors")
@@ -283,37 +292,50 @@ LANGUAGES: dict[str, Callable[[argparse.Namespace], Prose | Chain]] = {
 
 
 def drawn(
-    language: Prose | Chain, model: Transformer, steps: int, temperature: float, recipe: Recipe
+    language: Prose | Chain,
+    model: Transformer,
+    steps: int,
+    temperature: float,
+    recipe: Recipe,
+    first: int,
+    count: int,
 ) -> Tensor:
-    """Samples of one model in one setting, int64, (samples, L): the same noise for all models."""
+    """Samples of one model in one setting, int64, (count, L): the same noise for all models."""
     source = UniformSource(model.config.vocab_size)
     noises: list[Noise]
     sampled: Sampled
     if isinstance(language, Prose):
-        noises = [Noise([1_000_000 + i]) for i in range(args_samples(language))]
+        noises = [Noise([1_000_000 + first + i]) for i in range(count)]
         sampled = Engine(model.eval(), preferred_dtype(torch.device("cpu")))
     else:
-        noises = [markov.OneStream(args_samples(language), 0)]
+        noises = [markov.OneStream(count, first)]
         sampled = WholeSequences(model.eval())
+    drawing = Drawing(STEP_RULES[recipe.sampler], temperature=temperature, draws=recipe.draws)
+    draft = partial(sample, sampled, vocab_size=source.vocab_size, drawing=drawing)
+    grid = late_grid(steps - 2 if recipe.renoise else steps, recipe.power)
     rows = []
     for noise in noises:
-        *_, last = sample(
-            sampled,
-            noise.start(source, language.sample_length),
-            late_grid(steps, recipe.power),
-            noise,
-            vocab_size=source.vocab_size,
-            drawing=Drawing(
-                STEP_RULES[recipe.sampler], temperature=temperature, draws=recipe.draws
-            ),
-        )
-        rows.append(last.x)
+        *_, last = draft(noise.start(source, language.sample_length), grid, noise)
+        x = last.x
+        if recipe.renoise:
+            doubtful = least_likely(sampled, x, recipe.renoise, source.vocab_size)
+            x = torch.where(doubtful, noise.start(source, x.shape[1]), x)
+            late = torch.tensor((1.0 - recipe.renoise, 1.0), dtype=torch.float64)
+            *_, last = draft(x, late, noise, frozen=~doubtful)
+            x = last.x
+        rows.append(x)
     return torch.cat(rows)
 
 
-def args_samples(language: Prose | Chain) -> int:
-    """Samples of one row."""
-    return 8 if isinstance(language, Prose) else 4096
+def least_likely(sampled: Sampled, x: Tensor, share: float, vocab_size: int) -> Tensor:
+    """The positions whose tokens a model that sees the whole draft believes least, bool, (B, L)."""
+    rows = torch.arange(x.numel())
+    hidden = sampled.hidden(x, 1.0 - share, share, rows)
+    told = sampled.told(hidden, rows, x, torch.ones_like(x, dtype=torch.bool))
+    logits = sampled.head(told)[:, :vocab_size].float().log_softmax(-1)
+    score = logits.gather(1, x.view(-1, 1)).view_as(x)
+    worst = score.argsort(1)[:, : round(share * x.shape[1])]
+    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, worst, True)
 
 
 class Pairs:
@@ -437,20 +459,35 @@ def judged(
     path: Path,
 ) -> None:
     """One row of results.jsonl, unless it is there."""
-    if any(facts.items() <= row.items() for row in rows):
+    if any(same_facts(facts, row) for row in rows):
         return
-    x = drawn(language, model(), facts["steps"], facts["temperature"], recipe)
+    x = drawn(
+        language,
+        model(),
+        facts["steps"],
+        facts["temperature"],
+        recipe,
+        facts["first_sample"],
+        facts["samples"],
+    )
     nats, tokens, entropy = language.judge(x)
     row = facts | {
         "nats": sum(nats) / sum(tokens),
         "nats_se": standard_error(nats, tokens),
         "entropy": entropy,
-        "samples": len(x),
     }
     rows.append(row)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(json.dumps(row), flush=True)
+
+
+def same_facts(facts: Row, row: Row) -> bool:
+    """Whether a row says what it would say now; what it does not name is at its default."""
+    row = {"first_sample": 0, **row}
+    if "recipe" in row:
+        row = row | {"recipe": asdict(Recipe(**row["recipe"]))}
+    return facts.items() <= row.items()
 
 
 def standard_error(nats: list[float], tokens: list[int]) -> float:
@@ -480,7 +517,12 @@ def entropy_of(row: Row) -> float:
 
 def table(rows: list[Row], budgets: list[int]) -> str:
     """Ratios to the teacher's many steps at its entropy, and figures at temperature 1."""
-    (goal,) = [r for r in rows if r["model"] == "teacher" and r["steps"] == MANY][:1]
+    goals = [r for r in rows if r["model"] == "teacher" and r["steps"] == MANY]
+    if not goals:
+        return (
+            f"No table: the teacher's {MANY} steps have not been judged (--teacher-budgets many)."
+        )
+    goal = goals[0]
     lines = [
         f"Teacher at {MANY} steps: perplexity {math.exp(goal['nats']):.4g}, entropy "
         f"{goal['entropy']:.3f}. Ratios to it, at its entropy (* beyond the temperatures drawn):",
@@ -521,13 +563,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--judge", default="smollm2")
     parser.add_argument("--teacher-run", type=Path, help="run of benchmarks/markov.py (markov)")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--no-teacher", action="store_true", help="do not judge the teacher now")
+    parser.add_argument(
+        "--teacher-budgets", nargs="*", choices=("few", "many"), default=["few", "many"]
+    )
     parser.add_argument("--budget", type=int, default=1800, help="batches forward")
     parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.9, 1.1])
     parser.add_argument("--pairs", type=int, default=1536)
     parser.add_argument("--pair-steps", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--samples", type=int, help="of a row: 8 (prose), 4096 (markov)")
+    parser.add_argument("--first-sample", type=int, default=0)
     return parser.parse_args()
 
 
@@ -540,6 +586,7 @@ def main() -> None:
     path = where / "results.jsonl"
     rows = read(path)
     settings = list(itertools.product(args.budgets, args.temperatures))
+    drawn_set = {"first_sample": args.first_sample, "samples": args.samples or language.samples}
     for name in args.recipes:
         recipe = RECIPES[name]
         make = partial(student, name, recipe, language, args)
@@ -551,16 +598,18 @@ def main() -> None:
             return kept[0]
 
         for steps, temperature in settings:
+            if recipe.renoise and steps < 3:
+                continue  # no call is left for a draft
             facts = {"model": name, "seed": args.seed, "steps": steps, "temperature": temperature}
-            facts |= {"budget": args.budget, "recipe": asdict(recipe)}
+            facts |= {"budget": args.budget, "recipe": asdict(recipe), **drawn_set}
             judged(rows, facts, language, model, recipe, path)
-    if not args.no_teacher:
-        plain = Recipe()
-        for steps, temperature in [*settings, (MANY, 1.0)]:
-            facts = {"model": "teacher", "seed": 0, "steps": steps, "temperature": temperature}
-            even = replace(plain, power=1.0) if steps == MANY else plain
-            judged(rows, facts, language, lambda: language.teacher, even, path)
-        print("\n" + table(read(path), args.budgets))
+    for budgets, grid in (("few", Recipe()), ("many", Recipe(power=1.0))):
+        if budgets in args.teacher_budgets:
+            for steps, temperature in settings if budgets == "few" else [(MANY, 1.0)]:
+                facts = {"model": "teacher", "seed": 0, "steps": steps, "temperature": temperature}
+                judged(rows, facts | drawn_set, language, lambda: language.teacher, grid, path)
+    shown = [row for row in rows if drawn_set.items() <= ({"first_sample": 0} | row).items()]
+    print("\n" + table(shown, args.budgets))
 
 
 if __name__ == "__main__":

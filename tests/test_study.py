@@ -90,6 +90,58 @@ def test_pooled_nats_come_with_the_error_of_a_ratio(study: ModuleType) -> None:
     )
 
 
+def test_an_old_row_says_the_same_where_it_says_nothing(study: ModuleType) -> None:
+    facts = {"model": "rk4", "steps": 1, "first_sample": 0, "recipe": study.asdict(study.Recipe())}
+    assert study.same_facts(facts, {"model": "rk4", "steps": 1, "recipe": {"target": "rk4"}})
+    assert not study.same_facts(facts, {"model": "rk4", "steps": 1, "recipe": {"power": 1.0}})
+    assert not study.same_facts(facts, {"model": "rk4", "steps": 1, "first_sample": 8})
+
+
+class Wants:
+    """A model sure of one token at each position; `seen` are the states it was asked about."""
+
+    def __init__(self, wanted: torch.Tensor) -> None:
+        self.wanted, self.seen = wanted, []
+
+    def hidden(self, x: torch.Tensor, t: float, h: float, rows: torch.Tensor) -> torch.Tensor:
+        self.seen.append((x, t, h))
+        return 20.0 * torch.nn.functional.one_hot(self.wanted, 4).float().repeat(len(x), 1)[rows]
+
+    def told(self, rows: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return rows
+
+    def head(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows
+
+
+def test_the_least_likely_positions_are_those_the_model_would_not_have_drawn(
+    study: ModuleType,
+) -> None:
+    wanted = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    x = wanted.repeat(2, 1)
+    x[0, 2], x[1, 5], x[1, 7] = 0, 0, 0
+    doubtful = study.least_likely(Wants(wanted), x, 0.25, 4)
+    assert doubtful.sum(1).tolist() == [2, 2]
+    assert doubtful[0, 2] and doubtful[1].nonzero()[:, 0].tolist() == [5, 7]
+
+
+def test_a_draft_is_scored_and_drawn_again_within_the_same_calls(
+    study: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Toy:
+        length = sample_length = 8
+
+    wants = Wants(torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]))
+    monkeypatch.setattr(study, "WholeSequences", lambda model: wants)
+    model = Transformer(ModelConfig(4, 16, 1, 2, 8))
+    recipe = study.Recipe(renoise=0.25)
+    x = study.drawn(Toy(), model, 4, 1.0, recipe, 0, 3)
+    assert x.tolist() == [wants.wanted.tolist()] * 3
+    draft, again = wants.seen[2], wants.seen[3]
+    assert len(wants.seen) == 4 and draft[1] == again[1] == 0.75
+    assert ((draft[0] != again[0]).sum(1) <= 2).all() and (draft[0] != again[0]).any()
+
+
 def test_a_study_trains_judges_resumes_and_prints_one_table(
     study: ModuleType,
     tmp_path: Path,
@@ -102,10 +154,9 @@ def test_a_study_trains_judges_resumes_and_prints_one_table(
     tensors = {f"ema.{k}": v.clone() for k, v in teacher.state_dict().items()}
     (tmp_path / "teacher").mkdir()
     save_file(tensors, tmp_path / "teacher" / "checkpoint.safetensors")
-    monkeypatch.setattr(study, "args_samples", lambda language: 64)
     monkeypatch.setattr(study, "MANY", 4)
     arguments = f"study --out {tmp_path / 'out'} --language markov --teacher-run {tmp_path}/teacher"
-    arguments += " --budget 12 --budgets 1 2 --pairs 4096 --pair-steps 2 --recipes"
+    arguments += " --budget 12 --budgets 1 2 --pairs 4096 --pair-steps 2 --samples 64 --recipes"
     monkeypatch.setattr(sys, "argv", [*arguments.split(), "rk4", "path only, pairs"])
     study.main()
     rows = [

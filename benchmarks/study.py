@@ -1,7 +1,8 @@
 """Which recipe distils the best student? One teacher, many students, equal compute.
 
     python benchmarks/study.py --out runs/study --teacher TEACHER --data DATA
-    python benchmarks/study.py --out runs/study --language markov --teacher-run runs/markov/teacher
+    python benchmarks/study.py --out runs/study --language markov --pairs 65536
+    python benchmarks/study.py --out runs/study --language markov --source mask
 
 trains every recipe of RECIPES (or those named by --recipes) from one teacher, with the project's
 own objectives and loop, judges its samples at few steps and two temperatures, and prints a table:
@@ -48,24 +49,32 @@ from fsdfm.app.device import pick_device, preferred_dtype
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats
 from fsdfm.flow.grid import late_grid
-from fsdfm.flow.loss import POSITION_LOSSES, kl
-from fsdfm.flow.path import UniformSource
+from fsdfm.flow.loss import POSITION_LOSSES, cross_entropy, kl
+from fsdfm.flow.path import SOURCES, make_source
 from fsdfm.flow.sampler import Drawing, Noise, Sampled, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.engine import Engine
 from fsdfm.model.pretrained import load_pretrained
-from fsdfm.model.transformer import Transformer, student_from_teacher
+from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.loop import Run, Task, TrainSettings
-from fsdfm.train.objective import Distill, Joint, Objective, even_weights, published_weights
+from fsdfm.train.objective import (
+    Distill,
+    Joint,
+    Objective,
+    Pretrain,
+    even_weights,
+    published_weights,
+)
 
 TARGET_EVALUATIONS = {"rk4": 4, "rk2": 2, "semigroup": 2}
 JOINT_HEAD_COST = 0.6
 """Of an update of the joint head and the output layer, the body fixed, in whole updates (at the
 bundled shape: 5,800 against 10,100 tokens/s)."""
+STOPPED = "Stopped: run the same command again to go on."
 MANY = 1024
 """Steps of the teacher that students are compared with."""
 
@@ -256,11 +265,9 @@ class Chain:
     def __init__(self, args: argparse.Namespace) -> None:
         self.chain = markov.Chain.random(4, 0.3, 0.1, 0)
         self.length, self.sample_length, self.samples = 12, 12, 4096
-        config = {"vocab_size": 4, "hidden_size": 64, "blocks": 2, "heads": 4, "cond_size": 64}
-        self.teacher = Transformer(markov.ModelConfig.from_dict({**config, "context_length": 12}))
-        tensors = load_file(args.teacher_run / "checkpoint.safetensors")
-        ema = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-        self.teacher.load_state_dict(ema)
+        config = ModelConfig(4, 64, 2, 4, 64, context_length=self.length, source=args.source)
+        torch.manual_seed(0)
+        self.teacher = Transformer(config)
         self.settings = TrainSettings(
             steps=1,
             batch_size=256,
@@ -270,6 +277,21 @@ class Chain:
             evaluate_every=100_000,
             checkpoint_every=500,
         )
+        run = args.teacher_run or args.out / place_of(args) / "teacher"
+        if args.teacher_run is None:
+            self._pretrain(run, args.teacher_steps)
+        self.teacher.load_state_dict(averaged(run))
+
+    def _pretrain(self, run: Path, steps: int) -> None:
+        """As benchmarks/markov.py does."""
+        run.mkdir(parents=True, exist_ok=True)
+        config, schedule, cpu = self.teacher.config, Polynomial(), torch.device("cpu")
+        source = make_source(config.source, config.vocab_size)
+        objective = Pretrain(source, schedule, cross_entropy)
+        task = Task(objective, source, schedule, self.batch, self.validation(), cpu, torch.float32)
+        settings = replace(self.settings, steps=steps, learning_rate=2e-3, ema_decay=0.999)
+        if not Run(run, settings, task, Watch("teacher")).train(self.teacher):
+            raise SystemExit(STOPPED)
 
     def batch(self, index: int) -> Tensor:
         seed = 1_000_003 * (self.settings.seed + 1) + index
@@ -283,6 +305,17 @@ class Chain:
         entropy, _ = markov.trigram_figures(counts, self.chain.trigrams.flatten())
         nats = self.chain.nll(x) * self.length
         return nats.tolist(), [self.length] * len(x), entropy
+
+
+def place_of(args: argparse.Namespace) -> str:
+    """Where results of a language and source lie, below --out."""
+    return args.language if args.source == "uniform" else f"{args.language}, {args.source}"
+
+
+def averaged(run: Path) -> dict[str, Tensor]:
+    """The averaged network in a run's checkpoint."""
+    tensors = load_file(run / "checkpoint.safetensors")
+    return {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
 
 
 LANGUAGES: dict[str, Callable[[argparse.Namespace], Prose | Chain]] = {
@@ -301,7 +334,7 @@ def drawn(
     count: int,
 ) -> Tensor:
     """Samples of one model in one setting, int64, (count, L): the same noise for all models."""
-    source = UniformSource(model.config.vocab_size)
+    source = make_source(model.config.source, model.config.vocab_size)
     noises: list[Noise]
     sampled: Sampled
     if isinstance(language, Prose):
@@ -365,7 +398,8 @@ class Pairs:
 
 def blocks_of_pairs(language: Prose | Chain, count: int, steps: int) -> Iterator[Any]:
     """Coupled pairs, uint16, (n, 2, L), by the exact rule on the late grid."""
-    source = UniformSource(language.teacher.config.vocab_size)
+    config = language.teacher.config
+    source = make_source(config.source, config.vocab_size)
     prose = isinstance(language, Prose)
     model: Sampled = WholeSequences(language.teacher.eval())
     if prose:
@@ -404,7 +438,7 @@ def student(
 ) -> Transformer:
     """The averaged network of one recipe, trained now or before."""
     trained = "joint head" if recipe.neighbours else name  # its variants differ in sampling alone
-    directory = args.out / args.language / f"{trained} {args.seed}".replace("/", ":")
+    directory = args.out / place_of(args) / f"{trained} {args.seed}".replace("/", ":")
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     start = Transformer(language.teacher.config) if recipe.scratch else language.teacher
@@ -412,10 +446,10 @@ def student(
         model = copy.deepcopy(start)
     else:
         model = student_from_teacher(start, recipe.embedding, recipe.neighbours)  # type: ignore[arg-type]
-    source = UniformSource(model.config.vocab_size)
+    source = make_source(model.config.source, model.config.vocab_size)
     batch = language.batch
     if recipe.pairs:
-        path = args.out / args.language / "pairs.npy"
+        path = args.out / place_of(args) / "pairs.npy"
         batch = Pairs(language, path, args.pairs, args.pair_steps).batch
     settings = replace(
         language.settings,
@@ -440,12 +474,9 @@ def student(
     task = Task(objective, source, Polynomial(), batch, language.validation(), device, dtype)
     watch = Watch(name)
     if not Run(directory, settings, task, watch).train(model):
-        raise SystemExit("Stopped: run the same command again to go on.")
+        raise SystemExit(STOPPED)
     if watch.ema is None:
-        tensors = load_file(directory / "checkpoint.safetensors")
-        model.load_state_dict(
-            {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-        )
+        model.load_state_dict(averaged(directory))
         return model.eval()
     return watch.ema
 
@@ -561,7 +592,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="model directory (prose)")
     parser.add_argument("--data", type=Path, help="prepared data (prose)")
     parser.add_argument("--judge", default="smollm2")
-    parser.add_argument("--teacher-run", type=Path, help="run of benchmarks/markov.py (markov)")
+    parser.add_argument(
+        "--teacher-run", type=Path, help="run of benchmarks/markov.py (markov); else trained here"
+    )
+    parser.add_argument("--teacher-steps", type=int, default=4000, help="of one trained here")
+    parser.add_argument("--source", choices=SOURCES, default="uniform", help="x_0 (markov)")
     parser.add_argument("--recipes", nargs="*", choices=RECIPES, default=list(RECIPES))
     parser.add_argument(
         "--teacher-budgets", nargs="*", choices=("few", "many"), default=["few", "many"]
@@ -574,14 +609,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, help="of a row: 8 (prose), 4096 (markov)")
     parser.add_argument("--first-sample", type=int, default=0)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.source != "uniform" and (args.teacher_run or args.language == "prose"):
+        parser.error("--source is for the Markov language, with a teacher trained here.")
+    return args
 
 
 def main() -> None:
     args = parse()
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
     language = LANGUAGES[args.language](args)
-    where = args.out / args.language
+    where = args.out / place_of(args)
     where.mkdir(parents=True, exist_ok=True)
     path = where / "results.jsonl"
     rows = read(path)

@@ -175,3 +175,32 @@ def test_a_study_trains_judges_resumes_and_prints_one_table(
         study.np.load(tmp_path / "out" / "markov" / "pairs.npy").astype("int64")
     )
     assert pairs.shape == (4096, 2, 12) and (pairs < 4).all()
+
+
+def test_a_study_of_the_mask_source_trains_its_own_teacher(
+    study: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(study, "MANY", 4)
+    arguments = f"study --out {tmp_path} --language markov --source mask --teacher-steps 2"
+    arguments += " --budget 6 --budgets 4 --temperatures 1 --samples 8 --recipes"
+    names = ["rk4", "joint head", "joint head, renoise .1"]
+    monkeypatch.setattr(sys, "argv", [*arguments.split(), *names])
+    study.main()
+    printed = capsys.readouterr().out
+    for name in ("teacher", *names):
+        assert f"| {name} | 0 |" in printed
+    teacher, student = (
+        study.averaged(tmp_path / "markov, mask" / run) for run in ("teacher", "joint head 0")
+    )
+    assert teacher["vocab_embed.weight"].shape == (5, 64)
+    assert torch.equal(teacher["vocab_embed.weight"], student["vocab_embed.weight"])
+
+    monkeypatch.setattr(
+        sys, "argv", ["study", "--out", "x", "--language", "prose", "--source", "mask"]
+    )
+    with pytest.raises(SystemExit):
+        study.main()
+    assert "--source is for the Markov language" in capsys.readouterr().err

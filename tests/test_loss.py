@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -31,15 +30,6 @@ from fsdfm.flow.schedule import Polynomial
 P_1 = torch.tensor([0.55, 0.25, 0.15, 0.05], dtype=torch.float64)
 ENTROPY_NATS = float(-(P_1 * P_1.log()).sum())
 VOCAB = len(P_1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads over small tensors wait for each other wherever the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def f64(*values: float) -> Tensor:

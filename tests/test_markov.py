@@ -22,15 +22,6 @@ from fsdfm.flow.sampler import Noise, WholeSequences, sample
 SYMBOLS, LENGTH = 3, 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads over small tensors wait for each other wherever the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def markov() -> Iterator[ModuleType]:
     """The benchmark, which is a script and not a part of the package."""

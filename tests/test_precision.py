@@ -9,7 +9,6 @@ entropy where the sampler is right.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -21,14 +20,6 @@ from fsdfm.flow.step import draw
 VOCAB_SIZE = 50257
 FIRST, MIDDLE, LAST = 0, VOCAB_SIZE // 2, VOCAB_SIZE - 1
 GRID = 2**24  # uniforms of float32 are k / 2 ** 24; so is the spacing of float32 in [0.5, 1)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,15 +18,6 @@ from fsdfm.flow.step import EULER, EXACT, MOVERS, STEP_RULES, systematic_movers
 
 RULES = list(STEP_RULES.values())
 CHOICES = list(itertools.product(STEP_RULES, MOVERS))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads over small tensors wait for each other wherever the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class NextToken:

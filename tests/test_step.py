@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -35,15 +34,6 @@ LINEAR = Polynomial()
 SCHEDULES = [Polynomial(1.0), Polynomial(2.0), Polynomial(3.5)]
 RULES = list(STEP_RULES.values())
 BELOW_1 = math.nextafter(1.0, 0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads over small tensors wait for each other wherever the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def f64(*values: float) -> Tensor:

@@ -19,15 +19,6 @@ from fsdfm.model.transformer import ModelConfig, Transformer
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Two threads over small tensors wait for each other wherever the machine is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def study() -> Iterator[ModuleType]:
     """The benchmark, a script that imports its neighbour `markov`."""

@@ -12,7 +12,7 @@ import resource
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,14 +45,6 @@ from fsdfm.train.optim import learning_rate, make_optimizer
 
 V, L, B = 11, 6, 4
 TIME_FIELDS = {"elapsed_seconds", "tokens_per_second"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Toy(nn.Module):

@@ -5,15 +5,16 @@
     python benchmarks/study.py --out runs/study --language markov --source mask
 
 trains every recipe of RECIPES (or those named by --recipes) from one teacher, with the project's
-own objectives and loop, judges its samples at few steps and two temperatures, and prints a table:
-the ratio of its perplexity to that of the teacher's 1,024 steps, at the teacher's entropy.
+own objectives and loop, judges its samples at few steps, and prints a table:
+
+  prose   perplexity by the offline judge over that of the teacher's 1,024 steps, at the teacher's
+          entropy (of each text's own token histogram)
+  markov  the chain of benchmarks/markov.py, whose law is known: the divergence of the samples'
+          3-grams from it, at temperature 1
 
 Equal compute: a forward pass of one sequence is 1, its backward pass 2; every recipe makes as many
 updates as --budget allows (1 of it is one batch forward). Drawing the pairs of rectified couplings
 comes on top.
-
-  prose   perplexity by the offline judge, entropy of each text's own token histogram
-  markov  the true likelihood of the chain of benchmarks/markov.py, entropy of its 3-grams
 
 At matched entropy: ln perplexity is linear in the entropy between the two temperatures; beyond
 them the line is drawn on, and the cell is marked with *. Intervals: 95 %, from the errors of both
@@ -217,8 +218,15 @@ class Language(Protocol):
         """Other text."""
         ...
 
-    def judge(self, x: Tensor) -> tuple[list[float], list[int], float]:
-        """Nats and tokens of each sample, and their entropy."""
+    temperatures: list[float]
+    """The same."""
+
+    def judge(self, x: Tensor) -> Row:
+        """Nats a token and entropy of some samples; all that the table needs."""
+        ...
+
+    def table(self, rows: list[Row], budgets: list[int]) -> str:
+        """Of all students, at few steps."""
         ...
 
 
@@ -229,7 +237,8 @@ class Prose:
         self.store, found = TokenStore.open(args.data), load_pretrained(args.teacher)
         self.teacher, self.length = found.model, 256
         self.tokenizer = Tokenizer.from_json(found.tokenizer_json)
-        self.sample_length, self.samples, self.judge_name = 1024, 8, args.judge
+        self.sample_length, self.judge_name = 1024, args.judge
+        self.samples, self.temperatures = 8, [0.9, 1.1]
         self.settings = TrainSettings(
             steps=1,
             batch_size=16,
@@ -249,14 +258,21 @@ class Prose:
     def validation(self) -> Tensor:
         return torch.stack([self.store.validation.block(i, self.length) for i in range(16)])
 
-    def judge(self, x: Tensor) -> tuple[list[float], list[int], float]:
+    def judge(self, x: Tensor) -> Row:
+        """See `Language`."""
         if self._judge is None:
             cpu = torch.device("cpu")
             self._judge = load_judge(self.judge_name, device=cpu, dtype=preferred_dtype(cpu))
         texts = [self.tokenizer.decode(row.tolist()) for row in x]
         scores = [judged.score for judged in self._judge.judge(texts)]
         entropy = float(np.mean([histogram_entropy_nats(row.tolist()) for row in x]))
-        return [s.nats for s in scores], [s.tokens for s in scores], entropy
+        nats, tokens = [s.nats for s in scores], [s.tokens for s in scores]
+        se = standard_error(nats, tokens)
+        return {"nats": sum(nats) / sum(tokens), "nats_se": se, "entropy": entropy}
+
+    def table(self, rows: list[Row], budgets: list[int]) -> str:
+        """See `Language`: ratios to the teacher's many steps at its entropy."""
+        return frontier_table(rows, budgets)
 
 
 class Chain:
@@ -264,7 +280,8 @@ class Chain:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.chain = markov.Chain.random(4, 0.3, 0.1, 0)
-        self.length, self.sample_length, self.samples = 12, 12, 4096
+        self.length = self.sample_length = 12
+        self.samples, self.temperatures = 4096, [1.0]
         config = ModelConfig(4, 64, 2, 4, 64, context_length=self.length, source=args.source)
         torch.manual_seed(0)
         self.teacher = Transformer(config)
@@ -300,11 +317,32 @@ class Chain:
     def validation(self) -> Tensor:
         return self.chain.draw(128, self.length, seed=17)
 
-    def judge(self, x: Tensor) -> tuple[list[float], list[int], float]:
-        counts = markov.trigram_counts(x, self.chain.symbols).sum(0)
-        entropy, _ = markov.trigram_figures(counts, self.chain.trigrams.flatten())
-        nats = self.chain.nll(x) * self.length
-        return nats.tolist(), [self.length] * len(x), entropy
+    def judge(self, x: Tensor) -> Row:
+        """See `Language`."""
+        found = markov.figures(x, self.chain)
+        return {"nats": found.pop("nll"), "nats_se": found.pop("nll_se"), **found}
+
+    def table(self, rows: list[Row], budgets: list[int]) -> str:
+        """See `Language`: divergence from the true law, which needs no matched entropy."""
+        truth = self.judge(self.chain.draw(max(r["samples"] for r in rows), self.length, seed=18))
+        lines = [
+            "Divergence of the 3-grams from the true law, in thousandths of a nat (for 3 tokens), "
+            "+- 2 standard errors. As many true samples: " + thousandths(truth) + ".",
+            "",
+            f"| student | seed | {' | '.join(f'{n} steps' for n in budgets)} |",
+            "|---|---" + "|---" * len(budgets) + "|",
+        ]
+        known = {(r["model"], r["seed"], r["steps"]): r for r in rows if r["temperature"] == 1.0}
+        for name, seed in dict.fromkeys((r["model"], r["seed"]) for r in rows):
+            found = [known.get((name, seed, steps)) for steps in budgets]
+            cells = ["" if row is None else thousandths(row) for row in found]
+            lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
+        return "\n".join(lines)
+
+
+def thousandths(row: Row) -> str:
+    """The divergence of a row."""
+    return f"{1000 * row['kl']:.1f} +- {2000 * row['kl_se']:.1f}"
 
 
 def place_of(args: argparse.Namespace) -> str:
@@ -501,12 +539,7 @@ def judged(
         facts["first_sample"],
         facts["samples"],
     )
-    nats, tokens, entropy = language.judge(x)
-    row = facts | {
-        "nats": sum(nats) / sum(tokens),
-        "nats_se": standard_error(nats, tokens),
-        "entropy": entropy,
-    }
+    row = facts | language.judge(x)
     rows.append(row)
     with path.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -546,7 +579,7 @@ def entropy_of(row: Row) -> float:
     return float(row["entropy"])
 
 
-def table(rows: list[Row], budgets: list[int]) -> str:
+def frontier_table(rows: list[Row], budgets: list[int]) -> str:
     """Ratios to the teacher's many steps at its entropy, and figures at temperature 1."""
     goals = [r for r in rows if r["model"] == "teacher" and r["steps"] == MANY]
     if not goals:
@@ -603,7 +636,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--budget", type=int, default=1800, help="batches forward")
     parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--temperatures", type=float, nargs="+", default=[0.9, 1.1])
+    parser.add_argument(
+        "--temperatures", type=float, nargs="+", help="default: .9 1.1 (prose), 1 (markov)"
+    )
     parser.add_argument("--pairs", type=int, default=1536)
     parser.add_argument("--pair-steps", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
@@ -623,7 +658,7 @@ def main() -> None:
     where.mkdir(parents=True, exist_ok=True)
     path = where / "results.jsonl"
     rows = read(path)
-    settings = list(itertools.product(args.budgets, args.temperatures))
+    settings = list(itertools.product(args.budgets, args.temperatures or language.temperatures))
     drawn_set = {"first_sample": args.first_sample, "samples": args.samples or language.samples}
     for name in args.recipes:
         recipe = RECIPES[name]
@@ -647,7 +682,7 @@ def main() -> None:
                 facts = {"model": "teacher", "seed": 0, "steps": steps, "temperature": temperature}
                 judged(rows, facts | drawn_set, language, lambda: language.teacher, grid, path)
     shown = [row for row in rows if drawn_set.items() <= ({"first_sample": 0} | row).items()]
-    print("\n" + table(shown, args.budgets))
+    print("\n" + language.table(shown, args.budgets))
 
 
 if __name__ == "__main__":

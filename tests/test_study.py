@@ -73,6 +73,24 @@ def test_nats_are_read_off_the_line_at_the_goal(study: ModuleType) -> None:
     assert study.at_entropy(rows[:1], 5.0) == (6.0, False)
 
 
+def test_the_table_has_ratios_at_the_goals_entropy(study: ModuleType) -> None:
+    def row(model: str, steps: int, entropy: float, perplexity: float) -> dict[str, object]:
+        nats = {"nats": math.log(perplexity), "nats_se": 0.01}
+        return {"model": model, "seed": 0, "steps": steps, "entropy": entropy, **nats}
+
+    rows = [
+        row("teacher", study.MANY, 5.5, 400.0),
+        row("s", 2, 5.0, 300.0),
+        row("s", 2, 6.0, 1200.0),
+    ]
+    table = study.frontier_table(rows, [2, 4])
+    assert "perplexity 400, entropy 5.500" in table
+    # exp of the mean of ln 300 and ln 1200 is 600; 1.96 * sqrt(2) * .01 on either side.
+    assert table.splitlines()[-1] == "| s | 0 | 1.50 (1.46-1.54) |  |"
+    assert "teacher |" not in table
+    assert "not been judged" in study.frontier_table(rows[1:], [2])
+
+
 def test_pooled_nats_come_with_the_error_of_a_ratio(study: ModuleType) -> None:
     assert study.standard_error([10.0, 20.0], [5, 10]) == pytest.approx(0.0)
     # Equal lengths: the error of a mean.
@@ -154,14 +172,14 @@ def test_a_study_trains_judges_resumes_and_prints_one_table(
         json.loads(line)
         for line in (tmp_path / "out" / "markov" / "results.jsonl").read_text().splitlines()
     ]
-    # Two students and the teacher at 2 budgets x 2 temperatures, the teacher at many steps.
-    assert len(rows) == 13
+    # Two students and the teacher at 2 budgets, the teacher at many steps.
+    assert len(rows) == 7 and all(0.0 < row["kl"] < 10.0 for row in rows)
     printed = capsys.readouterr().out
     assert "| rk4 | 0 |" in printed and "| path only, pairs | 0 |" in printed
     assert "| teacher | 0 |" in printed
     study.main()
     again = (tmp_path / "out" / "markov" / "results.jsonl").read_text().splitlines()
-    assert len(again) == 13
+    assert len(again) == 7
     pairs = torch.from_numpy(
         study.np.load(tmp_path / "out" / "markov" / "pairs.npy").astype("int64")
     )

@@ -5,7 +5,7 @@
     python benchmarks/study.py --out runs/study --language markov --source mask
 
 trains every recipe of RECIPES (or those named by --recipes) from one teacher, with the project's
-own objectives and loop, judges its samples at few steps, and prints a table:
+own objectives and loop, judges its samples at few steps, and writes a table and a picture:
 
   prose   perplexity by the offline judge over that of the teacher's 1,024 steps, at the teacher's
           entropy (of each text's own token histogram)
@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import itertools
 import json
 import math
@@ -201,6 +202,88 @@ RECIPES = {
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A figure, its interval, and how the table says it."""
+
+    middle: float
+    low: float
+    high: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the table and the picture show."""
+
+    title: str
+    axis: str
+    goal: float
+    goal_name: str
+    cells: dict[tuple[str, int, int], Cell]
+    """By student, seed and steps."""
+
+    def table(self, budgets: list[int]) -> str:
+        """In Markdown."""
+        lines = [
+            self.title,
+            "",
+            f"| student | seed | {' | '.join(f'{n} steps' for n in budgets)} |",
+            "|---|---" + "|---" * len(budgets) + "|",
+        ]
+        for name, seed in dict.fromkeys((name, seed) for name, seed, _ in self.cells):
+            found = [self.cells.get((name, seed, steps)) for steps in budgets]
+            cells = " | ".join("" if cell is None else cell.text for cell in found)
+            lines.append(f"| {name} | {seed} | {cells} |")
+        return "\n".join(lines)
+
+    def picture(self, path: Path) -> None:
+        """A line a student: those of SHOWN in colour with intervals, the others in grey."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
+        axes = figure.add_subplot()
+        labels = set()
+        for name, seed in dict.fromkeys((name, seed) for name, seed, _ in self.cells):
+            line = [(n, c) for (a, b, n), c in self.cells.items() if (a, b) == (name, seed)]
+            line.sort(key=lambda point: point[0])
+            steps, cells = zip(*line, strict=True)
+            middles = [cell.middle for cell in cells]
+            if name not in SHOWN:
+                label = None if "others" in labels else "other recipes"
+                axes.plot(steps, middles, color="0.75", linewidth=0.8, zorder=1, label=label)
+                labels.add("others")
+                continue
+            below = [cell.middle - cell.low for cell in cells]
+            above = [cell.high - cell.middle for cell in cells]
+            colour = f"C{list(SHOWN).index(name)}"
+            label = None if name in labels else SHOWN[name]
+            axes.errorbar(
+                steps, middles, (below, above), marker="o", capsize=3, color=colour, label=label
+            )
+            labels.add(name)
+        axes.axhline(self.goal, color="black", linestyle=":", label=self.goal_name)
+        budgets = sorted({steps for _, _, steps in self.cells})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(budgets, [str(n) for n in budgets])
+        axes.set_yscale("log")
+        axes.set_xlabel("model calls (NFE)")
+        axes.set_ylabel(self.axis)
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+        axes.legend(fontsize=8)
+        figure.savefig(path, metadata={"Software": None})
+
+
+SHOWN = {
+    "published": "the published recipe",
+    "rk4": "RK-4, log2 h, even weights",
+    "path only, pairs": "rectified couplings",
+    "joint head": "joint head",
+    "teacher": "the teacher",
+}
+"""Students that the picture names."""
+
+
 class Language(Protocol):
     """Where text, teacher and truth come from."""
 
@@ -225,8 +308,8 @@ class Language(Protocol):
         """Nats a token and entropy of some samples; all that the table needs."""
         ...
 
-    def table(self, rows: list[Row], budgets: list[int]) -> str:
-        """Of all students, at few steps."""
+    def summary(self, rows: list[Row]) -> Summary | None:
+        """Of all students, at few steps; None while what they are compared with is missing."""
         ...
 
 
@@ -270,9 +353,9 @@ class Prose:
         se = standard_error(nats, tokens)
         return {"nats": sum(nats) / sum(tokens), "nats_se": se, "entropy": entropy}
 
-    def table(self, rows: list[Row], budgets: list[int]) -> str:
+    def summary(self, rows: list[Row]) -> Summary | None:
         """See `Language`: ratios to the teacher's many steps at its entropy."""
-        return frontier_table(rows, budgets)
+        return ratios(rows)
 
 
 class Chain:
@@ -322,27 +405,29 @@ class Chain:
         found = markov.figures(x, self.chain)
         return {"nats": found.pop("nll"), "nats_se": found.pop("nll_se"), **found}
 
-    def table(self, rows: list[Row], budgets: list[int]) -> str:
+    def summary(self, rows: list[Row]) -> Summary | None:
         """See `Language`: divergence from the true law, which needs no matched entropy."""
         truth = self.judge(self.chain.draw(max(r["samples"] for r in rows), self.length, seed=18))
-        lines = [
+        cells = {
+            (r["model"], r["seed"], r["steps"]): thousandths(r)
+            for r in rows
+            if r["temperature"] == 1.0 and r["steps"] != MANY
+        }
+        floor = thousandths(truth)
+        return Summary(
             "Divergence of the 3-grams from the true law, in thousandths of a nat (for 3 tokens), "
-            "+- 2 standard errors. As many true samples: " + thousandths(truth) + ".",
-            "",
-            f"| student | seed | {' | '.join(f'{n} steps' for n in budgets)} |",
-            "|---|---" + "|---" * len(budgets) + "|",
-        ]
-        known = {(r["model"], r["seed"], r["steps"]): r for r in rows if r["temperature"] == 1.0}
-        for name, seed in dict.fromkeys((r["model"], r["seed"]) for r in rows):
-            found = [known.get((name, seed, steps)) for steps in budgets]
-            cells = ["" if row is None else thousandths(row) for row in found]
-            lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
-        return "\n".join(lines)
+            f"+- 2 standard errors. As many true samples: {floor.text}.",
+            "KL of 3-grams from the truth, thousandths of a nat",
+            floor.middle,
+            "true samples",
+            cells,
+        )
 
 
-def thousandths(row: Row) -> str:
+def thousandths(row: Row) -> Cell:
     """The divergence of a row."""
-    return f"{1000 * row['kl']:.1f} +- {2000 * row['kl_se']:.1f}"
+    kl, error = 1000.0 * row["kl"], 2000.0 * row["kl_se"]
+    return Cell(kl, max(kl - error, 0.01), kl + error, f"{kl:.1f} +- {error:.1f}")
 
 
 def place_of(args: argparse.Namespace) -> str:
@@ -579,36 +664,29 @@ def entropy_of(row: Row) -> float:
     return float(row["entropy"])
 
 
-def frontier_table(rows: list[Row], budgets: list[int]) -> str:
-    """Ratios to the teacher's many steps at its entropy, and figures at temperature 1."""
+def ratios(rows: list[Row]) -> Summary | None:
+    """Perplexities over that of the teacher's many steps, at its entropy."""
     goals = [r for r in rows if r["model"] == "teacher" and r["steps"] == MANY]
     if not goals:
-        return (
-            f"No table: the teacher's {MANY} steps have not been judged (--teacher-budgets many)."
-        )
-    goal = goals[0]
-    lines = [
+        return None
+    goal, cells = goals[0], {}
+    for name, seed, steps in dict.fromkeys((r["model"], r["seed"], r["steps"]) for r in rows):
+        if steps == MANY:
+            continue
+        swept = [r for r in rows if (r["model"], r["seed"], r["steps"]) == (name, seed, steps)]
+        nats, inside = at_entropy(swept, goal["entropy"])
+        error = 1.96 * math.hypot(max(r["nats_se"] for r in swept), goal["nats_se"])
+        low, middle, high = (math.exp(nats - goal["nats"] + k * error) for k in (-1, 0, 1))
+        text = f"{middle:.2f} ({low:.2f}-{high:.2f}){'' if inside else '*'}"
+        cells[name, seed, steps] = Cell(middle, low, high, text)
+    return Summary(
         f"Teacher at {MANY} steps: perplexity {math.exp(goal['nats']):.4g}, entropy "
         f"{goal['entropy']:.3f}. Ratios to it, at its entropy (* beyond the temperatures drawn):",
-        "",
-        f"| student | seed | {' | '.join(f'{n} steps' for n in budgets)} |",
-        "|---|---" + "|---" * len(budgets) + "|",
-    ]
-    groups = dict.fromkeys((r["model"], r["seed"]) for r in rows)
-    for name, seed in groups:
-        cells = []
-        for steps in budgets:
-            swept = [r for r in rows if (r["model"], r["seed"], r["steps"]) == (name, seed, steps)]
-            if not swept:
-                cells.append("")
-                continue
-            nats, inside = at_entropy(swept, goal["entropy"])
-            error = 1.96 * math.hypot(max(r["nats_se"] for r in swept), goal["nats_se"])
-            low, middle, high = (math.exp(nats - goal["nats"] + k * error) for k in (-1, 0, 1))
-            cells.append(f"{middle:.2f} ({low:.2f}-{high:.2f}){'' if inside else '*'}")
-        if any(cells):
-            lines.append(f"| {name} | {seed} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        f"perplexity over the teacher's in {MANY} steps, at its entropy",
+        1.0,
+        f"the teacher in {MANY} steps",
+        cells,
+    )
 
 
 def read(path: Path) -> list[Row]:
@@ -682,7 +760,15 @@ def main() -> None:
                 facts = {"model": "teacher", "seed": 0, "steps": steps, "temperature": temperature}
                 judged(rows, facts | drawn_set, language, lambda: language.teacher, grid, path)
     shown = [row for row in rows if drawn_set.items() <= ({"first_sample": 0} | row).items()]
-    print("\n" + language.table(shown, args.budgets))
+    summary = language.summary(shown)
+    if summary is None:
+        print(f"No table: the teacher's {MANY} steps are not judged (--teacher-budgets many).")
+        return
+    table = summary.table(args.budgets)
+    (where / "table.md").write_text(table + "\n")
+    if importlib.util.find_spec("matplotlib"):
+        summary.picture(where / "figure.png")
+    print("\n" + table)
 
 
 if __name__ == "__main__":

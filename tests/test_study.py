@@ -83,12 +83,12 @@ def test_the_table_has_ratios_at_the_goals_entropy(study: ModuleType) -> None:
         row("s", 2, 5.0, 300.0),
         row("s", 2, 6.0, 1200.0),
     ]
-    table = study.frontier_table(rows, [2, 4])
+    table = study.ratios(rows).table([2, 4])
     assert "perplexity 400, entropy 5.500" in table
     # exp of the mean of ln 300 and ln 1200 is 600; 1.96 * sqrt(2) * .01 on either side.
     assert table.splitlines()[-1] == "| s | 0 | 1.50 (1.46-1.54) |  |"
     assert "teacher |" not in table
-    assert "not been judged" in study.frontier_table(rows[1:], [2])
+    assert study.ratios(rows[1:]) is None
 
 
 def test_pooled_nats_come_with_the_error_of_a_ratio(study: ModuleType) -> None:
@@ -175,6 +175,8 @@ def test_a_study_trains_judges_resumes_and_prints_one_table(
     # Two students and the teacher at 2 budgets, the teacher at many steps.
     assert len(rows) == 7 and all(0.0 < row["kl"] < 10.0 for row in rows)
     printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "markov" / "table.md").read_text() in printed
+    assert (tmp_path / "out" / "markov" / "figure.png").read_bytes()[1:4] == b"PNG"
     assert "| rk4 | 0 |" in printed and "| path only, pairs | 0 |" in printed
     assert "| teacher | 0 |" in printed
     study.main()
@@ -192,7 +194,7 @@ def test_a_study_of_the_mask_source_trains_its_own_teacher(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(study, "MANY", 4)
+    monkeypatch.setattr(study, "MANY", 8)
     arguments = f"study --out {tmp_path} --language markov --source mask --teacher-steps 2"
     arguments += " --budget 6 --budgets 4 --temperatures 1 --samples 8 --recipes"
     names = ["rk4", "joint head", "joint head, renoise .1"]

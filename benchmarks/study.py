@@ -193,6 +193,8 @@ RECIPES = {
     "joint head, power 4": replace(JOINT, power=4.0),
     "joint head, power 16": replace(JOINT, power=16.0),
     "joint head, drawn alone": replace(JOINT, draws=1),
+    "joint head, reach 1": replace(JOINT, neighbours=1),
+    "joint head, reach 6": replace(JOINT, neighbours=6),
     "joint head, renoise .1": replace(JOINT, renoise=0.1),
     "joint head, renoise .3": replace(JOINT, renoise=0.3),
     "share .5, rate x 3": Recipe(share=0.5, learning_rate=3.0),
@@ -563,7 +565,11 @@ def student(
     name: str, recipe: Recipe, language: Prose | Chain, args: argparse.Namespace
 ) -> Transformer:
     """The averaged network of one recipe, trained now or before."""
-    trained = "joint head" if recipe.neighbours else name  # its variants differ in sampling alone
+    trained = name
+    if recipe.neighbours:  # most variants differ in sampling alone
+        trained = "joint head"
+        if recipe.neighbours != JOINT.neighbours:
+            trained += f", reach {recipe.neighbours}"
     directory = args.out / place_of(args) / f"{trained} {args.seed}".replace("/", ":")
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)

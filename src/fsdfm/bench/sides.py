@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fsdfm.bench import autoregressive, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.errors import ConfigError
-from fsdfm.flow.grid import even_grid
+from fsdfm.flow.grid import even_grid, latest_grid
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, sample
@@ -152,6 +152,10 @@ class OurSampler(_Sampler):
 
     draws = 1
 
+    def grid(self, steps: int) -> Tensor:
+        """Times of its calls."""
+        return even_grid(steps)
+
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, device
         self.engine = make_engine(random_model(config), device, dtype)
@@ -175,7 +179,7 @@ class OurSampler(_Sampler):
         states = sample(
             engine,
             noise.start(source, job.length).to(self.device),
-            even_grid(job.steps),
+            self.grid(job.steps),
             noise,
             vocab_size=config.vocab_size,
             drawing=Drawing(STEP_RULES[job.rule], draws=self.draws),
@@ -192,9 +196,13 @@ class OurSampler(_Sampler):
 
 
 class JointSampler(OurSampler):
-    """The same with a joint head, movers drawn in groups."""
+    """The same with a joint head, as `fsdfm generate` draws from one: in groups, latest grid."""
 
     draws = DRAWS
+
+    def grid(self, steps: int) -> Tensor:
+        """More positions move in a call than on an even one."""
+        return latest_grid(steps)
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(replace(config, neighbours=NEIGHBOURS), device, dtype)

@@ -1,7 +1,7 @@
 """Which recipe distils the best student? One teacher, many students, equal compute.
 
     python benchmarks/study.py --out runs/study --teacher TEACHER --data DATA
-    python benchmarks/study.py --out runs/study --language markov --pairs 65536
+    python benchmarks/study.py --out runs/study --language markov
     python benchmarks/study.py --out runs/study --language markov --source mask
 
 trains every recipe of RECIPES (or those named by --recipes) from one teacher, with the project's
@@ -13,8 +13,7 @@ own objectives and loop, judges its samples at few steps, and writes a table and
           3-grams from it, at temperature 1
 
 Equal compute: a forward pass of one sequence is 1, its backward pass 2; every recipe makes as many
-updates as --budget allows (1 of it is one batch forward). Drawing the pairs of rectified couplings
-comes on top.
+updates as --budget allows (1 of it is one batch forward).
 
 At matched entropy: ln perplexity is linear in the entropy between the two temperatures; beyond
 them the line is drawn on, and the cell is marked with *. Intervals: 95 %, from the errors of both
@@ -35,7 +34,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -123,8 +122,6 @@ class Recipe:
     ema: float = 0.998
     learning_rate: float = 1.0
     """Times the language's own."""
-    pairs: bool = False
-    """Rectified couplings instead of data with fresh noise."""
     scratch: bool = False
     """Fresh weights instead of the teacher's."""
     neighbours: int = 0
@@ -134,8 +131,6 @@ class Recipe:
     sampler: str = "exact"
     power: float = 2.0
     """Of the grid that the samples are drawn on; 1 is even."""
-    renoise: float = 0.0
-    """Share of positions that the last two calls score and draw again, the least likely ones."""
 
     def weights(self) -> Tensor:
         """Chance of h = 1, 1/2, ..., 1/1024."""
@@ -182,9 +177,6 @@ RECIPES = {
     "rate x 3": Recipe(learning_rate=3.0),
     # Together, and rectified couplings.
     "path only": Recipe(share=1.0, embedding="none", learning_rate=3.0),
-    "path only, pairs": Recipe(share=1.0, embedding="none", learning_rate=3.0, pairs=True),
-    "semigroup, pairs": Recipe("semigroup", "exact", share=0.5, pairs=True),
-    "rk4, pairs": Recipe(share=0.5, pairs=True),
     # Positions drawn together see each other.
     "joint head": JOINT,
     "joint head, 32 draws": replace(JOINT, draws=32),
@@ -195,8 +187,6 @@ RECIPES = {
     "joint head, drawn alone": replace(JOINT, draws=1),
     "joint head, reach 1": replace(JOINT, neighbours=1),
     "joint head, reach 6": replace(JOINT, neighbours=6),
-    "joint head, renoise .1": replace(JOINT, renoise=0.1),
-    "joint head, renoise .3": replace(JOINT, renoise=0.3),
     "share .5, rate x 3": Recipe(share=0.5, learning_rate=3.0),
     "semigroup, share .5, rate x 3": Recipe("semigroup", "exact", share=0.5, learning_rate=3.0),
 }
@@ -279,7 +269,6 @@ class Summary:
 SHOWN = {
     "published": "the published recipe",
     "rk4": "RK-4, log2 h, even weights",
-    "path only, pairs": "rectified couplings",
     "joint head": "joint head",
     "teacher": "the teacher",
 }
@@ -473,72 +462,12 @@ def drawn(
         sampled = WholeSequences(model.eval())
     drawing = Drawing(STEP_RULES[recipe.sampler], temperature=temperature, draws=recipe.draws)
     draft = partial(sample, sampled, vocab_size=source.vocab_size, drawing=drawing)
-    grid = late_grid(steps - 2 if recipe.renoise else steps, recipe.power)
+    grid = late_grid(steps, recipe.power)
     rows = []
     for noise in noises:
         *_, last = draft(noise.start(source, language.sample_length), grid, noise)
-        x = last.x
-        if recipe.renoise:
-            doubtful = least_likely(sampled, x, recipe.renoise, source.vocab_size)
-            x = torch.where(doubtful, noise.start(source, x.shape[1]), x)
-            late = torch.tensor((1.0 - recipe.renoise, 1.0), dtype=torch.float64)
-            *_, last = draft(x, late, noise, frozen=~doubtful)
-            x = last.x
-        rows.append(x)
+        rows.append(last.x)
     return torch.cat(rows)
-
-
-def least_likely(sampled: Sampled, x: Tensor, share: float, vocab_size: int) -> Tensor:
-    """The positions whose tokens a model that sees the whole draft believes least, bool, (B, L)."""
-    rows = torch.arange(x.numel())
-    hidden = sampled.hidden(x, 1.0 - share, share, rows)
-    told = sampled.told(hidden, rows, x, torch.ones_like(x, dtype=torch.bool))
-    logits = sampled.head(told)[:, :vocab_size].float().log_softmax(-1)
-    score = logits.gather(1, x.view(-1, 1)).view_as(x)
-    worst = score.argsort(1)[:, : round(share * x.shape[1])]
-    return torch.zeros_like(x, dtype=torch.bool).scatter_(1, worst, True)
-
-
-class Pairs:
-    """Rectified couplings: x_0 and what the teacher made of it, drawn once and kept."""
-
-    def __init__(self, language: Prose | Chain, path: Path, count: int, steps: int) -> None:
-        self.size, self.seed = language.settings.batch_size, language.settings.seed
-        if not path.exists():
-            started, blocks = time.perf_counter(), []
-            for block in blocks_of_pairs(language, count, steps):
-                blocks.append(block)
-                done, seconds = sum(map(len, blocks)), time.perf_counter() - started
-                eta = seconds * (count / done - 1)
-                print(f"pairs: {done}/{count}, {seconds:.0f} s, ETA {eta:.0f} s", flush=True)
-            partial_path = path.with_suffix(".partial.npy")
-            np.save(partial_path, np.concatenate(blocks))
-            partial_path.replace(path)
-        self.all = torch.from_numpy(np.load(path).astype(np.int64))
-
-    def batch(self, index: int) -> Tensor:
-        """(batch, 2, L)."""
-        per_epoch = len(self.all) // self.size
-        epoch, place = divmod(index, per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.all))
-        return self.all[order[place * self.size : (place + 1) * self.size]]
-
-
-def blocks_of_pairs(language: Prose | Chain, count: int, steps: int) -> Iterator[Any]:
-    """Coupled pairs, uint16, (n, 2, L), by the exact rule on the late grid."""
-    config = language.teacher.config
-    source = make_source(config.source, config.vocab_size)
-    prose = isinstance(language, Prose)
-    model: Sampled = WholeSequences(language.teacher.eval())
-    if prose:
-        model = Engine(language.teacher.eval(), preferred_dtype(torch.device("cpu")))
-    size = 16 if prose else 4096
-    for first in range(0, count, size):
-        seeds = [2_000_000 + first + i for i in range(size)]
-        noise = Noise(seeds) if prose else markov.OneStream(size, seeds[0])
-        x_0 = noise.start(source, language.length)
-        *_, last = sample(model, x_0, late_grid(steps), noise, vocab_size=source.vocab_size)
-        yield torch.stack((x_0, last.x), 1).numpy().astype(np.uint16)
 
 
 class Watch:
@@ -579,10 +508,6 @@ def student(
     else:
         model = student_from_teacher(start, recipe.embedding, recipe.neighbours)  # type: ignore[arg-type]
     source = make_source(model.config.source, model.config.vocab_size)
-    batch = language.batch
-    if recipe.pairs:
-        path = args.out / place_of(args) / "pairs.npy"
-        batch = Pairs(language, path, args.pairs, args.pair_steps).batch
     settings = replace(
         language.settings,
         steps=recipe.updates(args.budget),
@@ -603,7 +528,9 @@ def student(
     prose = isinstance(language, Prose)
     dtype = preferred_dtype(pick_device("cpu")) if prose else torch.float32
     device = torch.device("cpu")
-    task = Task(objective, source, Polynomial(), batch, language.validation(), device, dtype)
+    task = Task(
+        objective, source, Polynomial(), language.batch, language.validation(), device, dtype
+    )
     watch = Watch(name)
     if not Run(directory, settings, task, watch).train(model):
         raise SystemExit(STOPPED)
@@ -644,7 +571,8 @@ def same_facts(facts: Row, row: Row) -> bool:
     """Whether a row says what it would say now; what it does not name is at its default."""
     row = {"first_sample": 0, **row}
     if "recipe" in row:
-        row = row | {"recipe": asdict(Recipe(**row["recipe"]))}
+        known = {name: row["recipe"][name] for name in asdict(Recipe()) if name in row["recipe"]}
+        row = row | {"recipe": asdict(Recipe(**known))}
     return facts.items() <= row.items()
 
 
@@ -725,8 +653,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--temperatures", type=float, nargs="+", help="default: .9 1.1 (prose), 1 (markov)"
     )
-    parser.add_argument("--pairs", type=int, default=1536)
-    parser.add_argument("--pair-steps", type=int, default=32)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, help="of a row: 8 (prose), 4096 (markov)")
     parser.add_argument("--first-sample", type=int, default=0)
@@ -757,8 +683,6 @@ def main() -> None:
             return kept[0]
 
         for steps, temperature in settings:
-            if recipe.renoise and steps < 3:
-                continue  # no call is left for a draft
             facts = {"model": name, "seed": args.seed, "steps": steps, "temperature": temperature}
             facts |= {"budget": args.budget, "recipe": asdict(recipe), **drawn_set}
             judged(rows, facts, language, model, recipe, path)

@@ -319,26 +319,6 @@ def test_without_a_smallest_step_there_is_no_path_loss() -> None:
     assert parts.keys() == {"loss", "kl"} and torch.equal(parts["loss"].detach(), parts["kl"])
 
 
-@pytest.mark.parametrize(
-    "objective",
-    [
-        Pretrain(UniformSource(V), Polynomial()),
-        Distill(UniformSource(V), Polynomial(), weights=even_weights(0.5)),
-    ],
-)
-def test_a_coupled_pair_starts_the_path_where_it_says(objective: Any) -> None:
-    pairs = torch.stack((torch.full((40, L), 1), torch.full((40, L), 2)), 1)
-    model = Toy()
-    objective.loss(model, Toy(1), pairs, generator(3))
-    x_t = torch.cat([seen for seen, _, _ in model.seen])
-    t = torch.cat([at for _, at, _ in model.seen])
-    assert ((x_t == 1) | (x_t == 2)).all()
-    assert (x_t[t == 0.0] == 1).all()
-    late, early = t > 0.7, t < 0.3
-    assert (x_t[late] == 2).float().mean() > 0.6 > 0.4 > (x_t[early] == 2).float().mean()
-    assert late.any() and early.any()
-
-
 def test_the_divergence_of_larger_steps_can_be_chosen() -> None:
     def rows_of_three(target: Tensor, logits: Tensor) -> Tensor:
         return 3.0 + 0.0 * logits.sum(-1)

@@ -48,23 +48,10 @@ class Objective(Protocol):
         Args:
             model: the network in training.
             ema: its moving average; no gradient flows into it.
-            x_1: data, int64, shape (B, L); or coupled pairs (x_0, x_1), shape (B, 2, L).
+            x_1: data, int64, shape (B, L).
             generator: the only source of randomness, on the device of x_1.
         """
         ...
-
-
-def path_ends(batch: Tensor, source: Source, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """x_0 and x_1, int64, (B, L): those of coupled pairs (B, 2, L), or fresh noise for data (B, L).
-
-    Pairs that a model drew from x_0 are *rectified couplings*: few of its steps are then lost to
-    drawing positions independently.
-
-    Source: ReDi, arXiv 2507.15897.
-    """
-    if batch.dim() == 3:
-        return batch[:, 0], batch[:, 1]
-    return source.draw(tuple(batch.shape), generator), batch
 
 
 def stratified(count: int, generator: torch.Generator) -> Tensor:
@@ -88,7 +75,7 @@ class Pretrain:
     ) -> dict[str, Tensor]:
         """See `Objective`."""
         t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
-        x_0, x_1 = path_ends(x_1, self.source, generator)
+        x_0 = self.source.draw(tuple(x_1.shape), generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
         h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
         return {
@@ -141,7 +128,7 @@ class Distill:
         """See `Objective`."""
         batch = x_1.shape[0]
         t, h = self._times(batch, generator)
-        x_0, x_1 = path_ends(x_1, self.source, generator)
+        x_0 = self.source.draw(tuple(x_1.shape), generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
         small = h <= 2.0**-SMALLEST_EXPONENT
         parts: dict[str, Tensor] = {}
@@ -221,10 +208,10 @@ class Joint:
         self, model: Any, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """See `Objective`; the network has a joint head."""
-        batch, length = x_1.shape[0], x_1.shape[-1]
+        batch, length = x_1.shape
         u = stratified(batch, generator)
         t = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0, LATEST_TIME)
-        x_0, x_1 = path_ends(x_1, self.source, generator)
+        x_0 = self.source.draw(tuple(x_1.shape), generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
         # The posterior is that of any step; a network that is told h learns so.
         span = torch.rand(batch, dtype=torch.float64, generator=generator, device=t.device)

@@ -232,6 +232,7 @@ class Summary:
     def picture(self, path: Path) -> None:
         """A line a student: those of SHOWN in colour with intervals, the others in grey."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import StrMethodFormatter
 
         figure = Figure(figsize=(7.5, 4.6), dpi=130, layout="constrained")
         axes = figure.add_subplot()
@@ -259,6 +260,10 @@ class Summary:
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [str(n) for n in budgets])
         axes.set_yscale("log")
+        plain = StrMethodFormatter("{x:g}")
+        axes.yaxis.set_major_formatter(plain)
+        if axes.get_ylim()[1] < 10.0 * axes.get_ylim()[0]:
+            axes.yaxis.set_minor_formatter(plain)
         axes.set_xlabel("model calls (NFE)")
         axes.set_ylabel(self.axis)
         axes.grid(alpha=0.3, which="both", linewidth=0.5)

@@ -20,8 +20,9 @@ them the line is drawn on, and the cell is marked with *. Intervals: 95 %, from 
 perplexities over samples; that of the interpolation is not in them.
 
 Models and samples that exist are kept: run the same command again to go on, and several at once
-with other --recipes or --seed. --samples and --first-sample draw another set of samples, with a
-table of its own.
+with other --recipes or --seed (on the Markov language once the teacher is there). --samples and
+--first-sample draw another set of samples, with a table of its own. Another --budget, --teacher or
+changed recipe needs another --out.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ RECIPES = {
     "total variation": Recipe(divergence="total_variation"),
     "scratch": Recipe(scratch=True),
     "rate x 3": Recipe(learning_rate=3.0),
-    # Together, and rectified couplings.
+    # Without distillation.
     "path only": Recipe(share=1.0, embedding="none", learning_rate=3.0),
     # Positions drawn together see each other.
     "joint head": JOINT,
@@ -384,13 +385,17 @@ class Chain:
         config, schedule, cpu = self.teacher.config, Polynomial(), torch.device("cpu")
         source = make_source(config.source, config.vocab_size)
         objective = Pretrain(source, schedule, cross_entropy)
-        task = Task(objective, source, schedule, self.batch, self.validation(), cpu, torch.float32)
-        settings = replace(self.settings, steps=steps, learning_rate=2e-3, ema_decay=0.999)
+        first = partial(self._batch, seed=0)  # one teacher, whichever --seed comes first
+        task = Task(objective, source, schedule, first, self.validation(), cpu, torch.float32)
+        settings = replace(self.settings, steps=steps, learning_rate=2e-3, ema_decay=0.999, seed=0)
         if not Run(run, settings, task, Watch("teacher")).train(self.teacher):
             raise SystemExit(STOPPED)
 
     def batch(self, index: int) -> Tensor:
-        seed = 1_000_003 * (self.settings.seed + 1) + index
+        return self._batch(index, self.settings.seed)
+
+    def _batch(self, index: int, seed: int) -> Tensor:
+        seed = 1_000_003 * (seed + 1) + index
         return self.chain.draw(self.settings.batch_size, self.length, seed)
 
     def validation(self) -> Tensor:
@@ -702,9 +707,11 @@ def main() -> None:
         print(f"No table: the teacher's {MANY} steps are not judged (--teacher-budgets many).")
         return
     table = summary.table(args.budgets)
-    (where / "table.md").write_text(table + "\n")
+    usual = drawn_set == {"first_sample": 0, "samples": language.samples}
+    suffix = "" if usual else f" {args.first_sample} {drawn_set['samples']}"
+    (where / f"table{suffix}.md").write_text(table + "\n")
     if importlib.util.find_spec("matplotlib"):
-        summary.picture(where / "figure.png")
+        summary.picture(where / f"figure{suffix}.png")
     print("\n" + table)
 
 

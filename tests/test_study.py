@@ -130,8 +130,8 @@ def test_a_study_trains_judges_resumes_and_prints_one_table(
     # Two students and the teacher at 2 budgets, the teacher at many steps.
     assert len(rows) == 7 and all(0.0 < row["kl"] < 10.0 for row in rows)
     printed = capsys.readouterr().out
-    assert (tmp_path / "out" / "markov" / "table.md").read_text() in printed
-    assert (tmp_path / "out" / "markov" / "figure.png").read_bytes()[1:4] == b"PNG"
+    assert (tmp_path / "out" / "markov" / "table 0 64.md").read_text() in printed
+    assert (tmp_path / "out" / "markov" / "figure 0 64.png").read_bytes()[1:4] == b"PNG"
     assert "| rk4 | 0 |" in printed and "| path only | 0 |" in printed
     assert "| teacher | 0 |" in printed
     study.main()

@@ -205,7 +205,8 @@ class JointSampler(OurSampler):
         return latest_grid(steps)
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(replace(config, neighbours=NEIGHBOURS), device, dtype)
+        config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")
+        super().__init__(config, device, dtype)
 
 
 class PlainSampler(_Sampler):

@@ -160,6 +160,14 @@ def test_a_study_of_the_mask_source_trains_its_own_teacher(
     assert teacher["vocab_embed.weight"].shape == (5, 64)
     assert torch.equal(teacher["vocab_embed.weight"], student["vocab_embed.weight"])
 
+    # The teacher is the same one, whichever seed comes first.
+    again = f"study --out {tmp_path / 'again'} --language markov --source mask --teacher-steps 2"
+    again += " --budget 6 --budgets 4 --samples 8 --seed 1 --recipes rk4"
+    monkeypatch.setattr(sys, "argv", again.split())
+    study.main()
+    other = study.averaged(tmp_path / "again" / "markov, mask" / "teacher")
+    assert all(torch.equal(other[name], teacher[name]) for name in teacher)
+
     monkeypatch.setattr(
         sys, "argv", ["study", "--out", "x", "--language", "prose", "--source", "mask"]
     )

@@ -194,8 +194,8 @@ class Joint:
     Drawing the movers of a step from the joint posterior of x_1 given x_t, instead of each on its
     own, leaves the law of the path exact at any number of steps. What is known follows the groups
     that `sample` draws: the first r of every K positions, or a part of them; in a good quarter of
-    the rows nothing is, which keeps the plain posterior. The body stays the teacher's: an update
-    costs half of a whole one, and cannot make the posterior worse.
+    the rows nothing is, which keeps the plain posterior. The body stays the teacher's, so an
+    update costs half of a whole one; the output layer is tuned with the head.
     """
 
     source: Source

@@ -1,7 +1,8 @@
 """Pick the documents of the bundled model from packed corpus files.
 
-    python recipes/corpus.py PACKED.jsonl.gz [...] --sources austen sotu --out prose.jsonl
+    python recipes/corpus.py PACKED.jsonl.gz [...] --sources austen sotu:0.5 --out prose.jsonl
 
+A share after a name keeps that part of its documents, spread evenly.
 Each line of the packed files is {"source": ..., "text": ...}; recipes/README.md says from which
 packages a stranger rebuilds them.
 """
@@ -17,16 +18,25 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("packed", type=Path, nargs="+")
-    parser.add_argument("--sources", nargs="+", required=True, help="prefixes of source names")
+    parser.add_argument(
+        "--sources", nargs="+", required=True, help="PREFIX[:SHARE] of source names"
+    )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    shares = {n: float(s or 1.0) for n, _, s in (text.partition(":") for text in args.sources)}
     characters: dict[str, int] = {}
+    due = dict.fromkeys(shares, 0.0)
     with args.out.open("w", encoding="utf-8") as out:
         for path in args.packed:
             with gzip.open(path, "rt", encoding="utf-8") as lines:
                 for line in lines:
                     document = json.loads(line)
-                    if document["source"].startswith(tuple(args.sources)):
+                    prefix = next((n for n in shares if document["source"].startswith(n)), None)
+                    if prefix is None:
+                        continue
+                    due[prefix] += shares[prefix]
+                    if due[prefix] >= 1.0:
+                        due[prefix] -= 1.0
                         out.write(json.dumps({"text": document["text"]}, ensure_ascii=False) + "\n")
                         name = document["source"]
                         characters[name] = characters.get(name, 0) + len(document["text"])

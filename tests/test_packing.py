@@ -203,7 +203,9 @@ def test_ids_take_two_bytes_where_they_fit(
 ) -> None:
     tokenizer = Tokenizer.from_json(TOKENIZER.to_json())
     tokenizer.vocab_size = size
-    manifest = prepare([source], out, settings=SETTINGS, tokenizer=tokenizer)
+    manifest = prepare(
+        [source], out, settings=dataclasses.replace(SETTINGS, vocab_size=size), tokenizer=tokenizer
+    )
     assert manifest["dtype"] == name
     store = TokenStore.open(out)
     shard = manifest["splits"]["train"]["shards"][0]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fsdfm.flow.path import MaskSource
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT, PUBLISHED, STEP_RULES, transition
 from fsdfm.flow.target import (
@@ -58,7 +59,7 @@ def probabilities(made: Target, model: Table, rows: slice) -> Tensor:
 
 def jumper(model: Table, schedule: Polynomial | None = None, seed: int = 1) -> Jumper:
     generator = torch.Generator().manual_seed(seed)
-    return Jumper(model, schedule or Polynomial(), EXACT, VOCAB, generator)
+    return Jumper(model, schedule or Polynomial(), EXACT, MaskSource(VOCAB), generator)
 
 
 def f64(*values: float) -> Tensor:
@@ -72,7 +73,9 @@ def test_every_target_of_a_constant_posterior_is_that_posterior(
 ) -> None:
     model = Table(moving=False, columns=VOCAB + 1)  # the mask column is left out
     x_t = torch.randint(VOCAB + 1, (3, 8), generator=torch.Generator().manual_seed(2))
-    walker = Jumper(model, Polynomial(), STEP_RULES[rule], VOCAB, torch.Generator().manual_seed(3))
+    walker = Jumper(
+        model, Polynomial(), STEP_RULES[rule], MaskSource(VOCAB), torch.Generator().manual_seed(3)
+    )
     made = target(walker, x_t, f64(0.0, 0.25, 0.5), f64(1.0, 0.25, 0.5))
     truth = model.head(model.still[0])[:VOCAB].softmax(-1)
     p = probabilities(made, model, slice(0, 24))
@@ -229,7 +232,9 @@ def test_jumps_of_a_target_follow_its_own_rule() -> None:
     t, h = f64(0.25), f64(0.25)
     x_t = torch.zeros(1, length, dtype=torch.int64)
     for rule in (EXACT, PUBLISHED):
-        walker = Jumper(model, Polynomial(), rule, VOCAB, torch.Generator().manual_seed(5))
+        walker = Jumper(
+            model, Polynomial(), rule, MaskSource(VOCAB), torch.Generator().manual_seed(5)
+        )
         x = walker.jump(x_t, walker.hidden(x_t, t, h), t, h)
         a = rule.mover_probability(Polynomial(), t, h)
         truth = transition(rule, model.posterior(0.25)[:1], x_t[0, :1], a)[0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fsdfm.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
-from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource
+from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS, Jumper, Target
@@ -385,11 +385,11 @@ def test_every_student_takes_an_update_in_all_its_weights(
 ) -> None:
     student = network(embedding, source)
     before = copy.deepcopy(student.state_dict())
-    objective = Distill(SOURCES[source](V), Polynomial(), TARGETS[target], EXACT, even_weights(0.5))
+    objective = Distill(make_source(source, V), Polynomial(), TARGETS[target], EXACT, even_weights(0.5))
     settings = replace(SETTINGS, steps=2, warmup_steps=0)
     watcher = Recorder()
     run: Run[Transformer] = Run(
-        tmp_path, settings, make_task(objective, SOURCES[source](V)), watcher
+        tmp_path, settings, make_task(objective, make_source(source, V)), watcher
     )
     assert run.train(student)
     assert math.isfinite(watcher.losses[-1]) and watcher.losses[-1] > 0.0

@@ -303,7 +303,11 @@ class Cells:
     def _likelihood(self, name: str) -> Cell:
         """The ELBO of held-out blocks; nothing is generated or judged."""
         generator, blocks = self.generators[name], self.blocks[name].human
-        source = make_source(generator.config.source, generator.config.vocab_size)
+        source = make_source(
+            generator.config.source,
+            generator.config.vocab_size,
+            absorbing=generator.config.absorbing,
+        )
         schedule = Polynomial(generator.config.schedule_power)
 
         def make(group: range) -> list[Text]:
@@ -340,7 +344,7 @@ class _Precise:
         with self.generator.autocast():
             return self.generator.model.body(x_t, t, h).float()
 
-    def head_parameters(self) -> tuple[Tensor, Tensor]:
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """See `TrainableModel`."""
         return self.generator.model.head_parameters()
 

@@ -38,6 +38,7 @@ from fsdfm.errors import BenchError, ConfigError, DataError, FsdfmError
 if TYPE_CHECKING:
     from fsdfm.app.generator import Generator, Options, Sample, Snapshot
     from fsdfm.bench.figures import Row
+    from fsdfm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
@@ -51,6 +52,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm generate                               text from the bundled model, in 8 model calls
   fsdfm prepare FILES... --out DATA            text files -> tokenizer and packed tokens
   fsdfm pretrain --data DATA --out TEACHER     train a model from scratch
+  fsdfm adapt MODEL --data DATA --out TEACHER  make one of a causal language model
   fsdfm distill --teacher TEACHER --data DATA --out STUDENT
                                                teach it to write in a few steps
   fsdfm generate --model STUDENT               text from your own model
@@ -144,12 +146,16 @@ class PrepareArgs:
     """.txt or .jsonl files (field "text"), also as .gz or .zst."""
     out: Path
     """Directory to write."""
-    vocab_size: int = 8192
-    """Tokens of the byte-level BPE that is trained on the files."""
-    tokenizer: Annotated[
-        Path | None, arg(metavar="FILE", help_behavior_hint="(default: train one)")
+    vocab_size: Annotated[
+        int | None, arg(metavar="N", help_behavior_hint="(default: 8192, or all of --tokenizer)")
     ] = None
-    """A tokenizer.json to use."""
+    """Tokens of the byte-level BPE that is trained on the files; with --tokenizer, how many of its
+    tokens to keep: those that the files use most, and their parts."""
+    tokenizer: Annotated[
+        str | None, arg(metavar="FILE|MODEL", help_behavior_hint="(default: train one)")
+    ] = None
+    """A tokenizer.json to use, or a language model whose tokenizer to use: whatever fsdfm adapt
+    takes."""
     validation_fraction: float = 0.02
     """Share of the documents that is kept from training."""
     seed: int = 0
@@ -221,7 +227,6 @@ def prepare(args: PrepareArgs) -> None:
     """Pack text files and say what came out."""
     with _bars({"tokenizer": "Training a tokenizer", "tokens": "Packing"}) as progress:
         from fsdfm.text.packing import PrepareSettings, prepare
-        from fsdfm.text.tokenizer import Tokenizer
 
         manifest = prepare(
             list(args.files),
@@ -231,7 +236,7 @@ def prepare(args: PrepareArgs) -> None:
                 validation_fraction=args.validation_fraction,
                 seed=args.seed,
             ),
-            tokenizer=Tokenizer.from_file(args.tokenizer) if args.tokenizer else None,
+            tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None,
             progress=progress,
         )
     train, validation = (manifest["splits"][name] for name in ("train", "validation"))
@@ -242,6 +247,18 @@ def prepare(args: PrepareArgs) -> None:
     )
 
 
+def _tokenizer(name: str) -> Tokenizer:
+    """That of a file, or of a language model."""
+    from fsdfm.text.tokenizer import Tokenizer
+
+    if name.endswith(".json") or Path(name).is_file():
+        return Tokenizer.from_file(name)
+    from fsdfm.model.causal_lm import load_tokenizer_json
+    from fsdfm.text.vocabulary import completed
+
+    return completed(Tokenizer.from_json(load_tokenizer_json(name), name=name))
+
+
 def pretrain(argv: Sequence[str]) -> None:
     """Train a teacher."""
     from fsdfm.app.config import PretrainArgs
@@ -250,6 +267,17 @@ def pretrain(argv: Sequence[str]) -> None:
     from fsdfm.app import training
 
     if not training.pretrain(args):
+        raise _Stopped
+
+
+def adapt(argv: Sequence[str]) -> None:
+    """Make a flow model of a language model."""
+    from fsdfm.app.config import AdaptArgs
+
+    args = _parse(AdaptArgs, "adapt", argv)
+    from fsdfm.app import training
+
+    if not training.adapt(args):
         raise _Stopped
 
 
@@ -395,6 +423,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "generate": lambda argv: generate(_parse(GenerateArgs, "generate", argv)),
     "prepare": lambda argv: prepare(_parse(PrepareArgs, "prepare", argv)),
     "pretrain": pretrain,
+    "adapt": adapt,
     "distill": distill,
     "evaluate": evaluate,
     "compare": compare,

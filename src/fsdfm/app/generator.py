@@ -26,7 +26,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import MOVERS, STEP_RULES
 from fsdfm.model.engine import Engine
 from fsdfm.model.pretrained import load_pretrained
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
 T = TypeVar("T")
@@ -153,7 +153,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Transformer,
+        model: FlowNetwork,
         tokenizer: Tokenizer,
         *,
         defaults: Mapping[str, Any] | None = None,
@@ -342,7 +342,9 @@ class Generator:
         """States of samples first, ..., first + count - 1."""
         rows = slice(first, first + count)
         noise = Noise(range(request.seed + first, request.seed + first + count))
-        source = make_source(self.config.source, self.config.vocab_size)
+        source = make_source(
+            self.config.source, self.config.vocab_size, absorbing=self.config.absorbing
+        )
         frozen = request.frozen[rows]
         start = torch.where(frozen, request.fixed[rows], noise.start(source, request.length))
         try:
@@ -355,6 +357,7 @@ class Generator:
                 schedule=Polynomial(self.config.schedule_power),
                 drawing=request.drawing,
                 frozen=frozen,
+                absorbing=self.config.absorbing,
             )
         except torch.OutOfMemoryError:
             raise ConfigError(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
+from fsdfm.app.config import AdaptArgs, DistillArgs, PretrainArgs, TrainArgs
 from fsdfm.app.console import TrainingConsole
 from fsdfm.app.device import pick_device, preferred_dtype
 from fsdfm.errors import CheckpointError, ConfigError
@@ -21,17 +21,29 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
+from fsdfm.model.causal_lm import adapt as adapt_causal_lm
+from fsdfm.model.causal_lm import chosen_layers, load_causal_lm
+from fsdfm.model.networks import config_to_dict
 from fsdfm.model.pretrained import Pretrained, load_pretrained, save_pretrained
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.transformer import (
+    PRESETS,
+    FlowNetwork,
+    ModelConfig,
+    Transformer,
+    student_from_teacher,
+)
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task, TrainSettings
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
 
-CHANGEABLE = ("out", "device", "data", "teacher", "init")
+CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
 """Settings that may differ when a run goes on: places, which are compared by content instead."""
 
 
+ADAPT_LENGTH = 256
+"""Tokens of a sequence where adapting is told no length."""
 DRAWS = 8
 """Groups in which a model with a joint head draws the positions of a call by default."""
 
@@ -77,11 +89,48 @@ def pretrain(args: PretrainArgs) -> bool:
         model = _with_context(model, length)
     config = model.config
     objective = Pretrain(
-        make_source(config.source, config.vocab_size),
+        make_source(config.source, config.vocab_size, absorbing=config.absorbing),
         Polynomial(config.schedule_power),
         POSITION_LOSSES[args.loss],
+        args.frozen_share,
     )
     return _train(args, settings, store, model, objective, length, {"steps": 64, "step": "exact"})
+
+
+def adapt(args: AdaptArgs) -> bool:
+    """Make a flow model of a causal language model; returns whether the run is finished.
+
+    Raises:
+        FsdfmError: settings, model, data, checkpoint or training went wrong.
+    """
+    settings = args.settings()
+    store = TokenStore.open(args.data)
+    tokenizer = Tokenizer.from_json(store.tokenizer_json)
+    lm = load_causal_lm(args.model)
+    token_ids = tokens_within(tokenizer, Tokenizer.from_json(lm.tokenizer_json, name=args.model))
+    if token_ids is None:
+        raise ConfigError(
+            f"{args.data} was not prepared with the tokenizer of {args.model} or a cut of it: "
+            f"prepare it again with --tokenizer {args.model}."
+        )
+    torch.manual_seed(args.seed)
+    length = args.context_length or ADAPT_LENGTH
+    model = adapt_causal_lm(
+        lm,
+        token_ids=token_ids,
+        start_id=tokenizer.eos_id if args.shift == "left" else None,
+        layers=chosen_layers(len(lm.model.model.layers), args.layers),
+        source=args.source,
+        context_length=length,
+        attention=args.attention,
+        schedule_power=args.schedule_power,
+    )
+    del lm
+    source, schedule = objective_parts(model.config)
+    position_loss = POSITION_LOSSES[args.loss]
+    objective: Objective = Pretrain(source, schedule, position_loss, args.frozen_share)
+    generation: dict[str, Any] = {"steps": 64, "step": "exact"}
+    return _train(args, settings, store, model, objective, length, generation)
 
 
 def distill(args: DistillArgs) -> bool:
@@ -134,7 +183,7 @@ def _train(
     args: TrainArgs,
     settings: TrainSettings,
     store: TokenStore,
-    model: Transformer,
+    model: FlowNetwork,
     objective: Objective,
     length: int,
     generation: dict[str, Any],
@@ -147,7 +196,7 @@ def _train(
         "format": "fsdfm-run",
         "command": type(args).__name__.removesuffix("Args").lower(),
         "settings": {k: v for k, v in asdict(args).items() if k not in CHANGEABLE},
-        "model": model.config.to_dict(),
+        "model": config_to_dict(model.config),
         "data_sha256": _digest(json.dumps(store.manifest, sort_keys=True, default=str)),
         "start_sha256": _digest_weights(model),
     }
@@ -166,7 +215,7 @@ def _train(
         autocast=preferred_dtype(device),
     )
 
-    def export(ema: Transformer) -> None:
+    def export(ema: FlowNetwork) -> None:
         save_pretrained(args.out, ema, tokenizer_json=store.tokenizer_json, generation=generation)
 
     with TrainingConsole(
@@ -180,7 +229,9 @@ def _train(
 
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
     """The source and schedule that a network was built for."""
-    return make_source(config.source, config.vocab_size), Polynomial(config.schedule_power)
+    return make_source(config.source, config.vocab_size, absorbing=config.absorbing), Polynomial(
+        config.schedule_power
+    )
 
 
 def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Callable[[int], Tensor]:
@@ -190,10 +241,9 @@ def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Call
     return batch
 
 
-def _with_context(model: Transformer, length: int) -> Transformer:
+def _with_context(model: FlowNetwork, length: int) -> FlowNetwork:
     """The same weights, for longer sequences; rotary positions need no new ones."""
-    values = {**model.config.to_dict(), "context_length": length}
-    longer = Transformer(ModelConfig.from_dict(values))
+    longer = type(model)(replace(model.config, context_length=length))
     longer.load_state_dict(model.state_dict())
     return longer
 
@@ -270,7 +320,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _digest_weights(model: Transformer) -> str:
+def _digest_weights(model: FlowNetwork) -> str:
     """Tells starting weights apart; bytes of all parameters in order."""
     digest = hashlib.sha256()
     for parameter in model.parameters():

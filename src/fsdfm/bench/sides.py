@@ -175,7 +175,7 @@ class OurSampler(_Sampler):
     def _sample(self, engine: Any, job: Job, seed: int) -> Cost:
         config = self.config
         noise = Noise(range(seed * job.batch, (seed + 1) * job.batch))
-        source = make_source(config.source, config.vocab_size)
+        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         states = sample(
             engine,
             noise.start(source, job.length).to(self.device),
@@ -219,7 +219,7 @@ class PlainSampler(_Sampler):
     def run(self, job: Job, seed: int) -> Cost:
         """See `Side`."""
         config, generator = self.config, torch.Generator(self.device).manual_seed(seed)
-        source = make_source(config.source, config.vocab_size)
+        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         x_0 = source.draw((job.batch, job.length), generator)
         x = reference.reference_sample(
             self.model, x_0, job.steps, job.rule, generator, dtype=self.dtype
@@ -264,7 +264,7 @@ class _Trainer:
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.source = make_source(config.source, config.vocab_size)
+        self.source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         self.model = random_model(config).to(device)
         self.prepare()
         self.run(Job(1, FEW_TOKENS, 1), seed=0)  # makes the optimizer's moments

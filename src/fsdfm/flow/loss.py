@@ -46,8 +46,8 @@ class TrainableModel(Protocol):
         """States (B, L), times (B,), step sizes (B,) -> hidden rows (B, L, D)."""
         ...
 
-    def head_parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight (V or V + 1, D) and bias of the linear head."""
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V or V + 1, D) of the linear head, and its bias, if it has one."""
         ...
 
 
@@ -149,10 +149,12 @@ class _RowsLoss(torch.autograd.Function):
     """Sum of row losses; the backward pass is done chunk by chunk inside the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor, loss: ChunkLoss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, loss: ChunkLoss
+    ) -> Tensor:
         total = _precise(hidden.new_zeros(()))
-        d_hidden = torch.empty_like(hidden)
-        d_weight, d_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_bias = None if bias is None else torch.zeros_like(bias)
         for rows, logits, pieces in _chunks(hidden, weight, bias):
             row_loss = loss(rows)
             for piece in pieces:
@@ -164,7 +166,8 @@ class _RowsLoss(torch.autograd.Function):
                 logits[piece] = slope  # in the place of the logits, in the format of the products
             d_hidden[rows] = (logits @ weight).to(hidden.dtype)
             d_weight += logits.T @ hidden[rows]
-            d_bias += logits.sum(0, dtype=bias.dtype)
+            if d_bias is not None:
+                d_bias += logits.sum(0, dtype=d_bias.dtype)
         ctx.save_for_backward(d_hidden, d_weight, d_bias)
         return total
 
@@ -173,11 +176,11 @@ class _RowsLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden, d_weight, d_bias = ctx.saved_tensors
         (grad,) = grads
-        return grad * d_hidden, grad * d_weight, grad * d_bias, None
+        return grad * d_hidden, grad * d_weight, None if d_bias is None else grad * d_bias, None
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Iterator[tuple[slice, Tensor, list[slice]]]:
     """Rows, their logits (n, V), and the pieces of the chunk to take to float32 at a time."""
     cpu, columns = hidden.device.type == "cpu", len(weight)
@@ -211,10 +214,10 @@ def mean_over_rows(
         vocab_size: V; a mask column is left out.
 
     Returns:
-        Scalar, nats.
+        Scalar, nats; 0 where there are no rows.
     """
     weight, bias = model.head_parameters()
-    weight, bias = weight[:vocab_size], bias[:vocab_size]
+    weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
     if torch.is_grad_enabled():
         total: Tensor = _RowsLoss.apply(hidden, weight, bias, loss)  # type: ignore[no-untyped-call]
     else:
@@ -223,7 +226,7 @@ def mean_over_rows(
             row_loss = loss(rows)
             for piece in pieces:
                 total += row_loss(_precise(logits[piece]), piece).sum()
-    return total / hidden.shape[0]
+    return total / max(1, hidden.shape[0])
 
 
 @torch.no_grad()
@@ -264,8 +267,32 @@ def elbo_nats_per_token(
         order = torch.randperm(batch, generator=generator, device=x_1.device)
         t = ((k + (order + jitter) / batch) / times).clamp_max(LATEST_TIME)
         x_t = mixture_state(source.draw((batch, length), generator), x_1, t, schedule, generator)
-        loss = path_loss(model, x_t, x_1, t, torch.full_like(t, h), source.vocab_size, schedule)
-        yield float(loss)
+        counted = open_positions(x_t, source)
+        share = 1.0 if counted is None else len(counted) / x_1.numel()
+        if share == 0.0:
+            yield 0.0
+            continue
+        loss = path_loss(
+            model, x_t, x_1, t, torch.full_like(t, h), source.vocab_size, schedule, rows=counted
+        )
+        yield share * float(loss)
+
+
+def open_positions(x_t: Tensor, source: Source, frozen: Tensor | None = None) -> Tensor | None:
+    """Which of the B L positions a path loss counts, int64, (N,); None: all of them.
+
+    Left out are the frozen ones, and with an absorbing source those that are data already: there
+    the posterior is known, and the loss 0.
+
+    Args:
+        x_t: state, int64, shape (B, L).
+        source: where x_0 came from.
+        frozen: positions that were given, bool, shape (B, L).
+    """
+    counted = x_t == source.vocab_size if source.absorbing else None
+    if frozen is not None:
+        counted = ~frozen if counted is None else counted & ~frozen
+    return None if counted is None else counted.flatten().nonzero()[:, 0]
 
 
 def path_loss(
@@ -277,6 +304,8 @@ def path_loss(
     vocab_size: int,
     schedule: Schedule,
     position_loss: PositionLoss = generalized_kl,
+    *,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Mean loss of a batch on the path.
 
@@ -288,16 +317,19 @@ def path_loss(
         vocab_size: V.
         schedule: kappa.
         position_loss: generalized KL, or cross-entropy.
+        rows: which of the B L positions count, int64, (N,), at least one; all if not given.
 
     Returns:
-        Scalar, nats a token.
+        Scalar, nats for each token that counts.
     """
     hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
     g = schedule.rate(t.double()).float().repeat_interleave(x_t.shape[1])
     at, data = x_t.flatten(), x_1.flatten()
+    if rows is not None:
+        hidden, g, at, data = (x.index_select(0, rows) for x in (hidden, g, at, data))
 
-    def loss(rows: slice) -> RowLoss:
-        here, there, rate = at[rows], data[rows], g[rows]
+    def loss(part: slice) -> RowLoss:
+        here, there, rate = at[part], data[part], g[part]
         return lambda logits, piece: position_loss(logits, here[piece], there[piece], rate[piece])
 
     return mean_over_rows(model, hidden, loss, vocab_size)

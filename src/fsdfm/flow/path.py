@@ -5,8 +5,7 @@ Shapes: B sequences, L positions, V data tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -23,6 +22,15 @@ class Source(Protocol):
         """V, the number of data tokens."""
         ...
 
+    @property
+    def absorbing(self) -> bool:
+        """Whether a position that has left the source stays: only the others move and are learned.
+
+        With the mask source that is the law of the path, since a position that is not masked is
+        data. A network that is built so need not learn to copy.
+        """
+        ...
+
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """x_0, int64, of the given shape, on the generator's device."""
         ...
@@ -33,6 +41,7 @@ class UniformSource:
     """Every position starts at a token drawn evenly from the V data tokens."""
 
     vocab_size: int
+    absorbing: bool = field(default=False, init=False)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """x_0 uniform over 0 .. V - 1."""
@@ -44,24 +53,34 @@ class MaskSource:
     """Every position starts at one extra id, V, which is never data."""
 
     vocab_size: int
+    absorbing: bool = False
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """x_0 = V everywhere; the generator is not advanced."""
         return torch.full(shape, self.vocab_size, dtype=torch.int64, device=generator.device)
 
 
-SOURCES: dict[str, Callable[[int], Source]] = {"uniform": UniformSource, "mask": MaskSource}
+SOURCES = ("uniform", "mask")
 
 
-def make_source(name: str, vocab_size: int) -> Source:
+def make_source(name: str, vocab_size: int, *, absorbing: bool = False) -> Source:
     """The source called `uniform` or `mask`.
 
+    Args:
+        name: one of SOURCES.
+        vocab_size: V.
+        absorbing: for the mask source, see `Source.absorbing`.
+
     Raises:
-        ValueError: another name.
+        ValueError: another name, or a uniform source that is to absorb.
     """
     if name not in SOURCES:
         raise ValueError(f"The source must be one of {', '.join(SOURCES)}, got {name}.")
-    return SOURCES[name](vocab_size)
+    if name == "mask":
+        return MaskSource(vocab_size, absorbing)
+    if absorbing:
+        raise ValueError("Only the mask source absorbs: in a uniform one nothing tells data apart.")
+    return UniformSource(vocab_size)
 
 
 def mixture_state(

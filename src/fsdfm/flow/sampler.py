@@ -146,6 +146,7 @@ def sample(
     schedule: Schedule | None = None,
     drawing: Drawing | None = None,
     frozen: Tensor | None = None,
+    absorbing: bool = False,
 ) -> Iterator[State]:
     """Walk x_0 along the grid; yields the start and then the state after every step.
 
@@ -158,12 +159,15 @@ def sample(
         schedule: kappa; linear if not given.
         drawing: step rule, movers, temperature, top-p; the exact rule if not given.
         frozen: positions that never move, bool, shape (B, L); none if not given.
+        absorbing: whether only positions that hold the mask id, V, move (`Source.absorbing`).
 
     Yields:
         N + 1 states; the last one, at t = 1, is the result.
     """
     schedule, drawing = schedule or Polynomial(), drawing or Drawing()
     free = torch.ones(x_0.shape, dtype=torch.bool) if frozen is None else ~frozen.cpu()
+    if absorbing:
+        free = free & (x_0 == vocab_size).cpu()
     x, calls, head_rows = x_0, 0, 0
     yield State(x, 0, float(grid[0]), calls, head_rows)
     for step, (t, then) in enumerate(itertools.pairwise(grid.tolist()), start=1):
@@ -202,6 +206,8 @@ def sample(
                     vocab_size=vocab_size,
                 )
             calls, head_rows = calls + 1, head_rows + len(rows)
+            if absorbing:
+                free = free & ~movers.view_as(free)
         yield State(x, step, then, calls, head_rows)
 
 

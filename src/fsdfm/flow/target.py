@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fsdfm.flow.path import Source
 from fsdfm.flow.sampler import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import StepRule, advance, sharpen
@@ -32,6 +33,13 @@ class Target:
         """Each component's logits at some of the B L positions, (n, V), in the head's format."""
         return [model.head(hidden[rows])[:, :vocab_size] for hidden in self.hiddens]
 
+    def select(self, rows: Tensor) -> Target:
+        """The target at some of the B L positions, int64, (N,)."""
+        hiddens, weights = (
+            tuple(x.index_select(0, rows) for x in parts) for parts in (self.hiddens, self.weights)
+        )
+        return Target(hiddens, weights)
+
     def mix(self, logits: list[Tensor], rows: slice, piece: slice) -> Tensor:
         """The target, float32, at a piece of the rows that `logits` were made for."""
         parts = [sharpen(component[piece]) for component in logits]
@@ -48,7 +56,7 @@ class Jumper:
     model: FlowModel
     schedule: Schedule
     rule: StepRule
-    vocab_size: int
+    source: Source
     generator: torch.Generator
 
     def hidden(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
@@ -62,16 +70,19 @@ class Jumper:
             (2, *x.shape), dtype=torch.float64, generator=self.generator, device=x.device
         )
 
-        rows = (u[0] < a[:, None]).flatten().nonzero()[:, 0]
-        movers = hidden.flatten(0, 1)[rows]
+        movers = u[0] < a[:, None]
+        if self.source.absorbing:
+            movers = movers & (x == self.source.vocab_size)
+        rows = movers.flatten().nonzero()[:, 0]
+        few = hidden.flatten(0, 1)[rows]
         return advance(
             x,
             rows,
-            lambda part: self.model.head(movers[part])[:, : self.vocab_size],
+            lambda part: self.model.head(few[part])[:, : self.source.vocab_size],
             a[rows // x.shape[1]],
             u[1].flatten()[rows],
             self.rule,
-            vocab_size=self.vocab_size,
+            vocab_size=self.source.vocab_size,
         )
 
 

@@ -1,7 +1,7 @@
 """A network made ready to sample: what is the same for every row is computed once.
 
-All sequences of a sampler's step share t and h. So the condition is one row; a layer norm, its
-weight and the modulation after it are one layer norm; weights are in the format of the products
+All sequences of a sampler's step share t and h. So the condition is one row; a norm, its weight and
+the modulation after it are one norm; weights are in the format of the products
 from the start; and the last block, once it has its keys and values, runs on the rows that may move
 (where a sequence passes alone).
 
@@ -12,14 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.model.attention import attend
+from fsdfm.model.causal import CausalBlock, CausalNetwork
+from fsdfm.model.fused import modulated_rms, turned
 from fsdfm.model.int8 import int8_linear
-from fsdfm.model.transformer import Block, JointHead, Transformer, fuse, known_around, neighbourhood
+from fsdfm.model.transformer import (
+    Block,
+    FlowNetwork,
+    JointHead,
+    Transformer,
+    fuse,
+    known_around,
+    neighbourhood,
+)
 
 SMALLEST_STEP = 2.0**-10
 """Training shows no smaller step; a grid may have some, and the network is told this one."""
@@ -27,7 +38,7 @@ ROWS_AT_ONCE = 512
 """Positions that pass the blocks together on a CPU: more are no faster, and take more memory."""
 
 NormWeights = tuple[Tensor, Tensor]
-"""Weight and bias of a layer norm, each (D,), float32."""
+"""Weight and bias of a norm, each (D,), float32."""
 
 
 class Engine:
@@ -42,13 +53,19 @@ class Engine:
             layers to 8 bits, and does the rest in bfloat16.
     """
 
-    def __init__(self, model: Transformer, dtype: torch.dtype) -> None:
+    def __init__(self, model: FlowNetwork, dtype: torch.dtype) -> None:
         self.model = model
         self.device = model.vocab_embed.weight.device
         self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
-        self.layers = [_Layer(block, dtype) for block in model.blocks]
-        head = model.output_layer.linear
-        self._head = _linear(head.weight, head.bias, dtype)
+        self.kind: _Published | _Twin
+        if isinstance(model, CausalNetwork):
+            self.kind = _Twin(model)
+            self.layers: list[_Layer] = [_TwinLayer(block, dtype) for block in model.blocks]
+        else:
+            assert isinstance(model, Transformer)
+            self.kind = _Published(model)
+            self.layers = [_PublishedLayer(block, dtype) for block in model.blocks]
+        self._head = _linear(*model.head_parameters(), dtype)
         self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
@@ -104,49 +121,151 @@ class Engine:
             for value in (t, max(h, SMALLEST_STEP))
         )
         c = self.model.condition(*times)
-        output = self.model.output_layer
-        shift, scale = output.adaLN_modulation(fuse(output.condition_fuser, c))[0].chunk(2)
-        final = (output.norm_final.weight * (1.0 + scale), shift)
-        return [layer.modulation(c) for layer in self.layers], final
+        return [layer.modulation(c) for layer in self.layers], self.kind.final(c)
 
     def _rows(
         self, tokens: Tensor, rows: Tensor, modulations: list[_Modulation], final: NormWeights
     ) -> Tensor:
         """Hidden rows of sequences that are computed together: tokens (B, L), rows (N,)."""
-        cos, sin = (
-            table[:, None].to(self.dtype) for table in self.model.rotary_emb.tables(tokens.shape[1])
-        )
+        tokens, rows = self.kind.shifted(tokens, rows)
+        cos, sin = self.model.rotary_emb.tables(tokens.shape[1])
         x = self.model.vocab_embed(tokens).float()
         for layer, m in zip(self.layers, modulations, strict=True):
             q, k, v = layer.project(self._norm(x, m.norm1))
-            k = _rotate(k, cos, sin)
-            if layer is self.layers[-1] and len(tokens) == 1:
+            k = turned(k, cos, sin)
+            if layer is self.layers[-1] and len(tokens) == 1 and not self.kind.causal:
                 # From here on a row matters to itself alone.
                 x, q, cos, sin = x[:, rows], q[:, rows], cos[rows], sin[rows]
                 rows = torch.arange(len(rows), device=rows.device)
-            x = torch.addcmul(
-                x, m.gate1, layer.out(attend(_rotate(q, cos, sin), k, v.transpose(1, 2)))
-            )
-            x = torch.addcmul(x, m.gate2, layer.mlp(self._norm(x, m.norm2)))
+            y = attend(turned(q, cos, sin), k, v.transpose(1, 2), causal=self.kind.causal)
+            x = _added(x, layer.out(y), m.gate1)
+            x = _added(x, layer.mlp(self._norm(x, m.norm2)), m.gate2)
         return self._norm(x.flatten(0, 1)[rows], final)
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         """In float32, as in training; the result goes into a product."""
-        return F.layer_norm(x, x.shape[-1:], *weights).to(self.dtype)
+        return self.kind.norm(x, *weights).to(self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
 class _Modulation:
-    """What t and h make of a block; a gate is (D,), float32."""
+    """What t and h make of a block; a gate is (D,), float32, where the network has any."""
 
     norm1: NormWeights
-    gate1: Tensor
+    gate1: Tensor | None
     norm2: NormWeights
-    gate2: Tensor
+    gate2: Tensor | None
 
 
-class _Layer:
-    """A block's linear layers as the engine runs them; q, k and v are one."""
+def _added(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    return x + y if gate is None else torch.addcmul(x, gate, y)
+
+
+class _Published:
+    """What is the published network's own."""
+
+    causal = False
+
+    def __init__(self, model: Transformer) -> None:
+        self.output = model.output_layer
+
+    def shifted(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What passes the blocks, and where in it the rows are."""
+        return tokens, rows
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A layer norm."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+    def final(self, c: Tensor) -> NormWeights:
+        """The last norm."""
+        shift, scale = self.output.adaLN_modulation(fuse(self.output.condition_fuser, c))[0].chunk(
+            2
+        )
+        return self.output.norm_final.weight * (1.0 + scale), shift
+
+
+class _Twin:
+    """What is the twin of a causal language model's own."""
+
+    def __init__(self, model: CausalNetwork) -> None:
+        self.model, self.output = model, model.output_layer
+        self.causal = model.config.attention == "causal"
+
+    def shifted(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_Published`."""
+        length, tokens = tokens.shape[1], self.model.shifted(tokens)
+        return tokens, rows + rows // length * (tokens.shape[1] - length)
+
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """A root-mean-square norm."""
+        rows = x if x.ndim == 3 else x[None]
+        epsilon = self.model.config.norm_epsilon
+        return modulated_rms(rows, weight[None], bias[None], epsilon, x.dtype).view_as(x)
+
+    def final(self, c: Tensor) -> NormWeights:
+        """See `_Published`."""
+        shift, scale = self.output.modulations(c)[0].chunk(2)
+        return self.output.norm_final.weight * (1.0 + scale), shift
+
+
+class _Layer(Protocol):
+    """A block as the engine runs it."""
+
+    def modulation(self, c: Tensor) -> _Modulation:
+        """The block's share of a condition, (1, C)."""
+        ...
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, L, H, d), keys and values (B, L, G, d), not yet turned."""
+        ...
+
+    def out(self, x: Tensor) -> Tensor:
+        """What attention adds, (B, L, D)."""
+        ...
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """What the MLP adds, (B, L, D)."""
+        ...
+
+
+class _TwinLayer:
+    """The block of a causal language model."""
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+        assert isinstance(block, CausalBlock)
+        self.block = block
+        self._qkv = _linear(block.qkv.weight, block.qkv.bias, dtype)
+        self._out = _linear(block.attn_out.weight, None, dtype)
+        self._mlp_in = _linear(block.mlp_in.weight, None, dtype)
+        self._mlp_out = _linear(block.mlp_out.weight, None, dtype)
+
+    def modulation(self, c: Tensor) -> _Modulation:
+        """See `_Layer`."""
+        shift1, scale1, shift2, scale2 = self.block.modulations(c)[0].chunk(4)
+        return _Modulation(
+            (self.block.norm1.weight * (1.0 + scale1), shift1),
+            None,
+            (self.block.norm2.weight * (1.0 + scale2), shift2),
+            None,
+        )
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `_Layer`."""
+        return self.block.split(self._qkv(x))
+
+    def out(self, x: Tensor) -> Tensor:
+        """See `_Layer`."""
+        return self._out(x)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """See `_Layer`."""
+        gate, up = self._mlp_in(x).chunk(2, -1)
+        return self._mlp_out(F.silu(gate).mul_(up))
+
+
+class _PublishedLayer:
+    """A published block; q, k and v are one product."""
 
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(block, Block)
@@ -155,12 +274,12 @@ class _Layer:
         up, down = block.mlp[0], block.mlp[2]
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
         self.qkv = _linear(qkv, None, dtype)
-        self.out = _linear(block.attn_out.weight, None, dtype)
+        self._out = _linear(block.attn_out.weight, None, dtype)
         self.up = _gelu_linear(up.weight, up.bias, dtype)
         self.down = _linear(down.weight, down.bias, dtype)
 
     def modulation(self, c: Tensor) -> _Modulation:
-        """The block's share of a condition, (1, C)."""
+        """See `_Layer`."""
         block = self.block
         shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(
             fuse(block.condition_fuser, c)
@@ -172,13 +291,18 @@ class _Layer:
             gate2,
         )
 
-    def project(self, x: Tensor) -> list[Tensor]:
-        """Queries, keys and values, each (B, L, H, d)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `_Layer`."""
         batch, length, _ = x.shape
-        return list(self.qkv(x).view(batch, length, 3, self.heads, -1).unbind(2))
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).unbind(2)
+        return q, k, v
+
+    def out(self, x: Tensor) -> Tensor:
+        """See `_Layer`."""
+        return self._out(x)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """What the MLP adds, (B, L, D)."""
+        """See `_Layer`."""
         return self.down(self.up(x))
 
 
@@ -227,15 +351,3 @@ def _gelu_linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[
     except (RuntimeError, AttributeError):  # no oneDNN, or another PyTorch
         return plain
     return fused
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x (B, L, H, d), tables (L, 1, d) -> (B, H, L, d), contiguous."""
-    first, second = x.transpose(1, 2).chunk(2, dim=-1)
-    half = first.shape[-1]
-    cos, sin = cos[None, :, 0, :half], sin[None, :, 0, :half]
-    rotated = torch.empty((*first.shape[:-1], 2 * half), dtype=x.dtype, device=x.device)
-    low, high = rotated.chunk(2, dim=-1)
-    torch.mul(first, cos, out=low).addcmul_(second, sin, value=-1.0)
-    torch.mul(second, cos, out=high).addcmul_(first, sin)
-    return rotated

@@ -25,8 +25,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fsdfm.errors import CheckpointError, ConfigError
-from fsdfm.model.rotary import Rotary
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
+from fsdfm.model.transformer import FlowNetwork, ModelConfig
 
 FORMAT = "fsdfm"
 FORMAT_VERSION = 1
@@ -44,7 +44,7 @@ SHOWN_NAMES = 4
 class Pretrained:
     """What a model directory holds."""
 
-    model: Transformer
+    model: FlowNetwork
     """float32, in evaluation mode, on the device asked for."""
     tokenizer_json: str
     """Text of tokenizer.json."""
@@ -54,7 +54,7 @@ class Pretrained:
 
 def save_pretrained(
     directory: str | Path,
-    model: Transformer,
+    model: FlowNetwork,
     *,
     tokenizer_json: str,
     generation: Mapping[str, Any] | None = None,
@@ -77,7 +77,7 @@ def save_pretrained(
     directory = Path(directory)
     _check_tokenizer(tokenizer_json, model.config, "The tokenizer")
     tensors = _to_save(model, dtype)
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **model.config.to_dict()}
+    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **config_to_dict(model.config)}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(header),
@@ -144,7 +144,7 @@ def load_pretrained(
     return Pretrained(model, tokenizer_json, generation)
 
 
-def build(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> Transformer:
+def build(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> FlowNetwork:
     """A network that owns exactly these weights.
 
     Args:
@@ -160,7 +160,7 @@ def build(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> Trans
     """
     # Meta: no time spent on initial weights, and the global random state stays as it is.
     with torch.device("meta"):
-        model = Transformer(config)
+        model = build_network(config)
     expected = model.state_dict()
     problems = {
         "missing": sorted(expected.keys() - state.keys()),
@@ -177,7 +177,7 @@ def build(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> Trans
     floats = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
     _check_finite(floats, CheckpointError(f"{where} is damaged: values that are not finite in "))
     model.load_state_dict(floats, assign=True)
-    model.rotary_emb = Rotary(config.hidden_size // config.heads)
+    model.rotary_emb = config.rotary()
     return model.eval()
 
 
@@ -200,7 +200,7 @@ def vocabulary_size(tokenizer_json: str, where: str) -> int:
     return max(vocabulary.values(), default=-1) + 1
 
 
-def _to_save(model: Transformer, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _to_save(model: FlowNetwork, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state dict on the CPU in the given dtype, finite."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     _check_finite(own, CheckpointError("Nothing was saved: weights that are not finite in "))
@@ -266,7 +266,7 @@ def _parse_config(values: Any, path: Path) -> ModelConfig:
         )
     fields = {k: v for k, v in values.items() if k not in ("format", "format_version")}
     try:
-        return ModelConfig.from_dict(fields)
+        return config_from_dict(fields)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
 

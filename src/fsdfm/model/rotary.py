@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split rotation, base 10,000."""
+"""Rotary position embedding, half-split rotation."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ class Rotary(nn.Module):
 
     Args:
         head_dim: width of one attention head, even.
+        base: the slowest frequency is about 1 / base.
     """
 
     inv_freq: Tensor
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, head_dim: int) -> None:
+    def __init__(self, head_dim: int, base: float = 10_000.0) -> None:
         super().__init__()
-        inv_freq = 10_000.0 ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+        inv_freq = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
         self.register_buffer("inv_freq", inv_freq, persistent=False)
         self.register_buffer("cos", torch.empty(0, head_dim), persistent=False)
         self.register_buffer("sin", torch.empty(0, head_dim), persistent=False)

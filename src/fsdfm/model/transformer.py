@@ -11,8 +11,8 @@ Parameter names are those of the published checkpoints (method note, section 8).
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -64,11 +64,7 @@ class ModelConfig:
                 f"Model config: neighbours must be a whole number from 0 to the context, "
                 f"got {self.neighbours!r}."
             )
-        if self.hidden_size % (2 * self.heads):
-            raise ConfigError(
-                f"Model config: hidden_size={self.hidden_size} must be a multiple of twice "
-                f"heads={self.heads} (rotary positions rotate pairs)."
-            )
+        self._check_heads()
         if self.source not in ("uniform", "mask"):
             raise ConfigError(f"Model config: source must be uniform or mask, got {self.source!r}.")
         if self.step_embedding not in ("none", "raw", "log2"):
@@ -80,6 +76,25 @@ class ModelConfig:
             raise ConfigError(
                 f"Model config: schedule_power must be >= 1, got {self.schedule_power!r}."
             )
+
+    def _check_heads(self) -> None:
+        if self.hidden_size % (2 * self.heads):
+            raise ConfigError(
+                f"Model config: hidden_size={self.hidden_size} must be a multiple of twice "
+                f"heads={self.heads} (rotary positions rotate pairs)."
+            )
+
+    def rotary(self) -> Rotary:
+        """The tables of the network's positions."""
+        return Rotary(self.hidden_size // self.heads)
+
+    @property
+    def absorbing(self) -> bool:
+        """Whether only masked positions move and are learned (`flow.path.Source.absorbing`).
+
+        Published networks learn to copy instead, with either source.
+        """
+        return False
 
     @property
     def embedding_rows(self) -> int:
@@ -97,7 +112,7 @@ class ModelConfig:
         return values if self.neighbours else {k: v for k, v in values.items() if k != "neighbours"}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ModelConfig:
+    def from_dict(cls, values: dict[str, Any]) -> Self:
         """Inverse of `to_dict`.
 
         Raises:
@@ -277,14 +292,21 @@ def _fuser(config: ModelConfig) -> nn.Linear | None:
     return nn.Linear(2 * config.cond_size, config.cond_size)
 
 
-class Transformer(nn.Module):
-    """p(. given x_t, t, h) as `head(body(x_t, t, h))`.
+class FlowNetwork(nn.Module):
+    """p(. given x_t, t, h) as `head(body(x_t, t, h))`: what all networks share.
 
     Args:
         config: shape and conventions.
-
-    Source: FS-DFM, arXiv 2509.20624; the block is that of DiT, arXiv 2212.09748.
     """
+
+    config: ModelConfig
+    vocab_embed: nn.Embedding
+    time_embedding: ScalarEmbedding
+    dt_embedding: ScalarEmbedding
+    time_condition_fuser: nn.Linear
+    rotary_emb: Rotary
+    blocks: nn.ModuleList
+    joint: JointHead
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -295,45 +317,24 @@ class Transformer(nn.Module):
             self.dt_embedding = ScalarEmbedding(config.cond_size)
         if config.step_embedding == "raw":
             self.time_condition_fuser = nn.Linear(2 * config.cond_size, 2 * config.cond_size)
-        self.rotary_emb = Rotary(config.hidden_size // config.heads)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
-        self.output_layer = OutputLayer(config)
-        if config.neighbours:
-            self.joint = JointHead(config)
-        self._initialise()
+        self.rotary_emb = config.rotary()
 
-    def _initialise(self) -> None:
-        """Normal(0.02) matrices, zero biases; everything that must start silent starts at zero.
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """Final hidden rows.
 
-        The head starts as a copy of the embedding (they are not tied), at a scale that gives the
-        present token a logit of ln V + 1 and so about half of the mass: near t = 1 nearly every
-        token is to be copied, and a head that must first learn V such pairs wastes thousands of
-        updates on it.
+        Args:
+            x_t: token ids, int64, shape (B, L).
+            t: time of each sequence in [0, 1], shape (B,).
+            h: step size of each sequence in (0, 1], shape (B,); ignored by a DFM teacher.
+
+        Returns:
+            (B, L, D), ready for `head`.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-        silent: list[nn.Module] = [block.adaLN_modulation for block in self._blocks()]
-        silent.append(self.output_layer.adaLN_modulation)
-        if self.config.step_embedding == "log2":
-            silent.append(self.dt_embedding.mlp[2])
-        if self.config.neighbours:
-            silent.append(self.joint.out)
-            for reads in (self.joint.tokens, self.joint.row):  # what goes in has unit scale
-                nn.init.normal_(reads.weight, std=reads.in_features**-0.5)
-        for linear in silent:
-            assert isinstance(linear, nn.Linear)
-            nn.init.zeros_(linear.weight)
-        # Normed hidden rows have length sqrt(D), embedding rows std sqrt(D): the logit is D std.
-        copy_logit = math.log(self.config.embedding_rows) + 1.0
-        nn.init.normal_(self.vocab_embed.weight, std=copy_logit / self.config.hidden_size)
-        with torch.no_grad():
-            self.output_layer.linear.weight.copy_(self.vocab_embed.weight)
+        raise NotImplementedError
 
-    def _blocks(self) -> list[Block]:
-        return [block for block in self.blocks if isinstance(block, Block)]
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (V or V + 1, D) of the head and its bias, for losses that run it in chunks."""
+        raise NotImplementedError
 
     def condition(self, t: Tensor, h: Tensor) -> Tensor:
         """What every block is conditioned on.
@@ -356,24 +357,6 @@ class Transformer(nn.Module):
         c: Tensor = F.silu(e)
         return c
 
-    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """Final hidden rows.
-
-        Args:
-            x_t: token ids, int64, shape (B, L).
-            t: time of each sequence in [0, 1], shape (B,).
-            h: step size of each sequence in (0, 1], shape (B,); ignored by a DFM teacher.
-
-        Returns:
-            (B, L, D), ready for `head`.
-        """
-        cos, sin = self.rotary_emb.tables(x_t.shape[1])
-        c = self.condition(t, h)
-        x = self.vocab_embed(x_t)
-        for block in self.blocks:
-            x = block(x, c, cos, sin)
-        return self.output_layer.final(x, c)
-
     def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
         """Hidden rows that know which tokens have been drawn beside them.
 
@@ -395,21 +378,90 @@ class Transformer(nn.Module):
 
     def head(self, rows: Tensor) -> Tensor:
         """Logits of hidden rows, (..., D) -> (..., V), or V + 1 columns with the mask source."""
-        logits: Tensor = self.output_layer.linear(rows)
-        return logits
-
-    def head_parameters(self) -> tuple[Tensor, Tensor]:
-        """Weight (V or V + 1, D) and bias of the head, for losses that run it in chunks."""
-        return self.output_layer.linear.weight, self.output_layer.linear.bias
+        return F.linear(rows, *self.head_parameters())
 
     def forward(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """Logits at every position, (B, L, V or V + 1)."""
         return self.head(self.body(x_t, t, h))
 
 
+def silence(model: FlowNetwork, modulations: list[nn.Linear]) -> None:
+    """Zero what must start silent: modulations, a branch of log2 h, what a joint head adds."""
+    silent: list[nn.Module] = list(modulations)
+    if model.config.step_embedding == "log2":
+        silent.append(model.dt_embedding.mlp[2])
+    if model.config.neighbours:
+        silent.append(model.joint.out)
+        for reads in (model.joint.tokens, model.joint.row):  # what goes in has unit scale
+            nn.init.normal_(reads.weight, std=reads.in_features**-0.5)
+    for linear in silent:
+        assert isinstance(linear, nn.Linear)
+        nn.init.zeros_(linear.weight)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+
+
+class Transformer(FlowNetwork):
+    """The published network.
+
+    Args:
+        config: shape and conventions.
+
+    Source: FS-DFM, arXiv 2509.20624; the block is that of DiT, arXiv 2212.09748.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.blocks))
+        self.output_layer = OutputLayer(config)
+        if config.neighbours:
+            self.joint = JointHead(config)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Normal(0.02) matrices, zero biases; everything that must start silent starts at zero.
+
+        The head starts as a copy of the embedding (they are not tied), at a scale that gives the
+        present token a logit of ln V + 1 and so about half of the mass: near t = 1 nearly every
+        token is to be copied, and a head that must first learn V such pairs wastes thousands of
+        updates on it.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        modulations = [block.adaLN_modulation for block in self._blocks()]
+        silence(self, [*modulations, self.output_layer.adaLN_modulation])
+        # Normed hidden rows have length sqrt(D), embedding rows std sqrt(D): the logit is D std.
+        copy_logit = math.log(self.config.embedding_rows) + 1.0
+        nn.init.normal_(self.vocab_embed.weight, std=copy_logit / self.config.hidden_size)
+        with torch.no_grad():
+            self.output_layer.linear.weight.copy_(self.vocab_embed.weight)
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """See `FlowNetwork`."""
+        cos, sin = self.rotary_emb.tables(x_t.shape[1])
+        c = self.condition(t, h)
+        x = self.vocab_embed(x_t)
+        for block in self.blocks:
+            x = block(x, c, cos, sin)
+        return self.output_layer.final(x, c)
+
+    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """See `FlowNetwork`."""
+        return self.output_layer.linear.weight, self.output_layer.linear.bias
+
+
+Network = TypeVar("Network", bound=FlowNetwork)
+
+
 def student_from_teacher(
-    teacher: Transformer, step_embedding: StepEmbedding, neighbours: int = 0
-) -> Transformer:
+    teacher: Network, step_embedding: StepEmbedding, neighbours: int = 0
+) -> Network:
     """A step-aware network that starts from a teacher's weights.
 
     With `log2` it equals the teacher at every h. With `raw` (published) the fusers are fresh, and
@@ -424,9 +476,8 @@ def student_from_teacher(
     Returns:
         A new network; the teacher is left as it was.
     """
-    config = {**teacher.config.to_dict(), "step_embedding": step_embedding}
-    config["neighbours"] = neighbours
-    student = Transformer(ModelConfig.from_dict(config)).to(teacher.vocab_embed.weight.device)
+    config = replace(teacher.config, step_embedding=step_embedding, neighbours=neighbours)
+    student = type(teacher)(config).to(teacher.vocab_embed.weight.device)
     known = ("none", step_embedding)
     if (step_embedding == "none" and not neighbours) or teacher.config.step_embedding not in known:
         raise ConfigError(

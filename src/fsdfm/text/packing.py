@@ -25,9 +25,12 @@ from torch import Tensor
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
+from fsdfm.text.vocabulary import count_tokens, cut
 
 FORMAT, FORMAT_VERSION = "fsdfm-data", 1
 SPLITS = ("train", "validation")
+TRAINED_VOCABULARY = 8192
+"""Entries of a tokenizer that is trained here by default."""
 BATCH_CHARACTERS = 1 << 22
 """Text that is tokenized at once."""
 
@@ -39,8 +42,9 @@ Progress = Callable[[str, int, int], None]
 class PrepareSettings:
     """How documents become shards."""
 
-    vocab_size: int = 8192
-    """Entries of a tokenizer that is trained here."""
+    vocab_size: int | None = None
+    """Entries of a tokenizer that is trained here, TRAINED_VOCABULARY if not given; or how many of
+    a given tokenizer's to keep, all if not given."""
     validation_fraction: float = 0.02
     """Chance that a document is held out for validation."""
     seed: int = 0
@@ -51,7 +55,7 @@ class PrepareSettings:
     """Most text that a tokenizer is trained on: the files' first."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < SMALLEST_VOCABULARY:
+        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
             raise ConfigError(
                 f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and the end of "
                 f"text), got {self.vocab_size}."
@@ -99,7 +103,10 @@ def prepare(
         trained = tokenizer is None
         if tokenizer is None:
             sample = _limited(_all_pieces(files, progress, "tokenizer"), settings.tokenizer_bytes)
-            tokenizer = train_bpe(sample, settings.vocab_size)
+            tokenizer = train_bpe(sample, settings.vocab_size or TRAINED_VOCABULARY)
+        elif settings.vocab_size is not None and settings.vocab_size < tokenizer.vocab_size:
+            sample = _limited(_all_pieces(files, progress, "tokenizer"), settings.tokenizer_bytes)
+            tokenizer = cut(tokenizer, count_tokens(tokenizer, sample), settings.vocab_size)
         (staged / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         splits = _write_splits(files, staged, tokenizer, settings, progress)
         manifest = {

@@ -13,7 +13,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from fsdfm.errors import ConfigError, DataError
 
 EOS = "<|endoftext|>"
-"""The token that ends every document."""
+"""The token that ends every document, in tokenizers that are trained here."""
+EOS_NAMES = (EOS, "<|end_of_text|>", "</s>", "<eos>")
+"""What other families call it; the first that a vocabulary has is taken."""
 
 DOCUMENT_SEPARATOR = "\n\n"
 """What `Tokenizer.decode` puts between documents."""
@@ -44,12 +46,14 @@ class Tokenizer:
         backend.no_padding()
         # "<|endoftext|>" in a document is text, not the end of the document.
         backend.encode_special_tokens = True
-        eos_id = backend.token_to_id(EOS)
-        if eos_id is None:
+        known: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        eos = next((e for e in EOS_NAMES if e in known), None)
+        if eos is None:
             raise DataError(f'{name} has no "{EOS}" token: add one, or use another tokenizer.')
+        eos_id = known[eos]
         added = backend.get_added_tokens_decoder().get(eos_id)
         if added is not None and not added.special:  # else the switch above would pass it over
-            backend.add_special_tokens([EOS])
+            backend.add_special_tokens([eos])
         self.eos_id: int = eos_id
         self._backend = backend
         # Ids may have gaps: the network needs a row for each up to the highest.
@@ -128,6 +132,11 @@ class Tokenizer:
     def to_json(self) -> str:
         """The contents of a tokenizer.json, EOS included, on one line."""
         return self._json
+
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by the spelling of their tokens, with those that were added."""
+        known: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return known
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without EOS.

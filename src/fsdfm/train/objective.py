@@ -21,6 +21,7 @@ from fsdfm.flow.loss import (
     generalized_kl,
     kl,
     mean_over_rows,
+    open_positions,
     path_loss,
 )
 from fsdfm.flow.path import Source, mixture_state
@@ -69,6 +70,8 @@ class Pretrain:
     source: Source
     schedule: Schedule
     position_loss: PositionLoss = generalized_kl
+    frozen_share: float = 0.0
+    """Of the rows, those that have frozen positions: as prompts and gaps will be given."""
 
     def loss(
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
@@ -77,12 +80,47 @@ class Pretrain:
         t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
         x_0 = self.source.draw(tuple(x_1.shape), generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
-        h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
-        return {
-            "loss": path_loss(
-                model, x_t, x_1, t, h, self.source.vocab_size, self.schedule, self.position_loss
-            )
-        }
+        frozen = None
+        if self.frozen_share > 0.0:
+            frozen = frozen_at_random(x_1.shape[0], x_1.shape[1], self.frozen_share, generator)
+            x_t = torch.where(frozen, x_1, x_t)
+        loss = path_loss(
+            model,
+            x_t,
+            x_1,
+            t,
+            torch.full_like(t, 2.0**-SMALLEST_EXPONENT),
+            self.source.vocab_size,
+            self.schedule,
+            self.position_loss,
+            rows=open_positions(x_t, self.source, frozen),
+        )
+        return {"loss": loss}
+
+
+def frozen_at_random(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:
+    """Positions that are given, bool, (B, L): a prefix, a suffix, both, or all but one gap.
+
+    Args:
+        batch, length: B and L.
+        share: chance that a row has any; the other rows have none.
+        generator: source of randomness.
+
+    Returns:
+        In a row that has any, two cuts at random split it in three; which of the parts are given
+        is one of four patterns, each as likely. At least one position stays open.
+    """
+    device = generator.device
+    cuts = (torch.rand(batch, 2, generator=generator, device=device) * length).floor()
+    first, second = cuts.amin(1, keepdim=True), cuts.amax(1, keepdim=True)
+    pattern = torch.randint(4, (batch, 1), generator=generator, device=device)
+    chosen = torch.rand(batch, 1, generator=generator, device=device) < share
+    place = torch.arange(length, device=device)
+    before, after = place < first, place > second
+    inside = ~before & ~after
+    kinds = (before, after, before | after, inside & (second - first < length - 1))
+    frozen = torch.stack(kinds).gather(0, pattern.expand(batch, length)[None])[0]
+    return frozen & chosen
 
 
 def published_weights() -> Tensor:
@@ -143,6 +181,7 @@ class Distill:
                 self.source.vocab_size,
                 self.schedule,
                 self.position_loss,
+                rows=open_positions(x_t[small], self.source),
             )
             share["path_loss"] = int(small.sum())
         if not small.all():
@@ -175,9 +214,12 @@ class Distill:
         """KL(target || student) at steps h, the target from the moving average at h / 2."""
         vocab_size = self.source.vocab_size
         with torch.no_grad():
-            jumper = Jumper(ema, self.schedule, self.rule, vocab_size, generator)
+            jumper = Jumper(ema, self.schedule, self.rule, self.source, generator)
             target = self.target(jumper, x_t, t, h)
         hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
+        counted = open_positions(x_t, self.source)
+        if counted is not None:
+            hidden, target = hidden.index_select(0, counted), target.select(counted)
 
         def loss(rows: slice) -> RowLoss:
             with torch.no_grad():
@@ -217,6 +259,8 @@ class Joint:
         span = torch.rand(batch, dtype=torch.float64, generator=generator, device=t.device)
         h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
         known = known_at_random(batch, length, generator)
+        if self.source.absorbing:
+            known = known | (x_t != self.source.vocab_size)
         at = (~known).flatten().nonzero()[:, 0]
         with torch.no_grad():  # the body is the teacher's: only what the head adds is learned
             hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)[at]

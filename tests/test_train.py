@@ -385,7 +385,9 @@ def test_every_student_takes_an_update_in_all_its_weights(
 ) -> None:
     student = network(embedding, source)
     before = copy.deepcopy(student.state_dict())
-    objective = Distill(make_source(source, V), Polynomial(), TARGETS[target], EXACT, even_weights(0.5))
+    objective = Distill(
+        make_source(source, V), Polynomial(), TARGETS[target], EXACT, even_weights(0.5)
+    )
     settings = replace(SETTINGS, steps=2, warmup_steps=0)
     watcher = Recorder()
     run: Run[Transformer] = Run(

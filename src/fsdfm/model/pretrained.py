@@ -26,10 +26,13 @@ from torch import Tensor
 
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
+from fsdfm.model.packed import Packed, pack, packable, unpack
 from fsdfm.model.transformer import FlowNetwork, ModelConfig
 
 FORMAT = "fsdfm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""What this package reads; PLAIN_VERSION, all weights as they are, is what most directories have."""
+PLAIN_VERSION = 1
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, GENERATION = "tokenizer.json", "generation.json"
@@ -59,6 +62,7 @@ def save_pretrained(
     tokenizer_json: str,
     generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
+    bits: int | None = None,
 ) -> None:
     """Write a model directory; an older model there is replaced whole or not at all.
 
@@ -68,6 +72,8 @@ def save_pretrained(
         tokenizer_json: text of the tokenizer that goes with it.
         generation: defaults for generating, e.g. {"step": "exact", "steps": 8}.
         dtype: number format of the saved weights; None keeps the model's own.
+        bits: of each weight of the large matrices, from 3 to 8 (`fsdfm.model.packed`); the rest is
+            saved in float16.
 
     Raises:
         CheckpointError: weights that are not finite, a tokenizer that does not fit, or a directory
@@ -76,13 +82,24 @@ def save_pretrained(
     """
     directory = Path(directory)
     _check_tokenizer(tokenizer_json, model.config, "The tokenizer")
-    tensors = _to_save(model, dtype)
-    header = {"format": FORMAT, "format_version": FORMAT_VERSION, **config_to_dict(model.config)}
+    if bits is not None and not 3 <= bits <= 8:
+        raise ConfigError(f"bits must be from 3 to 8, got {bits}.")
+    tensors = _to_save(model, dtype if bits is None else torch.float16)
+    version = PLAIN_VERSION if bits is None else FORMAT_VERSION
+    header = {"format": FORMAT, "format_version": version, **config_to_dict(model.config)}
     metadata = {
         "format": FORMAT,
         "config": json.dumps(header),
         "tokenizer_sha256": _digest(tokenizer_json),
     }
+    if bits is not None:
+        exact = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+        shapes = {n: list(t.shape) for n, t in exact.items() if packable(t)}
+        metadata["packed"] = json.dumps({"bits": bits, "shapes": shapes})
+        for name in shapes:
+            packed = pack(exact[name], bits)
+            del tensors[name]
+            tensors |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _move_committed(directory)
@@ -276,9 +293,23 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is missing.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+        return _unpacked(tensors, metadata), metadata
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {one_line(error)}.") from error
+
+
+def _unpacked(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
+    """The weights by the network's names, those in few bits as float32."""
+    if "packed" not in metadata:
+        return tensors
+    values = json.loads(metadata["packed"])
+    bits = int(values["bits"])
+    for name, shape in values["shapes"].items():
+        packed = Packed(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales"))
+        tensors[name] = unpack(packed, bits, tuple(shape))
+    return tensors
 
 
 def _read_object(path: Path) -> dict[str, Any]:

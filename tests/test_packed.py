@@ -1,0 +1,111 @@
+"""Weights in few bits: what rounding costs, and that files come back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.model.packed import GROUP, Packed, pack, packable, unpack
+from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.text.tokenizer import train_bpe
+
+TOKENIZER = train_bpe(["a few words, and a few more"], 300)
+CONFIG = ModelConfig(TOKENIZER.vocab_size, 64, blocks=2, heads=2, cond_size=64, context_length=32)
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("bits", range(3, 9))
+def test_a_weight_comes_back_within_half_a_step(bits: int) -> None:
+    weight = normal(96, 128)
+    packed = pack(weight, bits)
+    assert packed.codes.numel() * 8 == weight.numel() * bits
+    back = unpack(packed, bits, (96, 128))
+    step = packed.scales.float().repeat_interleave(GROUP).view(96, 128)
+    inside = back.abs() < (2 ** (bits - 1) - 1) * step * 0.999  # the others were cut to the scale
+    assert ((back - weight).abs() <= 0.5001 * step)[inside].all()
+    # A uniform grid of 2 ** bits - 1 steps over +-3 or so deviations: the error halves with a bit.
+    error = float((back - weight).norm() / weight.norm())
+    assert 0.6 < error / (0.1 * 2.0 ** (4 - bits)) < 1.4
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_what_is_on_the_grid_is_kept_exactly(bits: int) -> None:
+    top = 2 ** (bits - 1) - 1
+    codes = torch.arange(64 * GROUP).remainder(2 * top + 1).view(64, GROUP) - top
+    codes[:, 0] = top  # the largest of its group, so that the scale is found
+    weight = codes.float() * 0.25
+    assert torch.equal(unpack(pack(weight, bits), bits, (64, GROUP)), weight)
+
+
+def test_zeros_and_outliers_stay_finite() -> None:
+    weight = torch.zeros(64, GROUP)
+    weight[3, 5] = 60_000.0
+    back = unpack(pack(weight, 4), 4, (64, GROUP))
+    assert back.isfinite().all() and torch.equal(back[0], weight[0])
+    assert back[3, 5] == pytest.approx(60_000.0, rel=0.01)
+
+
+def test_small_and_uneven_tensors_are_left_alone() -> None:
+    assert packable(normal(64, 64))
+    assert not packable(normal(63, 64)) and not packable(normal(64 * 64))
+    assert not packable(normal(101, 101))
+
+
+def test_codes_that_do_not_fill_the_shape_are_refused() -> None:
+    packed = pack(normal(64, 64), 5)
+    with pytest.raises(ValueError, match="do not fill"):
+        unpack(packed, 6, (64, 64))
+    with pytest.raises(ValueError, match="do not fill"):
+        unpack(Packed(packed.codes, packed.scales[:-1]), 5, (64, 64))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_model_in_few_bits_loads_as_any_other(tmp_path: Path, bits: int) -> None:
+    torch.manual_seed(0)
+    model = Transformer(CONFIG)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=bits)
+    assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
+    loaded = load_pretrained(tmp_path).model
+    assert loaded.config == CONFIG
+    for name, weight in model.state_dict().items():
+        back = loaded.state_dict()[name]
+        worst = 0.13 if bits == 4 else 0.01
+        assert (back - weight).norm() <= worst * weight.norm() + 1e-7
+    size = (tmp_path / "model.safetensors").stat().st_size
+    numbers = sum(p.numel() for p in model.parameters())
+    assert size < numbers * (bits + 0.25) / 8 * 1.25
+    # Saved again as it is, it is the same model to the bit.
+    save_pretrained(tmp_path / "again", loaded, tokenizer_json=TOKENIZER.to_json())
+    again = load_pretrained(tmp_path / "again").model
+    pairs = zip(again.parameters(), loaded.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_bits_out_of_range_and_damaged_files_are_one_line(tmp_path: Path) -> None:
+    model = Transformer(CONFIG)
+    with pytest.raises(ConfigError, match="bits must be from 3 to 8, got 2"):
+        save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=2)
+    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=4)
+    path = tmp_path / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    name = next(n for n in tensors if n.endswith(".codes"))
+    save_file({**tensors, name: tensors[name][:-1].clone()}, path, metadata)
+    with pytest.raises(CheckpointError, match=r"truncated or corrupt: \d+ bytes do not fill"):
+        load_pretrained(tmp_path)
+    save_file({n: t for n, t in tensors.items() if n != name}, path, metadata)
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        load_pretrained(tmp_path)

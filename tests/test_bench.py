@@ -191,6 +191,7 @@ class FixedSource:
 
     x_0: Tensor
     vocab_size: int
+    absorbing: bool = False
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return self.x_0

@@ -173,17 +173,58 @@ def test_weight_decay_shrinks_matrices_and_nothing_else() -> None:
     model = Toy()
     before = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, weight_decay=0.3)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.1
+    optimizer.set_learning_rate(0.1)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for name, parameter in model.named_parameters():
         factor = 1.0 - 0.1 * 0.3 if parameter.ndim == 2 else 1.0
         torch.testing.assert_close(parameter.detach(), before[name] * factor)
-    in_groups = [p for group in optimizer.param_groups for p in group["params"]]
+    (adamw,) = optimizer.parts
+    in_groups = [p for group in adamw.param_groups for p in group["params"]]
     assert {id(p) for p in in_groups} == {id(p) for p in model.parameters()}
-    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    assert all(group["betas"] == (0.9, 0.95) for group in adamw.param_groups)
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest() -> None:
+    model = network("log2", "uniform")
+    optimizer = make_optimizer(model, 0.1, "muon")
+    muon, adamw = optimizer.parts
+    ids = [{id(p) for g in part.param_groups for p in g["params"]} for part in (muon, adamw)]
+    names = {name for name, p in model.named_parameters() if id(p) in ids[0]}
+    products = ("qw", "kw", "vw", "attn_out", "mlp.0", "mlp.2")
+    blocks = range(model.config.blocks)
+    assert names == {f"blocks.{i}.{product}.weight" for i in blocks for product in products}
+    assert ids[0] | ids[1] == {id(p) for p in model.parameters()} and not ids[0] & ids[1]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_resumed_optimizer_goes_on_as_if_it_had_not_stopped(kind: str, tmp_path: Path) -> None:
+    def state() -> TrainState[Transformer]:
+        torch.manual_seed(0)
+        model = network("log2", "uniform")
+        return TrainState(model, Ema(model, 0.9), make_optimizer(model, 0.1, kind))
+
+    def updates(state: TrainState[Transformer], count: int) -> None:
+        state.optimizer.set_learning_rate(0.01)
+        for _ in range(count):
+            noise = generator(state.step)
+            for p in state.model.parameters():
+                p.grad = torch.randn(p.shape, generator=noise)
+            state.optimizer.step()
+            state.step += 1
+
+    whole, part, path = state(), state(), tmp_path / "checkpoint.safetensors"
+    updates(whole, 4)
+    updates(part, 2)
+    save_checkpoint(path, part)
+    load_checkpoint(path, resumed := state())
+    updates(resumed, 2)
+    assert_same_tensors(resumed.model.state_dict(), whole.model.state_dict())
+    other = state()
+    other.optimizer = make_optimizer(other.model, 0.1, "adamw" if kind == "muon" else "muon")
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        load_checkpoint(path, other)
 
 
 # ------------------------------------------------------------------------------------------ ema
@@ -526,7 +567,8 @@ def test_the_last_update_is_logged_evaluated_and_saved_off_every_interval(tmp_pa
     assert watcher.steps == list(range(8))
     assert watcher.evaluations == [4, 7]
     assert [m["step"] for m in metrics(tmp_path) if "loss" in m] == [2, 4, 6, 7]
-    state = TrainState(Toy(), Ema(Toy(), 0.9), make_optimizer(Toy(), 0.0))
+    model = Toy()
+    state = TrainState(model, Ema(model, 0.9), make_optimizer(model, 0.0))
     load_checkpoint(tmp_path / "checkpoint.safetensors", state)
     assert state.step == 7 == state.ema.updates
     assert_same_tensors(watcher.exported, state.ema.model.state_dict())
@@ -812,8 +854,9 @@ def test_a_checkpoint_holds_the_whole_state(tmp_path: Path) -> None:
         torch.equal(torch.stack(found.pending[k]), torch.stack(v)) for k, v in state.pending.items()
     )
     for p, q in zip(state.model.parameters(), found.model.parameters(), strict=True):
-        ours, theirs = state.optimizer.state[p], found.optimizer.state[q]
-        assert_same_tensors(dict(ours), dict(theirs))
+        ours, theirs = state.optimizer.moments(p), found.optimizer.moments(q)
+        assert ours.keys() == {"exp_avg", "exp_avg_sq"}
+        assert_same_tensors(ours, theirs)
 
 
 def test_a_checkpoint_from_before_these_fields_existed_still_loads(tmp_path: Path) -> None:

@@ -38,8 +38,10 @@ class TrainArgs:
     """Tokens of a training sequence; default: the model's."""
     warmup_steps: int = 100
     """Updates of linear warm-up; a cosine down to a tenth of the peak follows."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: on the matrices of the blocks, AdamW on the rest; pays with many tokens an update."""
     weight_decay: float = 0.03
-    """Of AdamW, on matrices."""
+    """On matrices."""
     clip_norm: float = 1.0
     """Gradients longer than this are shortened to it."""
     ema_decay: float = 0.9995
@@ -71,6 +73,7 @@ class TrainArgs:
             learning_rate=self.learning_rate,
             accumulate=self.accumulate,
             warmup_steps=self.warmup_steps,
+            optimizer=self.optimizer,
             weight_decay=self.weight_decay,
             clip_norm=self.clip_norm,
             ema_decay=self.ema_decay,

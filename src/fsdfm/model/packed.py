@@ -1,8 +1,8 @@
 """Weights at rest in few bits: codes in groups, each group with its own scale.
 
 A weight of 3 to 8 bits is scale times a whole number, from -(2 ** (bits - 1)) + 1 up; the scale of
-each GROUP numbers is the one of a few that loses least. Eight codes fill `bits` bytes. Loading makes
-float32 of them: this is for files, not for products.
+each GROUP numbers is the one of a few that loses least. Eight codes fill `bits` bytes. Loading
+makes float32 of them: this is for files, not for products.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ from fsdfm.model.transformer import FlowNetwork, ModelConfig
 
 FORMAT = "fsdfm"
 FORMAT_VERSION = 2
-"""What this package reads; PLAIN_VERSION, all weights as they are, is what most directories have."""
 PLAIN_VERSION = 1
+"""The newest that this package reads, for weights in few bits; and that of all others."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, GENERATION = "tokenizer.json", "generation.json"

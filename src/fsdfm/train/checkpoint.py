@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fsdfm.errors import CheckpointError
 from fsdfm.train.ema import Ema, Module
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from fsdfm.train.optim import MOMENTS, Optimizer
 
 
 @dataclass
@@ -30,7 +29,7 @@ class TrainState(Generic[Module]):
 
     model: Module
     ema: Ema[Module]
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     step: int = 0
     """Updates done."""
     elapsed_seconds: float = 0.0
@@ -48,9 +47,8 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
     tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in state.model.named_parameters()}
     tensors |= {f"ema.{name}": p for name, p in state.ema.model.named_parameters()}
     for name, parameter in state.model.named_parameters():
-        for moment in MOMENTS:
-            if parameter in state.optimizer.state:
-                tensors[f"{moment}.{name}"] = state.optimizer.state[parameter][moment]
+        for moment, value in state.optimizer.moments(parameter).items():
+            tensors[f"{moment}.{name}"] = value
     tensors |= {f"pending.{name}": torch.stack(values) for name, values in state.pending.items()}
     facts = {
         "step": state.step,
@@ -102,16 +100,19 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                 if name.startswith("pending.")
             }
             if state.step > 0:
-                held = {key.partition(".")[2] for key in file.keys() if key.startswith(MOMENTS)}  # noqa: SIM118
+                keys = set(file.keys())
+                held = {key.partition(".")[2] for key in keys if key.startswith(MOMENTS)}
                 if not held:
                     raise KeyError("the state of the optimizer")
                 for name, parameter in state.model.named_parameters():
                     if name not in held:
                         continue  # an objective may train a part of the network
-                    state.optimizer.state[parameter] = {
-                        "step": torch.tensor(float(state.step), device=parameter.device),
-                        **{m: _like(file.get_tensor(f"{m}.{name}"), parameter) for m in MOMENTS},
+                    moments = {
+                        moment: _like(file.get_tensor(f"{moment}.{name}"), parameter)
+                        for moment in MOMENTS
+                        if f"{moment}.{name}" in keys
                     }
+                    state.optimizer.restore(parameter, moments, state.step)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         missing = "it lacks " if isinstance(error, KeyError) else ""
         raise CheckpointError(

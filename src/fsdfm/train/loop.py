@@ -24,7 +24,7 @@ from fsdfm.flow.schedule import Schedule
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.objective import Objective
-from fsdfm.train.optim import learning_rate, make_optimizer
+from fsdfm.train.optim import OPTIMIZERS, learning_rate, make_optimizer
 
 Watched = TypeVar("Watched", bound=nn.Module, contravariant=True)
 
@@ -45,8 +45,10 @@ class TrainSettings:
     """Updates of linear warm-up."""
     final_fraction: float = 0.1
     """Learning rate at the end, as a fraction of the peak."""
+    optimizer: str = "adamw"
+    """One of OPTIMIZERS."""
     weight_decay: float = 0.03
-    """AdamW's, on matrices."""
+    """On matrices."""
     clip_norm: float = 1.0
     """Longest gradient."""
     ema_decay: float = 0.9995
@@ -70,6 +72,10 @@ class TrainSettings:
             if getattr(self, name) < 1:
                 flag = name.replace("_", "-")
                 raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}.")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer}."
+            )
         if not 0.0 < self.learning_rate < math.inf:
             raise ConfigError(f"--learning-rate must be positive, got {self.learning_rate}.")
         if self.warmup_steps < 0:
@@ -158,7 +164,7 @@ class Run(Generic[Module]):
         state = TrainState(
             model,
             Ema(model, settings.ema_decay, settings.ema_warmup),
-            make_optimizer(model, settings.weight_decay),
+            make_optimizer(model, settings.weight_decay, settings.optimizer),
         )
         if self.checkpoint.exists():
             load_checkpoint(self.checkpoint, state)
@@ -295,16 +301,17 @@ def update(state: TrainState[Module], settings: TrainSettings, task: Task) -> Te
             state.pending.setdefault(name, []).append(value.detach())
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
     healthy &= norm.isfinite()
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(
+    state.optimizer.set_learning_rate(
+        learning_rate(
             state.step,
             peak=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
             steps=settings.steps,
             final_fraction=settings.final_fraction,
         )
+    )
     state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     state.ema.update(state.model)
     state.step += 1
     return healthy

@@ -1,26 +1,110 @@
-"""AdamW with decay on matrices only, and the learning-rate schedule."""
+"""AdamW with decay on matrices only, Muon, and the learning-rate schedule."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+OPTIMIZERS = ("adamw", "muon")
+ADAMW_MOMENTS, MUON_MOMENTS = ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+MOMENTS = ADAMW_MOMENTS + MUON_MOMENTS
+"""What optimizers keep of a parameter, by their names in torch."""
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.95); biases and norm weights are not decayed.
+class Optimizer:
+    """One optimizer, or two that share the parameters out.
+
+    Args:
+        parts: optimizers of different parameters.
+    """
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    def set_learning_rate(self, value: float) -> None:
+        """For the updates from now on."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = value
+
+    def step(self) -> None:
+        """One update."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def moments(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        """What it keeps of a parameter between updates; empty before the first."""
+        return {
+            name: value
+            for part in self.parts
+            if parameter in part.state
+            for name, value in part.state[parameter].items()
+            if name in MOMENTS
+        }
+
+    def restore(self, parameter: nn.Parameter, moments: dict[str, Tensor], step: int) -> None:
+        """Inverse of `moments`, after so many updates.
+
+        Raises:
+            ValueError: moments of another optimizer.
+        """
+        part = next(part for part in self.parts if _holds(part, parameter))
+        wanted = MUON_MOMENTS if isinstance(part, torch.optim.Muon) else ADAMW_MOMENTS
+        if moments.keys() != set(wanted):
+            raise ValueError("the state is another optimizer's")
+        part.state[parameter] = dict(moments)
+        if wanted == ADAMW_MOMENTS:
+            counted = torch.tensor(float(step), device=parameter.device)
+            part.state[parameter]["step"] = counted
+
+
+def _holds(part: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:
+    return any(parameter is p for group in part.param_groups for p in group["params"])
+
+
+def make_optimizer(model: nn.Module, weight_decay: float, kind: str = "adamw") -> Optimizer:
+    """The optimizer of a network's trainable parameters.
+
+    `adamw`: AdamW (0.9, 0.95); biases and norm weights are not decayed. `muon`: Muon on the
+    matrices of the blocks, at AdamW's learning rate (its steps are scaled to AdamW's size), and
+    AdamW on the rest.
 
     Args:
         model: whose parameters to train.
         weight_decay: for matrices.
+        kind: one of OPTIMIZERS.
+
+    Source: Muon, arXiv 2502.16982 and 2504.08451.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    inner = {name for name, p in named if kind == "muon" and p.ndim == 2 and _in_block(name)}
+    rest = [p for name, p in named if name not in inner]
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    if not inner:
+        return Optimizer(adamw)
+    muon = torch.optim.Muon(
+        [p for name, p in named if name in inner],
+        lr=0.0,
+        weight_decay=weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+    return Optimizer(muon, adamw)
+
+
+def _in_block(name: str) -> bool:
+    """A product of the blocks, not what time and step size say to them."""
+    return name.startswith("blocks.") and "odulation" not in name and "fuser" not in name
 
 
 def learning_rate(

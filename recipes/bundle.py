@@ -23,6 +23,7 @@ def main() -> None:
         tokenizer_json=trained.tokenizer_json,
         generation=trained.generation,
         dtype=torch.float16,
+        ancestors=trained.ancestors,
     )
     print(f"{out}: {sum(p.numel() for p in trained.model.parameters()):,} parameters")
 

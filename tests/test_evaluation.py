@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,19 +18,22 @@ import numpy as np
 import pytest
 import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
+from PIL import Image
 
+from fsdfm.app import evaluation
 from fsdfm.app.cells import Cell, Cells, hidden_positions
 from fsdfm.app.config import EvaluateArgs
 from fsdfm.app.evaluation import Parts, evaluate
-from fsdfm.app.generator import load
+from fsdfm.app.generator import Generator, load
 from fsdfm.app.heldout import Blocks, HeldOut
 from fsdfm.errors import FsdfmError
-from fsdfm.eval.judge import load_judge
+from fsdfm.eval.judge import CausalJudge, load_judge
 from fsdfm.eval.metrics import ngram_js_bits
 from fsdfm.eval.report import Report, Row, load_report
+from fsdfm.eval.tables import section
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import UniformSource
-from fsdfm.model.pretrained import load_pretrained
+from fsdfm.model.pretrained import load_pretrained, save_pretrained
 from fsdfm.text.packing import prepare
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -40,6 +44,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("evaluation")
     (place / "judge").mkdir()
     save_judge(place / "judge", context=128)
+    (place / "second").mkdir()
+    save_judge(place / "second", context=96, seed=8)
     save_model(place / "teacher", step_embedding="none")
     save_model(place / "student", seed=6)
     save_heldout(place / "heldout.jsonl")
@@ -52,7 +58,7 @@ def arguments(place: Path, out: Path, **changes: Any) -> EvaluateArgs:
         "model": (str(place / "teacher"), str(place / "student")),
         "steps": ("1", "3:2"),
         "num_samples": 6,
-        "judge": str(place / "judge"),
+        "judge": (str(place / "judge"),),
         "judge_dtype": "float32",
         "heldout": place / "heldout.jsonl",
     }
@@ -232,8 +238,8 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(
 ) -> None:
     words = [
         *("evaluate", "--model", place / "student", "--steps", "1", "3:2", "--num-samples", "10"),
-        *("--judge", place / "judge", "--heldout", place / "heldout.jsonl"),
-        *("--tasks", "unconditional", "infilling"),
+        *("--judge", place / "judge", "--judge", place / "second"),
+        *("--heldout", place / "heldout.jsonl", "--tasks", "unconditional", "infilling"),
     ]
     (tmp_path / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -247,7 +253,7 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(
     alone = (tmp_path / "one.").read_text().splitlines()
     shares = [(tmp_path / f"two.{rank}").read_text().splitlines() for rank in (0, 1)]
     assert sorted(shares[0] + shares[1]) == sorted(alone)
-    assert abs(len(shares[0]) - len(shares[1])) <= 1
+    assert abs(len(shares[0]) - len(shares[1])) <= 2  # one a judge
 
 
 def test_what_is_done_is_not_done_again(
@@ -276,6 +282,123 @@ def test_what_is_done_is_not_done_again(
     again = evaluate(args)
     assert made == []
     assert again == whole
+
+
+def judges(place: Path, *names: str) -> dict[str, Any]:
+    return {"judge": tuple(str(place / name) for name in names)}
+
+
+def test_each_of_several_judges_says_what_it_says_alone(place: Path, tmp_path: Path) -> None:
+    both = evaluate(arguments(place, tmp_path / "both", **judges(place, "judge", "second")))
+    names = [str(place / name) for name in ("judge", "second")]
+    assert [judge["name"] for judge in both.judges] == names
+    for name in names:
+        alone = evaluate(arguments(place, tmp_path / name.rpartition("/")[2], judge=(name,)))
+        found = both.only({name: name})
+        assert found.facts == alone.facts
+        for row, other in zip(found.rows, alone.rows, strict=True):
+            assert (row.name, row.setting, row.pooled) == (other.name, other.setting, other.pooled)
+            for a, b in zip(row.records, other.records, strict=True):
+                assert {k: v for k, v in a.items() if k != "seconds"} == {
+                    k: v for k, v in b.items() if k != "seconds"
+                }
+    assert load_report(tmp_path / "both") == both
+
+
+def test_a_second_judge_reads_the_texts_that_the_first_one_read(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    generate = Generator.generate
+    monkeypatch.setattr(
+        Generator, "generate", lambda self, **k: made.append(k) or generate(self, **k)
+    )
+    told = []
+    args = arguments(place, tmp_path / "a", **judges(place, "judge", "second"))
+    evaluate(args, lambda *progress: told.append(progress))
+    several = len(made)
+    texts, judgements = kept(tmp_path / "a")
+    made.clear()
+    evaluate(arguments(place, tmp_path / "b"))
+    assert several == len(made) > 0
+    one_text, one_judgement = kept(tmp_path / "b")
+    assert texts == one_text and len(judgements) == 2 * len(one_judgement)
+    assert [done for _, done, _ in told][-1] == told[0][2] == told[-1][2]  # foreseen from the start
+    assert told[-1][0].startswith(str(place / "second") + ": ")
+
+    # A judge that comes later, to texts that are there already.
+    made.clear()
+    evaluate(arguments(place, tmp_path / "b", **judges(place, "judge", "second")))
+    assert len(made) == 2  # the two models' first calls, which are never timed
+    assert kept(tmp_path / "b") == (texts, judgements)
+
+
+def test_a_judge_under_another_name_has_judged_already(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "judge", tmp_path / "renamed")
+    change: Any = {"num_samples": 2, "steps": ("1",)}
+    evaluate(arguments(place, tmp_path / "out", **change))
+    before = kept(tmp_path / "out")
+    evaluate(arguments(place, tmp_path / "out", judge=(str(tmp_path / "renamed"),), **change))
+    assert kept(tmp_path / "out") == before
+
+
+def test_several_judges_go_on_where_they_stopped(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(place, tmp_path / "out", **judges(place, "judge", "second"))
+
+    def stop_in_the_second(what: str, done: int, total: int) -> None:
+        if what.startswith(str(place / "second")):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(args, stop_in_the_second)
+    _, before = kept(tmp_path / "out")
+    made = []
+    make = Parts.make
+    monkeypatch.setattr(Parts, "make", lambda s, c, g: made.append(g) or make(s, c, g))
+    found = evaluate(args)
+    _, after = kept(tmp_path / "out")
+    assert len(made) == len(after) - len(before) == len(after) // 2 - 1
+    made.clear()
+    assert evaluate(args) == found and made == []
+
+
+def test_one_judge_is_in_memory_at_a_time(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks: list[weakref.ref[Any]] = []
+
+    def loaded(*args: Any, **options: Any) -> CausalJudge:
+        assert all(network() is None for network in networks)
+        judge = load_judge(*args, **options)
+        networks.append(weakref.ref(judge.model))
+        return judge
+
+    monkeypatch.setattr(evaluation, "load_judge", loaded)
+    evaluate(arguments(place, tmp_path / "out", num_samples=2, **judges(place, "judge", "second")))
+    assert len(networks) == 2
+
+
+def test_a_report_knows_what_its_models_descend_from(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "judge", tmp_path / "SmolLM2-135M")
+    start = load_pretrained(place / "student")
+    for name, ancestors in (("child", ("SmolLM2-135M",)), ("orphan", ())):
+        save_pretrained(
+            tmp_path / name, start.model, tokenizer_json=start.tokenizer_json, ancestors=ancestors
+        )
+    change: Any = {"judge": (str(tmp_path / "SmolLM2-135M"),), "num_samples": 2, "steps": ("1",)}
+    model = (str(tmp_path / "child"), str(tmp_path / "orphan"))
+    found = evaluate(arguments(place, tmp_path / "out", model=model, **change))
+    assert found.facts["models"]["child"]["ancestors"] == ["SmolLM2-135M"]
+    assert "ancestors" not in found.facts["models"]["orphan"]
+    assert found.facts["judge"]["model"] == "SmolLM2-135M"
+    assert "is an ancestor of child: its figures flatter it" in "\n".join(
+        section(found, "unconditional")
+    )
+    # Texts do not depend on it: equal weights have equal parts.
+    texts, _ = kept(tmp_path / "out")
+    assert len(texts) == 6
 
 
 def kept(out: Path) -> tuple[set[str], set[str]]:
@@ -312,7 +435,7 @@ def test_only_what_depends_on_a_setting_is_done_again(
         "steps": ("2",),
         "num_samples": 2,
         "model": (str(model),),
-        "judge": str(tmp_path / "judge"),
+        "judge": (str(tmp_path / "judge"),),
         "heldout": tmp_path / "heldout.jsonl",
     }
     evaluate(arguments(place, out, **settings))
@@ -449,8 +572,8 @@ def test_an_autoregressive_models_texts_can_stand_beside(place: Path, tmp_path: 
 
 
 def test_the_papers_protocol_is_a_preset(place: Path) -> None:
-    args = EvaluateArgs(out=place, preset="paper", judge="mine").resolved()
-    assert args.length == 1024 and args.step == "published" and args.judge == "mine"
+    args = EvaluateArgs(out=place, preset="paper", judge=("mine",)).resolved()
+    assert args.length == 1024 and args.step == "published" and args.judge == ("mine",)
     assert args.budgets() == [(n, 16) for n in (1, 2, 4, 8, 16, 1024)]
     assert EvaluateArgs(out=place).resolved().step is None
 
@@ -481,6 +604,37 @@ def test_the_command_prints_a_table_and_writes_report_and_plots(
     assert (tmp_path / "compare.md").read_text() in printed
 
 
+def test_the_command_shows_every_judge(place: Path, tmp_path: Path, run: Run) -> None:
+    out = tmp_path / "out"
+    flags = [w for name in ("judge", "second") for w in ("--judge", place / name)]
+    code, printed, noted = run(
+        *("evaluate", "--model", place / "student", "--steps", "1", "--num-samples", "2"),
+        *(*flags, "--heldout", place / "heldout.jsonl", "--out", out),
+    )
+    assert code == 0, noted
+    for name in ("judge", "second"):
+        assert f"| ppl_pooled ({place / name}) |" in printed
+    image = Image.open(out / "quality_nfe.png")
+    assert image.width > 2 * image.height  # two panels
+    code, printed, _ = run("compare", out)
+    assert code == 0 and f"| bits_per_byte ({place / 'second'}) |" in printed
+
+
+def test_a_later_judge_that_cannot_load_is_refused_before_anything_is_made(
+    place: Path, tmp_path: Path, run: Run
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    for name, says in ((tmp_path / "broken", "Cannot load judge"), ("/no/judge", "There is no")):
+        code, out, err = run(
+            *("evaluate", "--model", place / "student", "--steps", "1", "--out", tmp_path / "out"),
+            *("--judge", place / "judge", "--judge", name),
+            *("--heldout", place / "heldout.jsonl"),
+        )
+        assert (code, out, err.count("\n")) == (2, "", 1) and says in err
+    assert list((tmp_path / "out" / "parts").iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -498,6 +652,7 @@ def test_the_command_prints_a_table_and_writes_report_and_plots(
         (("--reference", "GPT"), "NAME=FILE"),
         (("--reference", "human text=x.txt"), "Two rows would be called 'human text'"),
         (("--judge", "/no/judge"), "There is no directory /no/judge"),
+        (("--judge", "a", "--judge", "a"), "judge names one twice: a a"),
         (("--model", "/no/model"), "/no/model"),
         (("--tasks", "infilling", "--num-samples", "500"), "ask for at most"),
     ],

@@ -92,6 +92,34 @@ def test_directory_holds_four_files_and_says_what_it_is(saved: Path) -> None:
     assert len(modes) == 1, "all files are as readable as the umask lets them be"
 
 
+def test_a_model_says_what_it_descends_from(tmp_path: Path) -> None:
+    names = ("SmolLM2-135M", "Mistral-7B", "SmolLM2-135M")
+    save_pretrained(tmp_path, network(), tokenizer_json=tokenizer_json(), ancestors=names)
+    assert json.loads((tmp_path / "config.json").read_text())["ancestors"] == list(names[:2])
+    back = load_pretrained(tmp_path)
+    assert back.ancestors == names[:2]
+    assert back.model.config == network().config
+
+
+def test_a_directory_that_names_no_ancestor_has_none(saved: Path) -> None:
+    assert "ancestors" not in json.loads((saved / "config.json").read_text())
+    assert load_pretrained(saved).ancestors == ()
+
+
+@pytest.mark.parametrize("names", ["SmolLM2-135M", ["a", ""], [1], None])
+def test_ancestors_are_names(saved: Path, names: Any) -> None:
+    with pytest.raises(ConfigError, match="ancestors must be a sequence of names"):
+        save_pretrained(saved, network(), tokenizer_json=tokenizer_json(), ancestors=names)
+    edit_config(saved, ancestors=names)
+    refused(saved, "config.json", "ancestors must be a list of names")
+
+
+def test_ancestors_are_not_lost_by_an_edit(tmp_path: Path) -> None:
+    save_pretrained(tmp_path, network(), tokenizer_json=tokenizer_json(), ancestors=["a"])
+    edit_config(tmp_path, ancestors=[])
+    refused(tmp_path, "config.json and model.safetensors", "different models")
+
+
 @pytest.mark.parametrize(
     ("dtype", "bits"), [(torch.float16, 10), (torch.bfloat16, 7)], ids=["float16", "bfloat16"]
 )

@@ -257,6 +257,22 @@ def test_pretraining_can_go_on_from_a_model_with_longer_sequences(
         torch.testing.assert_close(a, b, rtol=0.0, atol=1e-6)
 
 
+def test_what_a_model_descends_from_goes_with_it(data: Path, teacher: Path, tmp_path: Path) -> None:
+    start = load_pretrained(teacher)
+    names = ("SmolLM2-135M", "Another-1B")
+    save_pretrained(
+        tmp_path / "start", start.model, tokenizer_json=start.tokenizer_json, ancestors=names
+    )
+    changes = {"steps": 1, "validation_sequences": 1}
+    assert pretrain(pretrain_args(data, tmp_path / "p", init=tmp_path / "start", **changes))
+    assert distill(distill_args(data, tmp_path / "d", tmp_path / "p", **changes))
+    assert load_pretrained(tmp_path / "p").ancestors == names
+    assert load_pretrained(tmp_path / "d").ancestors == names
+    assert load(tmp_path / "d").ancestors == names
+    assert pretrain(pretrain_args(data, tmp_path / "fresh", **changes))
+    assert load_pretrained(tmp_path / "fresh").ancestors == ()
+
+
 def test_training_learns_a_text_that_repeats_itself(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abcdefgh" * 400)
     tokenizer = train_bpe(["x y"], 257)

@@ -320,7 +320,7 @@ def evaluate(argv: Sequence[str]) -> None:
         from fsdfm.app import evaluation
         from fsdfm.eval import plots
         from fsdfm.eval.report import write_whole
-        from fsdfm.eval.tables import markdown, table
+        from fsdfm.eval.tables import markdown, section
 
     plots.check()
     try:
@@ -338,7 +338,7 @@ def evaluate(argv: Sequence[str]) -> None:
     write_whole(args.out / "report.md", text.encode())
     for task in report.tasks():
         _write(f"{task}\n\n")
-        _write("\n".join(table([r for r in report.rows if r.task == task])) + "\n\n")
+        _write("\n".join(section(report, task)) + "\n\n")
     _note(f"Written: {args.out / 'report.md'}, report.json" + ", plots" * bool(files))
 
 
@@ -348,20 +348,25 @@ def compare(argv: Sequence[str]) -> None:
 
     args = _parse(CompareArgs, "compare", argv)
     from fsdfm.eval.report import load_report, write_whole
+    from fsdfm.eval.several import different_judges, shared_judges
     from fsdfm.eval.tables import comparison, named_rows
 
     labels = {str(path): load_report(path) for path in args.reports}
     if not labels:
         raise ConfigError("compare needs reports: fsdfm compare REPORT...")
     reports = list(labels.items())
+    first = reports[0][1].facts
     for name, report in reports[1:]:
-        for what, key in (("judge", "sha256"), ("judge", "dtype"), ("heldout", "sha256")):
-            same = report.facts[what].get(key) == reports[0][1].facts[what].get(key)
-            if not same or report.facts["length"] != reports[0][1].facts["length"]:
-                raise ConfigError(
-                    f"{name} and {reports[0][0]} differ in {what if not same else 'length'}: their "
-                    "figures cannot be compared; evaluate again with the same."
-                )
+        same = report.facts["heldout"].get("sha256") == first["heldout"].get("sha256")
+        if not same or report.facts["length"] != first["length"]:
+            raise ConfigError(
+                f"{name} and {reports[0][0]} differ in {'length' if same else 'heldout'}: their "
+                "figures cannot be compared; evaluate again with the same."
+            )
+    reports = shared_judges(reports)
+    judges = reports[0][1].judges
+    if left_out := different_judges(labels.values(), judges):
+        _note(f"Left out, because not all reports have them: {', '.join(left_out)}.")
     rows = named_rows(reports)
     models = list(dict.fromkeys(named.name for named in rows if named.row.kind == "model"))
     if not models:
@@ -369,7 +374,7 @@ def compare(argv: Sequence[str]) -> None:
     baseline = models[0] if args.baseline is None else args.baseline
     if baseline not in models:
         raise ConfigError(f"There is no model {baseline!r}: choose {', '.join(models)}.")
-    text = comparison(rows, baseline)
+    text = comparison(rows, baseline, judges)
     if args.out is not None:
         write_whole(args.out, text.encode())
     _write(text + "\n")

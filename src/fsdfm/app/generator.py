@@ -149,6 +149,7 @@ class Generator:
         device: where to run; cuda if there is one, else mps, else cpu.
         precision: float32, bfloat16 or int8, of the products; bfloat16 where it is fast, else
             float32.
+        ancestors: names of the models that it descends from.
     """
 
     def __init__(
@@ -159,7 +160,9 @@ class Generator:
         defaults: Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
         precision: Precision | None = None,
+        ancestors: tuple[str, ...] = (),
     ) -> None:
+        self.ancestors = ancestors
         self.device = pick_device(device)
         self.model = model.to(self.device).eval()
         self.config = model.config
@@ -455,7 +458,12 @@ def load(
     loaded = load_pretrained(_bundled() if model is None else model, device=place)
     tokenizer = Tokenizer.from_json(loaded.tokenizer_json)
     return Generator(
-        loaded.model, tokenizer, defaults=loaded.generation, device=place, precision=precision
+        loaded.model,
+        tokenizer,
+        defaults=loaded.generation,
+        device=place,
+        precision=precision,
+        ancestors=loaded.ancestors,
     )
 
 

@@ -57,10 +57,11 @@ def pretrain(args: PretrainArgs) -> bool:
     settings = args.settings()
     store = TokenStore.open(args.data)
     torch.manual_seed(args.seed)
+    ancestors: tuple[str, ...] = ()
     if args.init is not None:
         start = load_pretrained(args.init)
         _same_tokenizer(start, args.init, store, args.data)
-        model = start.model
+        model, ancestors = start.model, start.ancestors
         if model.config.source != args.source:
             raise ConfigError(
                 f"{args.init} has a {model.config.source} source: add "
@@ -94,7 +95,8 @@ def pretrain(args: PretrainArgs) -> bool:
         POSITION_LOSSES[args.loss],
         args.frozen_share,
     )
-    return _train(args, settings, store, model, objective, length, {"steps": 64, "step": "exact"})
+    defaults = {"steps": 64, "step": "exact"}
+    return _train(args, settings, store, model, objective, length, defaults, ancestors)
 
 
 def adapt(args: AdaptArgs) -> bool:
@@ -125,12 +127,13 @@ def adapt(args: AdaptArgs) -> bool:
         attention=args.attention,
         schedule_power=args.schedule_power,
     )
+    ancestors = (lm.name,)
     del lm
     source, schedule = objective_parts(model.config)
     position_loss = POSITION_LOSSES[args.loss]
     objective: Objective = Pretrain(source, schedule, position_loss, args.frozen_share)
-    generation: dict[str, Any] = {"steps": 64, "step": "exact"}
-    return _train(args, settings, store, model, objective, length, generation)
+    defaults = {"steps": 64, "step": "exact"}
+    return _train(args, settings, store, model, objective, length, defaults, ancestors)
 
 
 def distill(args: DistillArgs) -> bool:
@@ -176,7 +179,7 @@ def distill(args: DistillArgs) -> bool:
     defaults = {"steps": 8, "step": args.target_rule, "grid": "late"}
     if joint:
         defaults |= {"step": "exact", "grid": "latest", "draws": DRAWS}
-    return _train(args, settings, store, model, objective, length, defaults)
+    return _train(args, settings, store, model, objective, length, defaults, teacher.ancestors)
 
 
 def _train(
@@ -187,6 +190,7 @@ def _train(
     objective: Objective,
     length: int,
     generation: dict[str, Any],
+    ancestors: tuple[str, ...],
 ) -> bool:
     """Claim the run directory, then run the loop with a console that shows and exports."""
     store.train.require(length)
@@ -216,7 +220,13 @@ def _train(
     )
 
     def export(ema: FlowNetwork) -> None:
-        save_pretrained(args.out, ema, tokenizer_json=store.tokenizer_json, generation=generation)
+        save_pretrained(
+            args.out,
+            ema,
+            tokenizer_json=store.tokenizer_json,
+            generation=generation,
+            ancestors=ancestors,
+        )
 
     with TrainingConsole(
         args, tokenizer, generation, tokens_per_step=settings.batch_size * args.accumulate * length

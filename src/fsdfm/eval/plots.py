@@ -1,4 +1,7 @@
-"""Pictures of a report: quality against calls, against entropy, and against time."""
+"""Pictures of a report: quality against calls, against entropy, and against time.
+
+Each has a panel for every judge.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,13 @@ from typing import Any
 
 from fsdfm.errors import ConfigError
 from fsdfm.eval.report import Report, Row, frontier, write_whole
+from fsdfm.eval.several import views
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.4), 130
 REFERENCE_STYLES = (":", "--", "-.", (0, (1, 4)))
+
+Draw = Callable[[Any, Sequence[Row], Sequence[Row]], None]
+"""(axes, generated rows, references)."""
 
 
 def plot(report: Report, out: Path) -> list[Path]:
@@ -31,20 +38,19 @@ def plot(report: Report, out: Path) -> list[Path]:
     """
     check()
     rows = [r for r in report.rows if r.task == "unconditional"]
-    generated = [r for r in rows if r.steps is not None]
-    if not generated:
+    if all(r.steps is None for r in rows):
         return []
-    references = [r for r in rows if r.kind == "reference"]
-    judge = report.facts["judge"]["name"]
-    pictures: dict[str, Callable[[Any], None]] = {
-        "quality_nfe": lambda axes: _by_budget(axes, generated, references, "nfe"),
-        "quality_entropy": lambda axes: _frontiers(axes, generated, references),
-        "quality_seconds": lambda axes: _by_budget(axes, generated, references, "seconds"),
+    judges = [judge["name"] for judge in report.judges]
+    panels = dict(zip(judges, views(rows, judges), strict=True))
+    pictures: dict[str, Draw] = {
+        "quality_nfe": lambda axes, made, given: _by_budget(axes, made, given, "nfe"),
+        "quality_entropy": _frontiers,
+        "quality_seconds": lambda axes, made, given: _by_budget(axes, made, given, "seconds"),
     }
     files = []
     for name, draw in pictures.items():
         files.append(out / f"{name}.png")
-        write_whole(files[-1], _picture(draw, judge))
+        write_whole(files[-1], _picture(draw, panels))
     return files
 
 
@@ -54,17 +60,26 @@ def check() -> None:
         raise ConfigError("Plots need matplotlib: pip install 'fsdfm[eval]'.")
 
 
-def _picture(draw: Callable[[Any], None], judge: str) -> bytes:
+def _picture(draw: Draw, panels: dict[str, list[Row]]) -> bytes:
+    """A panel for each judge, side by side.
+
+    Args:
+        draw: fills one panel, told the generated rows and the references.
+        panels: the rows as each judge sees them, by the judge's name.
+    """
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
-    figure = Figure(figsize=SIZE_INCHES, dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.add_subplot()
-    draw(axes)
-    axes.set_yscale("log")
-    axes.set_ylabel("perplexity under {} (pooled)".format(judge.replace("$", r"\$")))
-    axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles, [label.replace("$", r"\$") for label in labels], fontsize=8)
+    width, height = SIZE_INCHES
+    figure = Figure(figsize=(width * len(panels), height), dpi=DOTS_PER_INCH, layout="constrained")
+    for number, (judge, rows) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        generated = [r for r in rows if r.steps is not None]
+        draw(axes, generated, [r for r in rows if r.kind == "reference"])
+        axes.set_yscale("log")
+        axes.set_ylabel("perplexity under {} (pooled)".format(judge.replace("$", r"\$")))
+        axes.grid(alpha=0.3, which="both", linewidth=0.5)
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles, [label.replace("$", r"\$") for label in labels], fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,8 @@ FACTS = {"fsdfm", "torch", "machine", "length", "seed", "batch_size", "preset"} 
     "heldout",
     "models",
 }
-"""What a report says of all its rows; app/evaluation.py writes it."""
+"""What a report says of all its rows; app/evaluation.py writes it. A report of several judges also
+has `other_judges`, a list: the facts of those after the first."""
 
 Record = dict[str, float]
 """Sums and counts of one sample:
@@ -143,6 +144,21 @@ POOLED = {
 """Figures of all samples together, without interval. They depend on the number of samples, so only
 rows as large as the human row have them."""
 
+JUDGED = ("nats", "judge_tokens")
+"""What a record has of a judge."""
+OF_JUDGE = ("ppl_pooled", "ppl_mean", "bits_per_byte", "mauve")
+"""The figures that depend on the judge."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one judge says of a row."""
+
+    records: list[Record]
+    """JUDGED of each sample."""
+    pooled: dict[str, float] = field(default_factory=dict)
+    """Those of POOLED that depend on the judge."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -162,11 +178,27 @@ class Row:
     """Figures of POOLED."""
     excerpt: str = ""
     """Beginning of the first sample, for human eyes."""
+    others: dict[str, Opinion] = field(default_factory=dict)
+    """What each judge after the first says, by its name; records and pooled are the first's."""
 
     @property
     def setting(self) -> tuple[str, int | None, float | None]:
         """What must agree for two rows to be compared."""
         return self.task, self.steps, self.temperature
+
+    @property
+    def opinion(self) -> Opinion:
+        """What the first judge says."""
+        sums = [{k: r[k] for k in JUDGED if k in r} for r in self.records]
+        return Opinion(sums, {k: v for k, v in self.pooled.items() if k in OF_JUDGE})
+
+    def under(self, judge: str) -> Row:
+        """The row of a report whose only judge is one of the others."""
+        told = self.others.get(judge, Opinion([{}] * len(self.records)))  # not a judged row
+        pairs = zip(self.records, told.records, strict=True)
+        records = [{k: v for k, v in r.items() if k not in JUDGED} | sums for r, sums in pairs]
+        pooled = {k: v for k, v in self.pooled.items() if k not in OF_JUDGE} | told.pooled
+        return replace(self, records=records, pooled=pooled, others={})
 
     def has(self, metric: str) -> NDArray[np.bool_]:
         """Which samples have the metric (an empty text has no perplexity), shape (n,)."""
@@ -204,6 +236,31 @@ class Report:
     """Judge, held-out text, models, machine, settings."""
     rows: list[Row]
 
+    @property
+    def judges(self) -> list[dict[str, Any]]:
+        """Facts of each judge; the first is the one of the rows' own figures."""
+        return [self.facts["judge"], *self.facts.get("other_judges", ())]
+
+    def only(self, judges: Mapping[str, str]) -> Report:
+        """The report with some of its judges, in this order.
+
+        Args:
+            judges: their names here -> what they are called from now on.
+        """
+        known = {judge["name"]: judge for judge in self.judges}
+        own = self.judges[0]["name"]
+        first, *rest = judges
+        rows = []
+        for row in self.rows:
+            told = row.others | ({own: row.opinion} if row.others else {})
+            others = {judges[name]: told[name] for name in rest if name in told}
+            seen = row if first == own else row.under(first)
+            rows.append(replace(seen, others=others))
+        chosen = [known[name] | {"name": new} for name, new in judges.items()]
+        facts = {k: v for k, v in self.facts.items() if k != "other_judges"}
+        facts |= {"judge": chosen[0]} | ({"other_judges": chosen[1:]} if rest else {})
+        return Report(facts, rows)
+
     def tasks(self) -> list[str]:
         """Tasks in the order of their rows."""
         return list(dict.fromkeys(row.task for row in self.rows))
@@ -214,7 +271,7 @@ class Report:
         Raises:
             DataError: the file cannot be written.
         """
-        rows = [asdict(row) | {"figures": figures(row)} for row in self.rows]
+        rows = [_to_json(row) for row in self.rows]
         text = json.dumps(
             {"format": FORMAT, "format_version": FORMAT_VERSION, "facts": self.facts, "rows": rows},
             indent=1,
@@ -233,6 +290,21 @@ def figures(row: Row) -> dict[str, Any]:
     return found | row.pooled
 
 
+def _to_json(row: Row) -> dict[str, Any]:
+    """With the figures; a row that one judge saw has no `others`."""
+    values = asdict(row) | {"figures": figures(row)}
+    for name, told in values.pop("others").items():
+        of_judge = {k: v for k, v in figures(row.under(name)).items() if k in OF_JUDGE}
+        values.setdefault("others", {})[name] = told | {"figures": of_judge}
+    return values
+
+
+def _from_json(values: dict[str, Any]) -> Row:
+    told = values.get("others", {})
+    others = {k: Opinion(list(v["records"]), dict(v["pooled"])) for k, v in told.items()}
+    return Row(**{k: v for k, v in values.items() if k != "figures"} | {"others": others})
+
+
 def load_report(path: Path) -> Report:
     """Read a report.json, or the one in a directory.
 
@@ -246,18 +318,23 @@ def load_report(path: Path) -> Report:
             raise ValueError("it is not a report of fsdfm evaluate")
         if values["format_version"] != FORMAT_VERSION:
             raise ValueError(f"its format version is {values['format_version']}, not 1")
-        rows = [
-            Row(**{k: v for k, v in row.items() if k != "figures"})
-            for row in values["rows"]
-            if isinstance(row, dict)
-        ]
+        rows = [_from_json(row) for row in values["rows"] if isinstance(row, dict)]
         report = Report(dict(values["facts"]), rows)
         if missing := FACTS - report.facts.keys():
             raise ValueError(f"its facts lack {', '.join(sorted(missing))}")
         if not all(isinstance(report.facts[k], dict) for k in ("judge", "heldout", "models")):
             raise ValueError("its facts are damaged")
+        names = [judge["name"] for judge in report.judges]
+        if len(set(names)) < len(names):
+            raise ValueError("it has a judge twice")
         for row in report.rows:
-            values = [v for numbers in (*row.records, row.pooled) for v in numbers.values()]
+            judged = any(sums for sums in row.opinion.records)
+            if row.others.keys() != (set(names[1:]) if judged else set()):
+                raise ValueError(f"a row of {row.name} lacks a judge")
+            if any(len(told.records) != len(row.records) for told in row.others.values()):
+                raise ValueError(f"a row of {row.name} lacks a sample's judgement")
+            said = [n for told in row.others.values() for n in (*told.records, told.pooled)]
+            values = [v for numbers in (*row.records, row.pooled, *said) for v in numbers.values()]
             if not all(isinstance(v, int | float) for v in values):
                 raise ValueError("a record holds something else than numbers")
             if not all(isinstance(v, int | float | None) for v in row.setting[1:]):

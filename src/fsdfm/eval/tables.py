@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fsdfm.eval.report import METRICS, POOLED, Report, Row, frontier
+from fsdfm.eval.report import METRICS, OF_JUDGE, POOLED, Report, Row, frontier
+from fsdfm.eval.several import flattered, views
 from fsdfm.eval.statistics import Estimate, Ratio, difference, matched, quotient
 
 WITH_INTERVAL = ("ppl_pooled", "elbo_nats_per_token", "token_accuracy")
@@ -35,11 +36,10 @@ def markdown(report: Report) -> str:
     """The whole report as Markdown."""
     lines = ["# Evaluation", "", *_facts(report), ""]
     for task in report.tasks():
-        rows = [row for row in report.rows if row.task == task]
-        lines += [f"## {task.capitalize()}", "", *table(rows), ""]
+        lines += [f"## {task.capitalize()}", "", *section(report, task), ""]
     lines += ["## What the columns are", ""]
     about = {name: metric.about for name, metric in METRICS.items()} | POOLED
-    shown = {name for row in report.rows for name in _columns([row])}
+    shown = {column.metric for column in _columns([report.rows], [""])}
     lines += [f"- `{name}`: {text}" for name, text in about.items() if name in shown]
     lines += ["", "## Beginnings of the first samples", ""]
     for row in report.rows:
@@ -49,16 +49,32 @@ def markdown(report: Report) -> str:
     return "\n".join(lines)
 
 
-def table(rows: Sequence[Row]) -> list[str]:
-    """Markdown lines: one row of figures for each row of a task."""
-    columns = _columns(rows)
-    head = ["source", "steps", "temperature", "samples", *columns]
+def section(report: Report, task: str) -> list[str]:
+    """Markdown lines: the table of a task, and whom its judges flatter."""
+    rows = [row for row in report.rows if row.task == task]
+    names = {row.name for row in rows if row.kind == "model" and any(row.opinion.records)}
+    models = {k: v.get("ancestors", ()) for k, v in report.facts["models"].items() if k in names}
+    notes = flattered(report.judges, models)
+    return [*table(rows, [judge["name"] for judge in report.judges]), *_apart(notes)]
+
+
+def table(rows: Sequence[Row], judges: Sequence[str] = ("",)) -> list[str]:
+    """Markdown lines: one row of figures for each row of a task.
+
+    Args:
+        rows: of one report.
+        judges: names of its judges; where there are several, columns that depend on them are named.
+    """
+    seen = views(rows, judges)
+    columns = _columns(seen, judges)
+    head = ["source", "steps", "temperature", "samples", *(column.title for column in columns)]
     lines = [_line(head), _line(["---"] * len(head))]
-    for row in rows:
+    for number, row in enumerate(rows):
         steps = "" if row.steps is None else str(row.steps)
         heat = "" if row.temperature is None else f"{row.temperature:g}"
         cells = [row.name, steps, heat, str(len(row.records))]
-        lines.append(_line([*cells, *(cell(row, column) for column in columns)]))
+        cells += [cell(seen[column.judge][number], column.metric) for column in columns]
+        lines.append(_line(cells))
     return lines
 
 
@@ -77,22 +93,48 @@ def cell(row: Row, column: str) -> str:
     return text
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
-    """The figures that any of the rows has."""
-    found = [name for name in METRICS if any(row.ratio(name) is not None for row in rows)]
-    return found + [name for name in POOLED if any(name in row.pooled for row in rows)]
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A figure, as one of the judges sees it."""
+
+    metric: str
+    judge: int
+    title: str
+
+
+def _columns(seen: Sequence[Sequence[Row]], judges: Sequence[str]) -> list[_Column]:
+    """The figures that any of the rows has, as each judge sees them."""
+    found = []
+    for name in (*METRICS, *POOLED):
+        several = name in OF_JUDGE and len(judges) > 1
+        for number, judge in enumerate(judges if several else judges[:1]):
+            if any(_has(row, name) for row in seen[number]):
+                found.append(_Column(name, number, f"{name} ({judge})" if several else name))
+    return found
+
+
+def _has(row: Row, name: str) -> bool:
+    return name in row.pooled if name in POOLED else row.ratio(name) is not None
+
+
+def _apart(notes: Sequence[str]) -> list[str]:
+    """Lines under a table, each a paragraph."""
+    return [line for note in notes for line in ("", note)]
 
 
 def _facts(report: Report) -> list[str]:
     facts = report.facts
-    judge, heldout = facts["judge"], facts["heldout"]
+    heldout = facts["heldout"]
     lines = [
         f"- fsdfm {facts['fsdfm']}, torch {facts['torch']}, {facts['machine']}",
         f"- texts of {facts['length']} tokens, seeds from {facts['seed']}, batches of "
         f"{facts['batch_size']}" + (f", preset {facts['preset']}" if facts["preset"] else ""),
-        f"- judge: {judge['name']}, {judge['parameters'] / 1e6:.0f} M parameters, "
-        f"{judge['dtype']}, windows of {judge['window_tokens']} tokens, "
-        f"stride {judge['stride_tokens']}",
+        *(
+            f"- judge: {judge['name']}, {judge['parameters'] / 1e6:.0f} M parameters, "
+            f"{judge['dtype']}, windows of {judge['window_tokens']} tokens, "
+            f"stride {judge['stride_tokens']}"
+            for judge in report.judges
+        ),
         f"- held-out text: {heldout['name']}, {heldout['blocks']} blocks",
     ]
     for name, model in facts["models"].items():
@@ -101,6 +143,7 @@ def _facts(report: Report) -> list[str]:
             f"{model['source']} source, step embedding {model['step_embedding']}, {model['step']} "
             f"rule, {model['movers']} movers, {model.get('grid', 'even')} grid, "
             f"{model.get('draws', 1)} draws a call, top-p {model['top_p']:g}"
+            + (f", from {', '.join(model['ancestors'])}" if model.get("ancestors") else "")
         )
     lines.append("- intervals: 95 %, bootstrap over samples; too short for very few of them")
     return lines
@@ -117,6 +160,8 @@ class Difference:
     figure: Estimate
     """Ratio to the baseline, or difference from it, with an interval for all comparisons
     together."""
+    judge: str | None = None
+    """Whose figure it is, where there are several judges and it depends on them."""
 
     @property
     def verdict(self) -> str:
@@ -163,18 +208,26 @@ def named_rows(reports: Sequence[tuple[str, Report]]) -> list[Named]:
                 seen.add((name, row.task))
             elif len(owners[name]) > 1:
                 name = f"{label}: {name}"
-            # Pooled figures are set beside one report's human row only.
-            pooled = row.pooled if label == reports[0][0] else {}
-            about = report.facts["models"].get(row.name, {})
-            found.append(Named(name, replace(row, name=name, pooled=pooled), about))
+            kept = replace(row, name=name)
+            if label != reports[0][0]:  # pooled figures stand beside one report's human row only
+                others = {judge: replace(told, pooled={}) for judge, told in row.others.items()}
+                kept = replace(kept, pooled={}, others=others)
+            found.append(Named(name, kept, report.facts["models"].get(row.name, {})))
     return found
 
 
-def differences(rows: Sequence[Named], baseline: str) -> list[Difference]:
-    """Every model against the baseline wherever their settings agree.
+def differences(
+    rows: Sequence[Named], baseline: str, judges: Sequence[str] = ("",)
+) -> list[Difference]:
+    """Every model against the baseline wherever their settings agree, under each judge.
 
     The intervals hold for all comparisons together: each has level 1 - 0.05 / m for m of them
     (Bonferroni). Figures that the models do not share a unit of are left out (COMPARABLE).
+
+    Args:
+        rows: of reports of these judges.
+        baseline: name of a model.
+        judges: their names.
     """
     base = {named.row.setting: named for named in rows if named.name == baseline}
     pairs = []
@@ -186,15 +239,18 @@ def differences(rows: Sequence[Named], baseline: str) -> list[Difference]:
             needed = COMPARABLE.get(metric, ())
             if any(named.about.get(k) != other.about.get(k) for k in needed):
                 continue
-            sides = _sides(named.row, other.row, metric)
-            if sides is not None:
-                pairs.append((named, other, metric, *sides))
+            several = metric in OF_JUDGE and len(judges) > 1
+            both = views([named.row, other.row], judges if several else judges[:1])
+            for judge, (row, base_row) in zip(judges, both, strict=False):
+                sides = _sides(row, base_row, metric)
+                if sides is not None:
+                    pairs.append((named, other, metric, judge if several else None, *sides))
     found = []
     level = 1.0 - ALPHA / max(1, len(pairs))
-    for named, other, metric, a, b in pairs:
+    for named, other, metric, by, a, b in pairs:
         compare = quotient if METRICS[metric].compared_by == "ratio" else difference
         figure = compare(a, b, level=level)
-        found.append(Difference(named.name, named.row, other.row, metric, figure))
+        found.append(Difference(named.name, named.row, other.row, metric, figure, by))
     return found
 
 
@@ -210,13 +266,25 @@ def _sides(a: Row, b: Row, metric: str) -> tuple[Ratio, Ratio] | None:
     return left, right
 
 
-def comparison(rows: Sequence[Named], baseline: str) -> str:
-    """All rows side by side, the differences from the baseline, and quality at equal entropy."""
+def comparison(
+    rows: Sequence[Named], baseline: str, judges: Sequence[Mapping[str, Any]] = ({"name": ""},)
+) -> str:
+    """All rows side by side, the differences from the baseline, and quality at equal entropy.
+
+    Args:
+        rows: of reports of these judges.
+        baseline: name of a model.
+        judges: facts of each judge.
+    """
+    names = [judge["name"] for judge in judges]
     lines = ["# Comparison", ""]
+    models = {n.name: n.about.get("ancestors", ()) for n in rows if n.row.kind == "model"}
     for task in dict.fromkeys(named.row.task for named in rows):
         chosen = [named.row for named in rows if named.row.task == task]
-        lines += [f"## {task.capitalize()}", "", *table(chosen), ""]
-    found = differences(rows, baseline)
+        judged = {row.name for row in chosen if any(row.opinion.records)}
+        notes = flattered(judges, {k: v for k, v in models.items() if k in judged})
+        lines += [f"## {task.capitalize()}", "", *table(chosen, names), *_apart(notes), ""]
+    found = differences(rows, baseline, names)
     lines += [f"## Against {baseline}", ""]
     if not found:
         lines += ["No other model has a row at the same task, steps and temperature.", ""]
@@ -236,16 +304,20 @@ def comparison(rows: Sequence[Named], baseline: str) -> str:
             value = f"{figure.value:.3f}{by}" if by else f"{figure.value:+.3f}"
             interval = f"{figure.low:.3f} to {figure.high:.3f}"
             setting = _setting(d.row).lstrip(", ")
-            lines.append(_line([d.name, d.row.task, setting, d.metric, value, interval, d.verdict]))
+            metric = d.metric if d.judge is None else f"{d.metric} ({d.judge})"
+            lines.append(_line([d.name, d.row.task, setting, metric, value, interval, d.verdict]))
         lines.append("")
     # Entropies have one unit only between models of one tokenizer.
     tokenizer = next((n.about.get("tokenizer") for n in rows if n.name == baseline), None)
     alike = [n.row for n in rows if n.about.get("tokenizer") == tokenizer]
-    lines += _beside_a_tempered_baseline(alike, baseline)
-    return "\n".join([*lines, *_at_equal_entropy(alike, baseline)])
+    seen = list(zip(names, views(alike, names), strict=True))
+    for read in (_beside_a_tempered_baseline, _at_equal_entropy):
+        for name, as_seen in seen:
+            lines += read(as_seen, baseline, f", judge {name}" if len(seen) > 1 else "")
+    return "\n".join(lines)
 
 
-def _at_equal_entropy(rows: Sequence[Row], baseline: str) -> list[str]:
+def _at_equal_entropy(rows: Sequence[Row], baseline: str, judge: str) -> list[str]:
     """Perplexities interpolated over temperatures to one entropy, where there are sweeps."""
     lines: list[str] = []
     for task in dict.fromkeys(row.task for row in rows):
@@ -268,7 +340,7 @@ def _at_equal_entropy(rows: Sequence[Row], baseline: str) -> list[str]:
                 body.append(_line([name, str(steps), span, figure, ratio]))
         if body:
             lines += [
-                f"## At equal entropy: {task}",
+                f"## At equal entropy: {task}{judge}",
                 "",
                 f"`ppl_pooled` at {entropy.value:.2f} nats, the entropy of {anchor.name}"
                 f"{_setting(anchor)} (its own: {quality.value:.1f}), interpolated in ln ppl "
@@ -282,7 +354,7 @@ def _at_equal_entropy(rows: Sequence[Row], baseline: str) -> list[str]:
     return lines
 
 
-def _beside_a_tempered_baseline(rows: Sequence[Row], baseline: str) -> list[str]:
+def _beside_a_tempered_baseline(rows: Sequence[Row], baseline: str, judge: str) -> list[str]:
     """Each model against the baseline at the same budget, cooled or heated to the same entropy."""
     body = []
     for row in rows:
@@ -300,7 +372,7 @@ def _beside_a_tempered_baseline(rows: Sequence[Row], baseline: str) -> list[str]
     if not body:
         return []
     return [
-        f"## Beside {baseline} at the same budget and entropy",
+        f"## Beside {baseline} at the same budget and entropy{judge}",
         "",
         f"What a temperature alone does for {baseline}: its `ppl_pooled` at the same budget where "
         "its sweep, interpolated in ln ppl, has the entropy of the row. Only a ratio below 1 is a "

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ FORMAT = "fsdfm"
 FORMAT_VERSION = 2
 PLAIN_VERSION = 1
 """The newest that this package reads, for weights in few bits; and that of all others."""
+HEADER = ("format", "format_version", "ancestors")
+"""What config.json has besides the network's own fields; ancestors only where there are some."""
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TOKENIZER, GENERATION = "tokenizer.json", "generation.json"
@@ -53,6 +55,9 @@ class Pretrained:
     """Text of tokenizer.json."""
     generation: dict[str, Any]
     """Defaults for generating; empty where the directory names none."""
+    ancestors: tuple[str, ...] = ()
+    """Names of the models that it descends from, such as SmolLM2-135M: a judge that is one of them
+    flatters it."""
 
 
 def save_pretrained(
@@ -63,6 +68,7 @@ def save_pretrained(
     generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     bits: int | None = None,
+    ancestors: Sequence[str] = (),
 ) -> None:
     """Write a model directory; an older model there is replaced whole or not at all.
 
@@ -74,12 +80,16 @@ def save_pretrained(
         dtype: number format of the saved weights; None keeps the model's own.
         bits: of each weight of the large matrices, from 3 to 8 (`fsdfm.model.packed`); the rest is
             saved in float16.
+        ancestors: names of the models that it descends from, such as SmolLM2-135M; those that its
+            start had, and the start itself where it is a known model.
 
     Raises:
         CheckpointError: weights that are not finite, a tokenizer that does not fit, or a directory
             that cannot be written (the old model stays).
-        ConfigError: a dtype that cannot hold the weights.
+        ConfigError: a dtype that cannot hold the weights, or ancestors that are not names.
     """
+    if not _are_names(ancestors):
+        raise ConfigError(f"ancestors must be a sequence of names, got {ancestors!r}.")
     directory = Path(directory)
     _check_tokenizer(tokenizer_json, model.config, "The tokenizer")
     if bits is not None and not 3 <= bits <= 8:
@@ -87,6 +97,8 @@ def save_pretrained(
     tensors = _to_save(model, dtype if bits is None else torch.float16)
     version = PLAIN_VERSION if bits is None else FORMAT_VERSION
     header = {"format": FORMAT, "format_version": version, **config_to_dict(model.config)}
+    if ancestors:
+        header["ancestors"] = list(dict.fromkeys(ancestors))
     metadata = {
         "format": FORMAT,
         "config": json.dumps(header),
@@ -141,9 +153,9 @@ def load_pretrained(
         ConfigError: the device cannot be used.
     """
     directory = _resolve(directory_or_hub_id)
-    config = _read_config(directory)
+    config, ancestors = _read_config(directory)
     state, metadata = _read_weights(_find(directory, WEIGHTS))
-    _check_metadata(metadata, config, directory)
+    _check_metadata(metadata, (config, ancestors), directory)
     model = build(config, state, str(_find(directory, WEIGHTS)))
     tokenizer_json = _read_text(_find(directory, TOKENIZER))
     _check_tokenizer(tokenizer_json, config, str(directory / TOKENIZER))
@@ -158,7 +170,7 @@ def load_pretrained(
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"Cannot use device {str(device)!r}: {one_line(error)}.") from error
-    return Pretrained(model, tokenizer_json, generation)
+    return Pretrained(model, tokenizer_json, generation, ancestors)
 
 
 def build(config: ModelConfig, state: Mapping[str, Tensor], where: str) -> FlowNetwork:
@@ -244,7 +256,9 @@ def _check_tokenizer(tokenizer_json: str, config: ModelConfig, where: str) -> No
         )
 
 
-def _check_metadata(metadata: Mapping[str, str], config: ModelConfig, directory: Path) -> None:
+def _check_metadata(
+    metadata: Mapping[str, str], config: tuple[ModelConfig, tuple[str, ...]], directory: Path
+) -> None:
     """The weights must say that they were saved with this config."""
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{directory / WEIGHTS} was not saved by fsdfm.")
@@ -259,14 +273,15 @@ def _check_metadata(metadata: Mapping[str, str], config: ModelConfig, directory:
         )
 
 
-def _read_config(directory: Path) -> ModelConfig:
+def _read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
     path = _find(directory, CONFIG)
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG}.")
     return _parse_config(_read_object(path), path)
 
 
-def _parse_config(values: Any, path: Path) -> ModelConfig:
+def _parse_config(values: Any, path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Shape and conventions, and ancestors."""
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         kind = values.get("model_type") if isinstance(values, dict) else None
         found = f" (model_type {kind!r})" if kind else ""
@@ -281,11 +296,20 @@ def _parse_config(values: Any, path: Path) -> ModelConfig:
             f"{path} has format version {version}, this fsdfm reads up to {FORMAT_VERSION}: "
             "upgrade fsdfm."
         )
-    fields = {k: v for k, v in values.items() if k not in ("format", "format_version")}
+    ancestors = values.get("ancestors", [])
+    if not _are_names(ancestors):
+        raise CheckpointError(f"{path}: ancestors must be a list of names, got {ancestors!r}.")
+    fields = {k: v for k, v in values.items() if k not in HEADER}
     try:
-        return config_from_dict(fields)
+        return config_from_dict(fields), tuple(ancestors)
     except ConfigError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _are_names(values: Any) -> bool:
+    if not isinstance(values, list | tuple):
+        return False
+    return all(isinstance(name, str) and name.strip() for name in values)
 
 
 def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

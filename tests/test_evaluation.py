@@ -521,11 +521,10 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, data: bytes) -> int:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)  # as the disk fills up
+    monkeypatch.setattr(os, "fsync", full)  # as the disk fills up
     with pytest.raises(FsdfmError, match="No space left") as caught:
         evaluate(arguments(place, tmp_path / "out", num_samples=2))
     assert "\n" not in str(caught.value)

@@ -598,7 +598,7 @@ def test_an_empty_directory_and_one_left_by_a_death_at_birth_are_taken(
 ) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    (tmp_path / "b/run.partial").write_text('{"form')
+    (tmp_path / "b/.run.json.partial").write_text('{"form')
     assert pretrain(pretrain_args(data, tmp_path / "a", steps=1))
     assert pretrain(pretrain_args(data, tmp_path / "b", steps=1))
     assert_same_runs(tmp_path / "a", tmp_path / "b")
@@ -645,7 +645,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(
         elif what == "model":
             patch.setattr(pretrained_module, "save_file", full(pretrained_module.save_file, 1))
         else:
-            patch.setattr(Path, "write_text", full(Path.write_text, 0))
+            patch.setattr(os, "fsync", full(os.fsync, 0))
         message = refusal(CheckpointError, pretrain, args)
     assert "No space left" in message
     left = {p.name for p in args.out.iterdir()}

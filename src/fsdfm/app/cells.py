@@ -6,12 +6,12 @@ is written down in `facts`, so that they can be kept and found again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from fsdfm.app.config import EvaluateArgs
 from fsdfm.app.device import hardware
 from fsdfm.app.generator import Generator, Sample
 from fsdfm.app.heldout import Blocks, HeldOut, read_texts
+from fsdfm.core.files import digest, tensor_bytes
 from fsdfm.errors import ConfigError
 from fsdfm.eval.report import Record
 from fsdfm.flow.loss import elbo_nats_per_token
@@ -202,9 +203,8 @@ class Cells:
             rows = [tokenizer.encode(texts[i])[: self.length] for i in group]
             return [Text(tokenizer.decode(ids), ids) for ids in rows]
 
-        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         count = min(self.most, len(texts))
-        return self._reference(name, task, count, make, texts_sha256=digest)
+        return self._reference(name, task, count, make, texts_sha256=digest(["\0".join(texts)]))
 
     # -- models
 
@@ -368,10 +368,8 @@ def _title(task: str, share: str) -> str:
 
 def _digest(generator: Generator) -> str:
     """Of the weights and what they mean."""
-    digest = hashlib.sha256(json.dumps(generator.config.to_dict(), sort_keys=True).encode())
-    for parameter in generator.model.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    config = json.dumps(generator.config.to_dict(), sort_keys=True)
+    return digest(chain([config], tensor_bytes(generator.model.parameters())))
 
 
 def samples_of(texts: Sequence[Text]) -> dict[str, list[Any]]:

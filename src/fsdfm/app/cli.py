@@ -33,6 +33,7 @@ from rich.progress import (
 )
 from tyro.conf import Positional, arg
 
+from fsdfm.core.files import one_line
 from fsdfm.errors import BenchError, ConfigError, DataError, FsdfmError
 
 if TYPE_CHECKING:
@@ -290,8 +291,8 @@ def evaluate(argv: Sequence[str]) -> None:
     args = _parse(EvaluateArgs, "evaluate", argv)
     with _status("Loading"):
         from fsdfm.app import evaluation
+        from fsdfm.core.files import write_whole
         from fsdfm.eval import plots
-        from fsdfm.eval.report import write_whole
         from fsdfm.eval.tables import markdown, table
 
     plots.check()
@@ -307,7 +308,7 @@ def evaluate(argv: Sequence[str]) -> None:
     files = plots.plot(report, args.out)
     if files:
         text += "\n## Plots\n\n" + "".join(f"![{file.stem}]({file.name})\n" for file in files)
-    write_whole(args.out / "report.md", text.encode())
+    write_whole(args.out / "report.md", text)
     for task in report.tasks():
         _write(f"{task}\n\n")
         _write("\n".join(table([r for r in report.rows if r.task == task])) + "\n\n")
@@ -319,7 +320,8 @@ def compare(argv: Sequence[str]) -> None:
     from fsdfm.app.config import CompareArgs
 
     args = _parse(CompareArgs, "compare", argv)
-    from fsdfm.eval.report import load_report, write_whole
+    from fsdfm.core.files import write_whole
+    from fsdfm.eval.report import load_report
     from fsdfm.eval.tables import comparison, named_rows
 
     labels = {str(path): load_report(path) for path in args.reports}
@@ -343,7 +345,7 @@ def compare(argv: Sequence[str]) -> None:
         raise ConfigError(f"There is no model {baseline!r}: choose {', '.join(models)}.")
     text = comparison(rows, baseline)
     if args.out is not None:
-        write_whole(args.out, text.encode())
+        write_whole(args.out, text)
     _write(text + "\n")
 
 
@@ -479,7 +481,7 @@ def _write(text: str) -> None:
         raise
     except OSError as error:
         _discard_stdout()
-        raise DataError(f"Cannot write the output: {error.strerror}.") from None
+        raise DataError(f"Cannot write the output: {one_line(error)}.") from None
 
 
 def _note(text: str) -> None:

@@ -7,7 +7,6 @@ what the judge said of them.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -27,11 +26,12 @@ from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.app.generator import load
 from fsdfm.app.heldout import HeldOut
 from fsdfm.app.workers import Workers
+from fsdfm.core.files import digest, one_line, write_whole
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.eval.judge import Judge, load_judge
 from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
-from fsdfm.eval.report import Record, Report, Row, write_whole
+from fsdfm.eval.report import Record, Report, Row
 
 EVALUATION = 3
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
@@ -96,7 +96,7 @@ class Parts:
         if texts is None:
             texts = cell.make(group)
             kept = json.dumps(samples_of(texts), ensure_ascii=False)
-            write_whole(self.texts_file(cell, group), kept.encode())
+            write_whole(self.texts_file(cell, group), kept)
         if cell.judged:
             records, features = judged(self.judge, texts)
             buffer = io.BytesIO()
@@ -178,9 +178,7 @@ def _claim(out: Path) -> Path:
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"Cannot write {out} ({error.strerror or error}): choose another --out."
-        ) from None
+        raise DataError(f"Cannot write {out} ({one_line(error)}): choose another --out.") from None
     return out / "parts"
 
 
@@ -307,7 +305,7 @@ def _facts(cells: Cells, judge: Judge) -> dict[str, Any]:
 def _key(facts: dict[str, Any]) -> str:
     """Facts in short."""
     text = json.dumps({"evaluation": EVALUATION, **facts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([text])[:16]
 
 
 @contextlib.contextmanager

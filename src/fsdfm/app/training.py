@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from torch import Tensor
 from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
 from fsdfm.app.console import TrainingConsole
 from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.core.files import digest, one_line, tensor_bytes, write_whole
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
@@ -148,8 +148,8 @@ def _train(
         "command": type(args).__name__.removesuffix("Args").lower(),
         "settings": {k: v for k, v in asdict(args).items() if k not in CHANGEABLE},
         "model": model.config.to_dict(),
-        "data_sha256": _digest(json.dumps(store.manifest, sort_keys=True, default=str)),
-        "start_sha256": _digest_weights(model),
+        "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
+        "start_sha256": digest(tensor_bytes(model.parameters())),
     }
     _claim(args.out, facts)
     tokenizer = Tokenizer.from_json(store.tokenizer_json)
@@ -205,23 +205,19 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         ConfigError: it holds another run.
         CheckpointError: it cannot be written, or holds something else.
     """
-    path, partial = out / "run.json", out / "run.partial"
+    path = out / "run.json"
     facts = json.loads(json.dumps(facts, default=str))
     try:
         if path.exists():
             _same_run(out, json.loads(path.read_text()), facts)
             return
-        if out.exists() and set(out.iterdir()) - {partial}:
+        if out.exists() and {other.name for other in out.iterdir()} - {".run.json.partial"}:
             raise ConfigError(f"--out {out} is not empty and holds no run: choose another.")
         out.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(facts, indent=2) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(facts, indent=2) + "\n", error=CheckpointError)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write run directory {out} ({error.strerror}): choose another --out."
+            f"Cannot write run directory {out} ({one_line(error)}): choose another --out."
         ) from None
     except ConfigError:
         raise
@@ -264,15 +260,3 @@ def _same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Pat
             f"{where} and {data} have different tokenizers: prepare the data again with "
             f"--tokenizer {where}/tokenizer.json."
         )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest_weights(model: Transformer) -> str:
-    """Tells starting weights apart; bytes of all parameters in order."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()

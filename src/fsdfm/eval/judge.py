@@ -7,13 +7,13 @@ the judge's own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.core.files import digest, one_line, tensor_bytes
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.eval.metrics import Score
 
@@ -233,11 +234,11 @@ def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> Causal
             raise ValueError("it has no output layer")
     except ImportError as error:
         raise ConfigError(
-            f"Judge {name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
+            f"Judge {name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
         ) from None
     except Exception as error:  # the library and its readers raise many kinds
         raise CheckpointError(
-            f"Cannot load judge {name} ({_one_line(error)}): give {CHOICES}."
+            f"Cannot load judge {name} ({one_line(error)}): give {CHOICES}."
         ) from None
     return CausalJudge(model, tokenizer, name)
 
@@ -308,11 +309,5 @@ def _segments(hidden: list[Tensor]) -> NDArray[np.float32]:
 
 def _digest(model: Any, tokenizer: Any) -> str:
     """Of weights and vocabulary: what makes two judges the same."""
-    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return digest(chain([vocabulary], tensor_bytes(model.parameters())))

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from fsdfm.core.files import one_line
 from fsdfm.errors import DataError
 
 READ_BYTES = 1 << 20
@@ -46,7 +47,7 @@ def check_files(paths: list[Path]) -> None:
             with path.open("rb") as file:
                 empty = not file.read(1)
         except OSError as error:
-            raise DataError(f"Cannot read {path} ({error.strerror}).") from None
+            raise DataError(f"Cannot read {path} ({one_line(error)}).") from None
         if empty:
             raise DataError(f"{path} is empty.")
 
@@ -120,7 +121,7 @@ def _unpacked(path: Path, advance: Advance | None) -> Iterator[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path} is cut short or not a {path.suffix} file ({error}).") from None
     except OSError as error:
-        raise DataError(f"Cannot read {path} ({error.strerror or error}).") from None
+        raise DataError(f"Cannot read {path} ({one_line(error)}).") from None
 
 
 def _new_frame() -> zstandard.ZstdDecompressionObj:

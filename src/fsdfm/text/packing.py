@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fsdfm.core.files import digest, file_digest, one_line
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
@@ -135,7 +136,7 @@ def _staging(out: Path) -> Iterator[Path]:
         staged.replace(final)
     except OSError as error:
         raise DataError(
-            f"Cannot write {out} ({error.strerror or error}): choose another --out or free some "
+            f"Cannot write {out} ({one_line(error)}): choose another --out or free some "
             f"space, then run the same command again."
         ) from None
     finally:
@@ -143,9 +144,7 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _counter(files: list[Path], progress: Progress | None, phase: str) -> Advance | None:
@@ -450,7 +449,7 @@ class TokenStore:
             )
         try:
             # Of the text as written: another version of the library may lay it out differently.
-            if hashlib.sha256(tokenizer_json.encode()).hexdigest() != manifest["tokenizer_sha256"]:
+            if digest([tokenizer_json]) != manifest["tokenizer_sha256"]:
                 raise DataError(
                     f"{directory}: tokenizer.json is not the one of its tokens: prepare it again."
                 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from fsdfm.core.files import digest, one_line
 from fsdfm.errors import ConfigError, DataError
 
 EOS = "<|endoftext|>"
@@ -71,7 +71,7 @@ class Tokenizer:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(
-                f"{name} is not a Hugging Face tokenizer.json ({_one_line(error)}): give another."
+                f"{name} is not a Hugging Face tokenizer.json ({one_line(error)}): give another."
             ) from error
         return cls(backend, name=name)
 
@@ -89,7 +89,7 @@ class Tokenizer:
         except IsADirectoryError:
             raise DataError(f"{path} is a directory: give the tokenizer.json inside it.") from None
         except OSError as error:
-            raise DataError(f"Cannot read {path}: {error.strerror or error}.") from error
+            raise DataError(f"Cannot read {path}: {one_line(error)}.") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not a tokenizer.json: it is not UTF-8 text.") from error
         return cls.from_json(text, name=str(path))
@@ -113,7 +113,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(
                 f"{vocab} and {merges} are not a BPE vocabulary and its merges "
-                f"({_one_line(error)}): give GPT-2's vocab.json and merges.txt."
+                f"({one_line(error)}): give GPT-2's vocab.json and merges.txt."
             ) from error
         backend = _byte_level(model)
         if backend.token_to_id(EOS) is not None:  # else the constructor refuses it
@@ -123,7 +123,7 @@ class Tokenizer:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of `to_json()`, in hexadecimal: equal for equal tokenizers."""
-        return hashlib.sha256(self._json.encode()).hexdigest()
+        return digest([self._json])
 
     def to_json(self) -> str:
         """The contents of a tokenizer.json, EOS included, on one line."""
@@ -216,7 +216,3 @@ def _byte_level(model: models.BPE) -> Backend:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return backend
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

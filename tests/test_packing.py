@@ -127,14 +127,14 @@ def test_a_tokenizer_is_trained_on_the_files_if_none_is_given(source: Path, out:
     store = TokenStore.open(out)
     assert Tokenizer.from_json(store.tokenizer_json).vocab_size == manifest["vocab_size"] == 300
     size = source.stat().st_size
-    assert {phase for phase, _, _ in calls} == {"tokenizer", "tokens"}
+    assert {phase for phase, _, _ in calls} == {"split", "tokenizer", "tokens"}
     assert calls[-1] == ("tokens", size, size)
 
 
 def test_the_tokenizer_is_trained_on_no_more_than_it_should(tmp_path: Path, out: Path) -> None:
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("é" * 50, encoding="utf-8")
-    two.write_text("zq" * 50, encoding="utf-8")
+    two.write_text("zq " * 50, encoding="utf-8")
     for most, known in ((100, False), (101, True)):
         settings = dataclasses.replace(SETTINGS, tokenizer_bytes=most)
         prepare([one, two], out, settings=settings)
@@ -170,9 +170,9 @@ def test_a_single_document_has_its_tail_held_out(tmp_path: Path, out: Path, seed
     settings = PrepareSettings(validation_fraction=0.6, seed=seed, shard_tokens=500)
     manifest = prepare([path], out, settings=settings, tokenizer=TOKENIZER)
     store = TokenStore.open(out)
-    ids = [*TOKENIZER.encode(text), TOKENIZER.eos_id]
-    assert stream(store.train) + stream(store.validation) == ids
-    assert store.validation.tokens == len(ids) // 2  # at most half
+    cut = len(text) + 1 - (len(text) + 1) // 2  # the end counts as a character; at most half
+    assert stream(store.train) == TOKENIZER.encode(text[:cut])
+    assert stream(store.validation) == [*TOKENIZER.encode(text[cut:]), TOKENIZER.eos_id]
     counts = manifest["splits"].values()
     assert sum(split["documents"] for split in counts) == 1
     assert sum(split["text_bytes"] for split in counts) == len(text.encode())
@@ -181,11 +181,54 @@ def test_a_single_document_has_its_tail_held_out(tmp_path: Path, out: Path, seed
 
 def test_the_tail_is_the_fraction_asked_for(tmp_path: Path, out: Path) -> None:
     path = tmp_path / "book.txt"
-    path.write_text("".join(TEXTS), encoding="utf-8")
+    path.write_text(text := "".join(TEXTS), encoding="utf-8")
     prepare([path], out, settings=PrepareSettings(seed=3), tokenizer=TOKENIZER)
     store = TokenStore.open(out)
-    total = store.train.tokens + store.validation.tokens
-    assert store.validation.tokens == round(0.02 * total)
+    assert len(TOKENIZER.decode(stream(store.validation))) == round(0.02 * (len(text) + 1)) - 1
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.9])  # chance holds out no document, or all of them
+def test_a_tail_may_hold_several_documents_and_begin_within_one(
+    tmp_path: Path, out: Path, fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 50)
+    texts = ["one é " * 40, " \n ", "two " * 20, "three " * 10]
+    path = tmp_path / "texts.txt"
+    path.write_text("\f".join(texts), encoding="utf-8")
+    assert len(set(np.random.default_rng(3).random(4)[[0, 2, 3]] < fraction)) == 1
+    settings = PrepareSettings(validation_fraction=fraction, seed=3)
+    manifest = prepare([path], out, settings=settings, tokenizer=TOKENIZER)
+    store = TokenStore.open(out)
+    kept, held_out = (
+        TOKENIZER.decode(stream(split)).replace("\n\n", "\f")
+        for split in (store.train, store.validation)
+    )
+    # Of 383 characters and ends 19 are held out (a twentieth), or 191 (half).
+    whole = "\f".join((texts[0], texts[2], texts[3]))
+    assert kept + held_out == whole
+    assert len(kept) == 383 - (19 if fraction == 0.05 else 191)
+    assert sum(split["text_bytes"] for split in manifest["splits"].values()) == 420
+
+
+@pytest.mark.parametrize("kind", ["documents", "one document"])
+def test_the_tokenizer_is_not_trained_on_what_is_held_out(
+    tmp_path: Path, out: Path, kind: str
+) -> None:
+    """ "zq" is frequent in the held-out text and nowhere else: no token spells it."""
+    chance = np.random.default_rng(SETTINGS.seed)
+    words = ["zq " if chance.random() < 0.2 else "ab " for _ in range(60)]
+    path = tmp_path / "a.txt"
+    if kind == "documents":
+        path.write_text("\f".join(word * 20 for word in words))
+    else:
+        path.write_text("ab " * 960 + "zq " * 240)  # a fifth of 3601: 720 units
+    prepare([path], out, settings=SETTINGS)
+    store = TokenStore.open(out)
+    tokenizer = Tokenizer.from_json(store.tokenizer_json)
+    assert "zq" in tokenizer.decode(stream(store.validation))
+    assert "zq" not in tokenizer.decode(stream(store.train))
+    assert len(tokenizer.encode("zq")) == 2
+    assert len(tokenizer.encode("ab")) == 1
 
 
 def test_the_shortest_text_is_still_two_splits(tmp_path: Path, out: Path) -> None:

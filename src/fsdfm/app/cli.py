@@ -220,7 +220,8 @@ def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Co
 
 def prepare(args: PrepareArgs) -> None:
     """Pack text files and say what came out."""
-    with _bars({"tokenizer": "Training a tokenizer", "tokens": "Packing"}) as progress:
+    titles = {"split": "Holding out", "tokenizer": "Training a tokenizer", "tokens": "Packing"}
+    with _bars(titles) as progress:
         from fsdfm.text.packing import PrepareSettings, prepare
         from fsdfm.text.tokenizer import Tokenizer
 

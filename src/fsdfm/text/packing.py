@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +33,7 @@ BATCH_CHARACTERS = 1 << 22
 """Text that is tokenized at once."""
 
 Progress = Callable[[str, int, int], None]
-"""(phase, bytes done, bytes in all); phases are `tokenizer` and `tokens`."""
+"""(phase, bytes done, bytes in all); phases are `split`, `tokenizer` and `tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +43,14 @@ class PrepareSettings:
     vocab_size: int = 8192
     """Entries of a tokenizer that is trained here."""
     validation_fraction: float = 0.02
-    """Chance that a document is held out for validation."""
+    """Chance that a document is held out for validation. Where chance leaves a split without a
+    document (one book, say), this share of the text at its end is held out instead."""
     seed: int = 0
     """Of the choice of validation documents."""
     shard_tokens: int = 1 << 27
     """Most tokens in one shard."""
     tokenizer_bytes: int = 200_000_000
-    """Most text that a tokenizer is trained on: the files' first."""
+    """Most text that a tokenizer is trained on: the first of the training text."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -97,12 +98,17 @@ def prepare(
     settings = settings or PrepareSettings()
     check_files(files)
     with _staging(out) as staged:
+        deal = _Deal.of(files, settings, _counter(files, progress, "split"))
         trained = tokenizer is None
         if tokenizer is None:
-            sample = _limited(_all_pieces(files, progress, "tokenizer"), settings.tokenizer_bytes)
-            tokenizer = train_bpe(sample, settings.vocab_size)
+            # Not on what is held out: its vocabulary would fit the text that it is judged on.
+            dealt = deal.pieces(files, _counter(files, progress, "tokenizer"))
+            sample = (piece.text for piece in dealt if not piece.held_out)
+            tokenizer = train_bpe(_limited(sample, settings.tokenizer_bytes), settings.vocab_size)
         (staged / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        splits = _write_splits(files, staged, tokenizer, settings, progress)
+        splits = _write_splits(
+            deal.pieces(files, _counter(files, progress, "tokens")), staged, tokenizer, settings
+        )
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -160,14 +166,84 @@ def _counter(files: list[Path], progress: Progress | None, phase: str) -> Advanc
     return advance
 
 
-def _documents(files: list[Path], advance: Advance | None) -> Iterator[Iterator[str]]:
-    for path in files:
-        yield from read_documents(path, advance)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a document, and the split that it belongs to."""
+
+    text: str
+    ends: bool
+    """Whether the document ends with it."""
+    held_out: bool
+
+    @property
+    def units(self) -> int:
+        """Its characters, and one for the end of a document."""
+        return len(self.text) + self.ends
 
 
-def _all_pieces(files: list[Path], progress: Progress | None, phase: str) -> Iterator[str]:
-    for document in _documents(files, _counter(files, progress, phase)):
-        yield from document
+@dataclass(frozen=True, slots=True)
+class _Deal:
+    """Which text is held out: documents by chance, or the tail of it all."""
+
+    settings: PrepareSettings
+    tail: int | None = None
+    """Units before the tail that is held out; None where documents are held out by chance."""
+
+    @classmethod
+    def of(cls, files: list[Path], settings: PrepareSettings, advance: Advance | None) -> _Deal:
+        """Deal by chance, or cut off a tail where chance would leave a split empty.
+
+        Reads until both splits have a document.
+
+        Raises:
+            DataError: there is no text at all.
+        """
+        chance, seen, units = cls(settings), set[bool](), 0
+        for piece in chance.pieces(files, advance):
+            seen.add(piece.held_out)
+            units += piece.units
+            if len(seen) == 2:
+                return chance
+        if not units:
+            raise DataError("The files hold no text (white space only): give some.")
+        share = round(units * settings.validation_fraction)
+        return cls(settings, units - max(1, min(units // 2, share)))
+
+    def pieces(self, files: list[Path], advance: Advance | None) -> Iterator[_Piece]:
+        """All documents that are not white space alone, the same way each time."""
+        chance, start = np.random.default_rng(self.settings.seed), 0
+        for path in files:
+            for document in read_documents(path, advance):
+                held_out = bool(chance.random() < self.settings.validation_fraction)
+                for text, ends in _until_the_end(_unless_blank(document)):
+                    piece = _Piece(text, ends, held_out)
+                    if self.tail is None:
+                        yield piece
+                    else:
+                        yield from _cut(piece, self.tail - start)
+                        start += piece.units
+
+
+def _cut(piece: _Piece, room: int) -> Iterator[_Piece]:
+    """The first `room` units of a piece for training, the others held out."""
+    if room >= piece.units:
+        yield replace(piece, held_out=False)
+    elif room <= 0:
+        yield replace(piece, held_out=True)
+    else:
+        yield _Piece(piece.text[:room], False, False)
+        yield _Piece(piece.text[room:], piece.ends, True)
+
+
+def _until_the_end(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each piece, and whether it is the last."""
+    last = None
+    for piece in pieces:
+        if last is not None:
+            yield last, False
+        last = piece
+    if last is not None:
+        yield last, True
 
 
 def _limited(pieces: Iterator[str], most: int) -> Iterator[str]:
@@ -235,27 +311,18 @@ class _SplitWriter:
 
 
 def _write_splits(
-    files: list[Path],
-    staged: Path,
-    tokenizer: Tokenizer,
-    settings: PrepareSettings,
-    progress: Progress | None,
+    pieces: Iterator[_Piece], staged: Path, tokenizer: Tokenizer, settings: PrepareSettings
 ) -> dict[str, Any]:
-    """Tokenize every document into the split that it falls into."""
+    """Tokenize every piece into its split."""
     writers = {
         name: _SplitWriter(staged, name, _dtype(tokenizer), settings.shard_tokens)
         for name in SPLITS
     }
-    chance = np.random.default_rng(settings.seed)
     try:
         batch = _Batch(tokenizer)
-        for document in _documents(files, _counter(files, progress, "tokens")):
-            held_out = bool(chance.random() < settings.validation_fraction)
-            batch.add(document, writers[SPLITS[held_out]])
+        for piece in pieces:
+            batch.add(piece, writers[SPLITS[piece.held_out]])
         batch.write()
-        for writer in writers.values():
-            writer.close()
-        _ensure_validation(writers, staged, tokenizer, settings)
     finally:
         for writer in writers.values():
             writer.close()
@@ -267,32 +334,23 @@ class _Batch:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._waiting: list[tuple[_SplitWriter, str, bool]] = []
+        self._waiting: list[tuple[_SplitWriter, _Piece]] = []
         self._characters = 0
 
-    def add(self, document: Iterator[str], writer: _SplitWriter) -> None:
-        """Append one document and EOS; a document of white space alone is left out."""
-        last = None
-        for piece in _unless_blank(document):
-            if last is not None:
-                self._add(writer, last, False)
-            last = piece
-        if last is not None:
-            self._add(writer, last, True)
-
-    def _add(self, writer: _SplitWriter, piece: str, ends: bool) -> None:
-        self._waiting.append((writer, piece, ends))
-        self._characters += len(piece)
+    def add(self, piece: _Piece, writer: _SplitWriter) -> None:
+        """Append a piece, and EOS where its document ends."""
+        self._waiting.append((writer, piece))
+        self._characters += len(piece.text)
         if self._characters >= BATCH_CHARACTERS:
             self.write()
 
     def write(self) -> None:
         """Write everything that waits."""
-        encoded = self._tokenizer.encode_batch([piece for _, piece, _ in self._waiting])
-        for (writer, piece, ends), ids in zip(self._waiting, encoded, strict=True):
-            writer.write(np.asarray(ids + [self._tokenizer.eos_id] * ends, dtype=np.int64))
-            writer.text_bytes += len(piece.encode())
-            writer.documents += ends
+        encoded = self._tokenizer.encode_batch([piece.text for _, piece in self._waiting])
+        for (writer, piece), ids in zip(self._waiting, encoded, strict=True):
+            writer.write(np.asarray(ids + [self._tokenizer.eos_id] * piece.ends, dtype=np.int64))
+            writer.text_bytes += len(piece.text.encode())
+            writer.documents += piece.ends
         self._waiting, self._characters = [], 0
 
 
@@ -305,45 +363,6 @@ def _unless_blank(document: Iterator[str]) -> Iterator[str]:
             yield from held
             yield from document
             return
-
-
-def _ensure_validation(
-    writers: dict[str, _SplitWriter],
-    staged: Path,
-    tokenizer: Tokenizer,
-    settings: PrepareSettings,
-) -> None:
-    """Where chance left a split empty (few documents, e.g. one book), cut off the text's tail.
-
-    Raises:
-        DataError: there is no text at all.
-    """
-    total = sum(writer.tokens for writer in writers.values())
-    if not total:
-        raise DataError("The files hold no text (white space only): give some.")
-    if all(writer.tokens for writer in writers.values()):
-        return
-    stream = np.concatenate(
-        [
-            np.fromfile(staged / shard["file"], dtype=writers[name].dtype)
-            for name in SPLITS
-            for shard in writers[name].shards
-        ]
-    )
-    documents = sum(writer.documents for writer in writers.values())
-    text_bytes = sum(writer.text_bytes for writer in writers.values())
-    cut = total - max(1, min(total // 2, round(total * settings.validation_fraction)))
-    held_out = round(text_bytes * (total - cut) / total)  # the cut may lie within a character
-    shares = (text_bytes - held_out, held_out)
-    for writer, ids, share in zip(writers.values(), np.split(stream, [cut]), shares, strict=True):
-        for shard in writer.shards:
-            (staged / shard["file"]).unlink()
-        writer.shards, writer.tokens = [], 0
-        writer.write(ids)
-        writer.close()
-        writer.documents = int((ids == tokenizer.eos_id).sum())
-        writer.text_bytes = share
-    assert sum(writer.documents for writer in writers.values()) == documents
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,6 +288,13 @@ def test_prepare_tells_what_came_out(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_prepare_tells_that_a_long_document_was_split(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(WORDS * 20)
+    code, told, err = run("prepare", tmp_path / "book.txt", "--out", tmp_path / "data")
+    assert (code, err) == (0, "")
+    assert " of 1 document, one of them split (its end is for validation), vocabulary " in told
+
+
 def test_prepare_refuses_an_empty_file_in_one_line(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "empty.txt"
     source.touch()

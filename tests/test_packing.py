@@ -102,6 +102,7 @@ def test_the_manifest_counts_right(source: Path, out: Path) -> None:
     assert (manifest["vocab_size"], manifest["eos_id"]) == (300, TOKENIZER.eos_id)
     assert manifest["tokenizer_trained_here"] is False
     assert manifest["settings"] == dataclasses.asdict(SETTINGS)
+    assert manifest["split_documents"] == 0
     data = source.read_bytes()
     assert manifest["files"] == [
         {"name": source.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -174,7 +175,8 @@ def test_a_single_document_has_its_tail_held_out(tmp_path: Path, out: Path, seed
     assert stream(store.train) == TOKENIZER.encode(text[:cut])
     assert stream(store.validation) == [*TOKENIZER.encode(text[cut:]), TOKENIZER.eos_id]
     counts = manifest["splits"].values()
-    assert sum(split["documents"] for split in counts) == 1
+    assert [split["documents"] for split in counts] == [1, 1]
+    assert manifest["split_documents"] == 1  # and the same one
     assert sum(split["text_bytes"] for split in counts) == len(text.encode())
     assert len(files(out)) == 2 + sum(len(split["shards"]) for split in counts)
 
@@ -207,7 +209,22 @@ def test_a_tail_may_hold_several_documents_and_begin_within_one(
     whole = "\f".join((texts[0], texts[2], texts[3]))
     assert kept + held_out == whole
     assert len(kept) == 383 - (19 if fraction == 0.05 else 191)
-    assert sum(split["text_bytes"] for split in manifest["splits"].values()) == 420
+    counts = manifest["splits"].values()
+    assert sum(split["text_bytes"] for split in counts) == 420
+    assert [split["documents"] for split in counts] == ([3, 1] if fraction == 0.05 else [1, 3])
+    assert manifest["split_documents"] == 1
+
+
+def test_a_document_that_is_split_between_two_pieces_is_counted(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 50)
+    path = tmp_path / "book.txt"
+    path.write_text("x" * 99, encoding="utf-8")  # 100 with its end; half is held out
+    settings = PrepareSettings(validation_fraction=0.5)
+    manifest = prepare([path], out, settings=settings, tokenizer=TOKENIZER)
+    assert [split["documents"] for split in manifest["splits"].values()] == [1, 1]
+    assert manifest["split_documents"] == 1
 
 
 @pytest.mark.parametrize("kind", ["documents", "one document"])

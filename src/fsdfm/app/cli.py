@@ -237,9 +237,12 @@ def prepare(args: PrepareArgs) -> None:
             progress=progress,
         )
     train, validation = (manifest["splits"][name] for name in ("train", "validation"))
+    in_both = manifest["split_documents"]
+    documents = train["documents"] + validation["documents"] - in_both
+    split = ", one of them split (its end is for validation)" if in_both else ""
     _write(
         f"{args.out}: {train['tokens']:,} training and {validation['tokens']:,} validation tokens "
-        f"of {train['documents'] + validation['documents']:,} documents, "
+        f"of {documents:,} document{'s' * (documents != 1)}{split}, "
         f"vocabulary {manifest['vocab_size']:,}\n"
     )
 

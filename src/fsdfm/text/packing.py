@@ -106,9 +106,8 @@ def prepare(
             sample = (piece.text for piece in dealt if not piece.held_out)
             tokenizer = train_bpe(_limited(sample, settings.tokenizer_bytes), settings.vocab_size)
         (staged / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        splits = _write_splits(
-            deal.pieces(files, _counter(files, progress, "tokens")), staged, tokenizer, settings
-        )
+        dealt = deal.pieces(files, _counter(files, progress, "tokens"))
+        splits, split_documents = _write_splits(dealt, staged, tokenizer, settings)
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -120,6 +119,7 @@ def prepare(
             "settings": asdict(settings),
             "files": [_describe(path) for path in files],
             "splits": splits,
+            "split_documents": split_documents,
         }
         (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -261,7 +261,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
 
 @dataclass
 class _SplitWriter:
-    """Shards of one split, and their counts."""
+    """Shards of one split, and their counts; documents are counted whole or in part."""
 
     directory: Path
     name: str
@@ -312,21 +312,25 @@ class _SplitWriter:
 
 def _write_splits(
     pieces: Iterator[_Piece], staged: Path, tokenizer: Tokenizer, settings: PrepareSettings
-) -> dict[str, Any]:
-    """Tokenize every piece into its split."""
+) -> tuple[dict[str, Any], int]:
+    """Tokenize every piece into its split; gives the splits, and how many documents both hold."""
     writers = {
         name: _SplitWriter(staged, name, _dtype(tokenizer), settings.shard_tokens)
         for name in SPLITS
     }
     try:
-        batch = _Batch(tokenizer)
+        batch, before, in_both = _Batch(tokenizer), _Piece("", True, False), 0
         for piece in pieces:
+            if not before.ends and before.held_out != piece.held_out:
+                writers[SPLITS[before.held_out]].documents += 1
+                in_both += 1
             batch.add(piece, writers[SPLITS[piece.held_out]])
+            before = piece
         batch.write()
     finally:
         for writer in writers.values():
             writer.close()
-    return {name: writer.summary() for name, writer in writers.items()}
+    return {name: writer.summary() for name, writer in writers.items()}, in_both
 
 
 class _Batch:

@@ -304,7 +304,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 def counting() -> TokenSplit:
     """0, 1, 2 ... 22 in shards of 5, 1, 14 and 3."""
     parts = np.split(np.arange(23, dtype="<u2"), [5, 6, 20])
-    return TokenSplit("train", tuple(parts))
+    return TokenSplit("train", tuple(parts), 23, tuple(Path(f"{i}.bin") for i in range(4)))
 
 
 def test_blocks_cross_shard_borders(counting: TokenSplit) -> None:
@@ -368,6 +368,16 @@ def test_a_split_shorter_than_a_block_is_refused(counting: TokenSplit) -> None:
         assert "train split has 23 tokens" in message
         assert "24" in message
         assert "--context-length" in message
+
+
+def test_an_id_past_the_vocabulary_is_refused_where_it_is_read(counting: TokenSplit) -> None:
+    damaged = dataclasses.replace(counting, vocab_size=22)  # 22 is in the last shard
+    for call in (
+        lambda: damaged.block(4, 5),
+        lambda: damaged.batch(0, batch_size=1, length=23, seed=0),
+    ):
+        assert "3.bin is damaged (a token has id 22" in refusal(call)
+    assert damaged.block(3, 5).tolist() == [15, 16, 17, 18, 19]
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -504,7 +514,9 @@ def test_a_killed_run_can_be_repeated_and_gives_the_same_bytes(source: Path, out
     assert nothing_left(out, {source.name, "data", "whole"})
 
 
-def test_what_is_not_prepared_data_is_refused(source: Path, out: Path) -> None:
+def test_what_is_not_prepared_data_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare([source], out, settings=SETTINGS, tokenizer=TOKENIZER)
     good = files(out)
 
@@ -543,7 +555,20 @@ def test_what_is_not_prepared_data_is_refused(source: Path, out: Path) -> None:
         assert str(out) in message
         for name, data in good.items():
             write(name, data)
-    TokenStore.open(out)
+    store = TokenStore.open(out)
+    assert store.train.vocab_size == 300
+    changed = bytearray(good["train-00001.bin"])
+    changed[100:102] = b"\xff\xff"
+    write("train-00001.bin", bytes(changed))
+    path = out / "train-00001.bin"
+    assert f"{path} is damaged (its bytes have changed" in refusal(lambda: TokenStore.open(out))
+    monkeypatch.setattr(packing, "VERIFIED_BYTES", 1000)  # too much to read at each start
+    store = TokenStore.open(out)
+    message = refusal(lambda: store.train.block(0, store.train.tokens))
+    assert message.startswith(
+        f"{path} is damaged (a token has id 65535, the vocabulary ends at 299)"
+    )
+    monkeypatch.undo()
     write("train-00000.bin", b"")
     with_manifest(splits=splits | {"train": {"shards": [empty_shard]}})
     assert "is damaged" in refusal(lambda: TokenStore.open(out))

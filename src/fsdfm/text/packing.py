@@ -31,6 +31,9 @@ FORMAT, FORMAT_VERSION = "fsdfm-data", 1
 SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 1 << 22
 """Text that is tokenized at once."""
+VERIFIED_BYTES = 1_000_000_000
+"""Prepared data up to this size is checked against its digests whenever it is opened: about a
+second. Of larger data only the ids that are read are checked."""
 
 Progress = Callable[[str, int, int], None]
 """(phase, bytes done, bytes in all); phases are `split`, `tokenizer` and `tokens`."""
@@ -375,6 +378,9 @@ class TokenSplit:
 
     name: str
     shards: tuple[NDArray[Any], ...]
+    vocab_size: int
+    paths: tuple[Path, ...]
+    """Files of the shards, to name in errors."""
 
     @property
     def tokens(self) -> int:
@@ -394,7 +400,11 @@ class TokenSplit:
             )
 
     def block(self, index: int, length: int) -> Tensor:
-        """Block number `index` in file order, int64, shape (length,)."""
+        """Block number `index` in file order, int64, shape (length,).
+
+        Raises:
+            DataError: a shard is damaged.
+        """
         return torch.from_numpy(self._read(index * length, length))
 
     def batch(self, step: int, *, batch_size: int, length: int, seed: int) -> Tensor:
@@ -413,7 +423,7 @@ class TokenSplit:
             int64, shape (batch_size, length).
 
         Raises:
-            DataError: the split is shorter than one block.
+            DataError: the split is shorter than one block, or a shard is damaged.
         """
         self.require(length)
         count, rows = self.blocks(length), []
@@ -426,8 +436,14 @@ class TokenSplit:
     def _read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens [start, start + length) of the stream, over shard borders."""
         parts: list[NDArray[Any]] = []
-        for shard in self.shards:
-            parts.append(shard[max(start, 0) : max(start + length, 0)])
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            part = shard[max(start, 0) : max(start + length, 0)]
+            if len(part) and (largest := int(part.max())) >= self.vocab_size:
+                raise DataError(
+                    f"{path} is damaged (a token has id {largest}, the vocabulary ends at "
+                    f"{self.vocab_size - 1}): prepare the data again."
+                )
+            parts.append(part)
             start -= len(shard)
         return np.concatenate(parts).astype(np.int64)
 
@@ -477,6 +493,9 @@ class TokenStore:
                     f"{directory}: tokenizer.json is not the one of its tokens: prepare it again."
                 )
             splits = [_open_split(directory, manifest, name) for name in SPLITS]
+            size = sum(shard.nbytes for split in splits for shard in split.shards)
+            if size <= VERIFIED_BYTES:
+                _verify(directory, manifest)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise DataError(f"{directory} is damaged ({error}): prepare it again.") from None
         return cls(manifest, tokenizer_json, *splits)
@@ -484,10 +503,22 @@ class TokenStore:
 
 def _open_split(directory: Path, manifest: dict[str, Any], name: str) -> TokenSplit:
     dtype: np.dtype[Any] = np.dtype({"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
-    shards = []
+    shards, paths = [], []
     for shard in manifest["splits"][name]["shards"]:
         path = directory / shard["file"]
         if not path.exists() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
             raise DataError(f"{path} is missing or has the wrong size: prepare the data again.")
         shards.append(np.memmap(path, dtype=dtype, mode="r"))
-    return TokenSplit(name, tuple(shards))
+        paths.append(path)
+    return TokenSplit(name, tuple(shards), int(manifest["vocab_size"]), tuple(paths))
+
+
+def _verify(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raises DataError where a shard is not the one that was written."""
+    for name in SPLITS:
+        for shard in manifest["splits"][name]["shards"]:
+            if file_digest(directory / shard["file"]) != shard["sha256"]:
+                raise DataError(
+                    f"{directory / shard['file']} is damaged (its bytes have changed since it was "
+                    "prepared): prepare the data again."
+                )

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -111,6 +111,10 @@ class GenerateArgs:
     better and slower (models with a joint head)."""
     prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(optional)")] = None
     """Text that every sample starts with."""
+    prompt_file: Annotated[
+        str | None, arg(metavar="FILE", help_behavior_hint="(optional; - for standard input)")
+    ] = None
+    """File with that text, in UTF-8; one line end at its end is left out."""
     batch_size: int = 1
     """Texts made together; more than 1 pays on a GPU only."""
     device: Annotated[
@@ -130,7 +134,7 @@ class GenerateArgs:
 
     def options(self) -> Options:
         """The arguments of `Generator.generate`."""
-        elsewhere = ("model", "device", "precision", "json")
+        elsewhere = ("model", "device", "precision", "json", "prompt_file")
         names = [field.name for field in fields(self) if field.name not in elsewhere]
         options: Any = {name: getattr(self, name) for name in names}
         found: Options = options
@@ -142,7 +146,7 @@ class PrepareArgs:
     """Turn text files into a tokenizer and packed tokens, ready for training."""
 
     files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILES", help_behavior_hint="")]]
-    """.txt or .jsonl files (field "text"), also as .gz or .zst."""
+    """.txt or .jsonl files, also as .gz or .zst."""
     out: Path
     """Directory to write."""
     vocab_size: int = 8192
@@ -155,6 +159,8 @@ class PrepareArgs:
     """Share of the documents that is kept from training."""
     seed: int = 0
     """Decides which documents those are."""
+    field: str = "text"
+    """Field of the .jsonl files' objects that holds the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +189,8 @@ class _Stopped(Exception):
 
 def generate(args: GenerateArgs) -> None:
     """Print texts; live in a terminal."""
+    if args.prompt_file is not None:
+        args = replace(args, prompt=_prompt(args))
     terminal = Console()
     with _status("Loading the model"):
         from fsdfm.app.generator import load
@@ -194,6 +202,29 @@ def generate(args: GenerateArgs) -> None:
     batches = generator.batches(**args.options())
     for number, sample in enumerate(sample for batch in batches for sample in batch):
         _write(_json_line(sample) if args.json else _separated(sample.text, number))
+
+
+def _prompt(args: GenerateArgs) -> str:
+    """The text of the prompt's file, less one line end at its end (editors and echo add it).
+
+    Raises:
+        ConfigError: there is a prompt besides.
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    if args.prompt is not None:
+        raise ConfigError("--prompt and --prompt-file are both given: leave one out.")
+    name = "Standard input" if args.prompt_file == "-" else str(args.prompt_file)
+    try:
+        if args.prompt_file == "-":
+            data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+        else:
+            data = Path(name).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"Cannot read {name}: {one_line(error)}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it first.") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Console) -> None:
@@ -232,6 +263,7 @@ def prepare(args: PrepareArgs) -> None:
                 vocab_size=args.vocab_size,
                 validation_fraction=args.validation_fraction,
                 seed=args.seed,
+                field=args.field,
             ),
             tokenizer=Tokenizer.from_file(args.tokenizer) if args.tokenizer else None,
             progress=progress,

@@ -54,6 +54,8 @@ class PrepareSettings:
     """Most tokens in one shard."""
     tokenizer_bytes: int = 200_000_000
     """Most text that a tokenizer is trained on: the first of the training text."""
+    field: str = "text"
+    """Field of a .jsonl file's objects that holds the text."""
 
     def __post_init__(self) -> None:
         if self.vocab_size < SMALLEST_VOCABULARY:
@@ -216,7 +218,7 @@ class _Deal:
         """All documents that are not white space alone, the same way each time."""
         chance, start = np.random.default_rng(self.settings.seed), 0
         for path in files:
-            for document in read_documents(path, advance):
+            for document in read_documents(path, advance, field=self.settings.field):
                 held_out = bool(chance.random() < self.settings.validation_fraction)
                 for text, ends in _until_the_end(_unless_blank(document)):
                     piece = _Piece(text, ends, held_out)

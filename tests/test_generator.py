@@ -374,6 +374,21 @@ def test_a_cpu_gets_bfloat16_only_where_it_multiplies_it(
     assert preferred_dtype(torch.device("cpu")) == torch.float32
 
 
+def test_an_option_that_there_is_not_is_refused_everywhere(generator: Generator) -> None:
+    wrong: Any = {"stpes": 2}
+    for call in (
+        generator.batches,
+        generator.stream,
+        lambda **options: generator.fill([[1, 2]], [[True, False]], **options),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            call(**wrong)
+        assert str(caught.value) == "There is no option 'stpes': did you mean steps?"
+    wrong = {"beams": 2}
+    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, length, num_samples"):
+        generator.stream(**wrong)
+
+
 # ------------------------------------------------------------------------------------------- fill
 
 

@@ -5,6 +5,7 @@ Shapes: B sequences of a batch, L positions.
 
 from __future__ import annotations
 
+import difflib
 import operator
 import time
 from collections import deque
@@ -278,7 +279,8 @@ class Generator:
             options: those of `generate`.
 
         Raises:
-            ConfigError: as `generate`, at once and not at the first batch.
+            ConfigError: as `generate`, at once and not at the first batch; or an option that there
+                is not.
         """
         return self._batches(self._request(options))
 
@@ -293,7 +295,8 @@ class Generator:
             `generate` gives.
 
         Raises:
-            ConfigError: as `generate`, at once and not at the first snapshot.
+            ConfigError: as `generate`, at once and not at the first snapshot; or an option that
+                there is not.
         """
         if options.get("num_samples", 1) != 1:
             raise ConfigError("Only one sample can be streamed: leave num_samples out.")
@@ -379,6 +382,7 @@ class Generator:
 
     def _request(self, options: Options) -> _Request:
         """Fill in the defaults and refuse what cannot work."""
+        _check_names(options)
         given = {name: value for name, value in options.items() if value is not None}
         merged: dict[str, Any] = {**self.defaults, **given}
         context = self.config.context_length
@@ -464,6 +468,16 @@ def _bundled() -> Path:
             "directory (--model DIR on the command line)."
         )
     return directory
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a name that is no option."""
+    known = list(Options.__annotations__)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            instead = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}."
+            raise ConfigError(f"There is no option {name!r}: {instead}")
 
 
 def _drawing(options: Mapping[str, Any]) -> Drawing:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
@@ -119,6 +121,72 @@ def test_a_foreign_eos_that_is_not_marked_special_is_never_made_from_text() -> N
     assert tokenizer.eos_id == TOKENIZER.eos_id
     assert tokenizer.eos_id not in ids
     assert tokenizer.decode(ids) == f"a{EOS}b"
+
+
+def unigram() -> Backend:
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", EOS], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator([*SAMPLE, "< | endoftext >"], trainer)
+    return backend
+
+
+def word_level(unknown: str = "<unk>") -> Backend:
+    backend = Backend(models.WordLevel(unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        special_tokens=["<unk>", EOS, "[CLS]", "\N{PILE OF POO}"], show_progress=False
+    )
+    backend.train_from_iterator(SAMPLE, trainer)
+    return backend
+
+
+def word_piece() -> Backend:
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", EOS, "<|endo"]  # halves of names may be names
+    trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(SAMPLE, trainer)
+    return backend
+
+
+@pytest.mark.parametrize("make", [unigram, word_level, word_piece])
+def test_a_control_token_is_never_made_from_text(make: Callable[[], Backend]) -> None:
+    backend = make()
+    tokenizer = Tokenizer.from_json(backend.to_str())
+    known = {backend.token_to_id(name) for name in (EOS, "[CLS]", "<|endo")} - {None}
+    texts = [EOS, f"the {EOS} of [CLS] times", f"{EOS}{EOS} <|endo", "<unk> [UNK] \n\0 best"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids and not known & set(ids), text
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode("the times") == backend.encode("the times").ids
+    if make is unigram:
+        assert EOS in tokenizer.decode(tokenizer.encode(f"the {EOS} of"))
+
+
+def test_unknown_text_may_become_the_unknown_token_but_not_eos() -> None:
+    tokenizer = Tokenizer.from_json(word_level().to_str())
+    assert tokenizer.encode("the zebra <unk>")[1:] == [0, 0]
+    with pytest.raises(DataError) as caught:
+        Tokenizer.from_json(word_level(unknown=EOS).to_str(), name="x.json")
+    assert str(caught.value).startswith(f'x.json reads text that it does not know as "{EOS}"')
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_fails_at_unknown_text_is_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"^x\.json fails at text that it does not know \(WordLevel"
+    ):
+        Tokenizer.from_json(word_level(unknown="missing").to_str(), name="x.json")
+
+
+def test_a_control_token_of_one_character_is_refused_in_a_text() -> None:
+    tokenizer = Tokenizer.from_json(word_level().to_str())
+    with pytest.raises(DataError, match=r"A text holds '\N{PILE OF POO}', which is a control"):
+        tokenizer.encode("the \N{PILE OF POO}")
 
 
 def test_ids_with_gaps_count_up_to_the_highest() -> None:

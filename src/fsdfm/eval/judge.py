@@ -154,7 +154,10 @@ class CausalJudge:
     def _encode(self, text: str) -> list[int]:
         if not text:
             return []
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        # The name of a control token in a text is text: no document ends there.
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         return ids
 
     def _run(self, batch: list[_Window]) -> Iterator[tuple[float, Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -18,6 +19,9 @@ EOS = "<|endoftext|>"
 DOCUMENT_SEPARATOR = "\n\n"
 """What `Tokenizer.decode` puts between documents."""
 
+UNKNOWN = "\U000f0000"
+"""For private use: a character that no vocabulary of whole words or pieces has."""
+
 SMALLEST_VOCABULARY = 257
 """One token per byte, and EOS."""
 
@@ -26,8 +30,9 @@ class Tokenizer:
     """A tokenizer with an end-of-document token.
 
     Text is not normalised: with a byte-level BPE (all that this package trains, and GPT-2's),
-    decode(encode(text)) == text. "<|endoftext|>" inside a text is encoded as the characters it
-    consists of; the EOS token itself is only ever added by the packing.
+    decode(encode(text)) == text. Text is never a control token, whatever the model: the name of one
+    inside a text ("<|endoftext|>", "[CLS]") is encoded as parts that are none. EOS itself is only
+    ever added by the packing.
     """
 
     def __init__(self, backend: Backend, *, name: str) -> None:
@@ -38,7 +43,8 @@ class Tokenizer:
             name: what to call it in an error message.
 
         Raises:
-            DataError: the vocabulary has no "<|endoftext|>".
+            DataError: the vocabulary has no "<|endoftext|>", or no other token for unknown
+                text.
         """
         backend.no_truncation()
         backend.no_padding()
@@ -55,6 +61,19 @@ class Tokenizer:
         # Ids may have gaps: the network needs a row for each up to the highest.
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         self._json: str = backend.to_str()
+        self._controls = self._control_ids()
+        try:
+            unknown = backend.encode(UNKNOWN, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(
+                f"{name} fails at text that it does not know ({one_line(error)}): give a tokenizer "
+                "with an unknown token."
+            ) from error
+        if eos_id in unknown:
+            raise DataError(
+                f'{name} reads text that it does not know as "{EOS}", which ends a document: give '
+                "a tokenizer with an unknown token of its own."
+            )
 
     @classmethod
     def from_json(cls, text: str, *, name: str = "the tokenizer.json") -> Tokenizer:
@@ -141,13 +160,47 @@ class Tokenizer:
             raise DataError(
                 f"Character {error.start} of the text is half of a surrogate pair: use UTF-8."
             ) from error
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-        return ids
+        return self._as_text(self._backend.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without EOS; on all cores."""
         encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [self._as_text(encoding.ids) for encoding in encodings]
+
+    def _control_ids(self) -> frozenset[int]:
+        """Special tokens and EOS; not the one for unknown text, which text may well become."""
+        special = {i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        model = self._backend.model
+        if isinstance(model, models.Unigram):
+            unknown = json.loads(self._json)["model"].get("unk_id")
+        else:
+            unknown = self._backend.token_to_id(getattr(model, "unk_token", None) or "")
+        return frozenset((special - {unknown}) | {self.eos_id})
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """The ids of a text, those of control tokens replaced by what spells them.
+
+        A byte-level BPE has none here, but a model that knows whole words may find a control token
+        among them.
+        """
+        if self._controls.isdisjoint(ids):
+            return ids
+        return [part for i in ids for part in ([i] if i not in self._controls else self._spell(i))]
+
+    def _spell(self, control: int) -> list[int]:
+        """Ids of the halves of a control token's name, or of theirs, so that none is a control.
+
+        Raises:
+            DataError: the name is a single character.
+        """
+        name = self._backend.id_to_token(control) or ""
+        if len(name) < 2:
+            raise DataError(
+                f"A text holds {name!r}, which is a control token of its tokenizer: give another "
+                "tokenizer, or take the character out."
+            )
+        halves = name[: len(name) // 2], name[len(name) // 2 :]
+        return self._as_text([t.id for half in halves for t in self._backend.model.tokenize(half)])
 
     def decode(self, ids: Iterable[int]) -> str:
         r"""Text of token ids; EOS is left out and ends a document.

@@ -57,7 +57,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm generate --model STUDENT               text from your own model
   fsdfm evaluate --model STUDENT --out REPORT  judge its texts, at several budgets
   fsdfm compare REPORT...                      reports side by side
-  fsdfm convert IN.pth DIR --tokenizer FILE    a published checkpoint -> model directory
+  fsdfm convert FILE DIR --tokenizer FILE      a published checkpoint -> model directory
   fsdfm bench                                  speed and memory here, beside references
 
 Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.
@@ -165,10 +165,10 @@ class PrepareArgs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertArgs:
-    """Turn a published .pth checkpoint into a model directory."""
+    """Turn a published checkpoint into a model directory."""
 
-    checkpoint: Positional[Annotated[Path, arg(metavar="IN.pth")]]
-    """The checkpoint."""
+    checkpoint: Positional[Annotated[Path, arg(metavar="FILE")]]
+    """The checkpoint: .pth (networks by name, or one state dict) or .safetensors."""
     out: Positional[Annotated[Path, arg(metavar="OUT_DIR")]]
     """Model directory to write."""
     tokenizer: Annotated[Path, arg(metavar="FILE")]
@@ -181,6 +181,10 @@ class ConvertArgs:
         ),
     ] = None
     """Which of its networks to take."""
+    heads: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: the file's, or its shape's)")
+    ] = None
+    """Heads of the attention, where the file lacks rotary_emb.inv_freq, which tells them."""
 
 
 class _Stopped(Exception):
@@ -312,6 +316,7 @@ def convert(args: ConvertArgs) -> None:
             args.out,
             tokenizer_json=Tokenizer.from_file(args.tokenizer).to_json(),
             weights=args.weights,
+            heads=args.heads,
         )
     _write(
         f"{args.out}: {config.blocks} blocks of width {config.hidden_size}, "

@@ -91,6 +91,26 @@ def test_converted_network_gives_the_published_logits(
     assert_gives(tmp_path, name)
 
 
+@pytest.mark.parametrize("what", ["model", "run", "file", "link"])
+def test_what_is_there_already_is_left_alone(tmp_path: Path, what: str) -> None:
+    out, file = tmp_path / "out", tmp_path / "kept" / "run.json"
+    file.parent.mkdir()
+    file.write_text("years of work")
+    if what == "model":
+        convert_published(DFM, out, tokenizer_json=tokenizer_json())
+    elif what == "file":
+        out.write_text("years of work")
+    elif what == "link":
+        out.symlink_to(file.parent)
+    else:
+        file.parent.rename(out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        convert_published(MASK, out, tokenizer_json=tokenizer_json())
+    assert str(caught.value).startswith(f"{out} exists already: choose another")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize(
     ("path", "best"),
     [(DFM, "dfm_uniform"), (FSDFM, "fsdfm_uniform.student_ema"), (MASK, "fsdfm_mask.student")],

@@ -73,6 +73,17 @@ def _replace(path: Path, data: bytes) -> None:
             partial.unlink(missing_ok=True)
 
 
+def is_taken(directory: Path) -> bool:
+    """Whether something stands where a new directory should be made; an empty one does not count.
+
+    Raises:
+        OSError: it cannot be looked into.
+    """
+    if not directory.is_dir():
+        return directory.exists()
+    return any(directory.iterdir())
+
+
 def digest(parts: Iterable[str | bytes | memoryview]) -> str:
     """SHA-256 of the parts one after the other (text as UTF-8), in hexadecimal."""
     found = hashlib.sha256()

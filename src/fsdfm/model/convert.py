@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fsdfm.core.files import one_line
+from fsdfm.core.files import is_taken, one_line
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.model.pretrained import build, save_pretrained, vocabulary_size
 from fsdfm.model.rotary import Rotary
@@ -56,7 +56,7 @@ def convert_published(
 
     Args:
         path: the file: .pth or another name of PyTorch's, or .safetensors.
-        out: model directory to write.
+        out: model directory to make; it must not be there, or be empty.
         tokenizer_json: text of the tokenizer that the network was trained with (GPT-2's, for the
             published ones).
         weights: student_ema, student, model or teacher; None takes the first of them in the file,
@@ -71,11 +71,16 @@ def convert_published(
 
     Raises:
         CheckpointError: no such file; not a checkpoint, truncated, or with objects other than
-            tensors; tensors missing, unknown or mis-shaped.
+            tensors; tensors missing, unknown or mis-shaped; an output that is there already.
         ConfigError: the file lacks the wanted network, the tokenizer has the wrong size, or the
             number of heads is not known.
     """
-    path = Path(path)
+    path, out = Path(path), Path(out)
+    try:
+        if is_taken(out):
+            raise CheckpointError(f"{out} exists already: choose another output, or delete it.")
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {out} ({one_line(error)}): choose another.") from None
     vocabulary = vocabulary_size(tokenizer_json, "The tokenizer")
     name, state = _choose(_read(path), weights, path)
     where = f"{path} ({name})" if name else str(path)

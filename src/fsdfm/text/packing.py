@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fsdfm.core.files import digest, file_digest, one_line
+from fsdfm.core.files import digest, file_digest, is_taken, one_line
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
@@ -136,7 +136,7 @@ def _staging(out: Path) -> Iterator[Path]:
     final = out.resolve()  # `.` has no name, and a link to a directory is not to be replaced
     staged = final.with_name(f".{final.name}.partial")
     try:
-        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        if is_taken(final):
             raise DataError(f"{out} exists already: choose another --out, or delete it.")
         if staged.exists():
             shutil.rmtree(staged)

@@ -529,3 +529,23 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(
         evaluate(arguments(place, tmp_path / "out", num_samples=2))
     assert "\n" not in str(caught.value)
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+def test_two_evaluations_do_not_share_a_directory(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(place, tmp_path / "out", num_samples=2, steps=("1",))
+    refused: list[str] = []
+    make = Parts.make
+
+    def second(self: Parts, cell: Cell, group: range) -> None:
+        if not refused:
+            with pytest.raises(FsdfmError) as caught:
+                evaluate(args)
+            refused.append(str(caught.value))
+        make(self, cell, group)
+
+    monkeypatch.setattr(Parts, "make", second)
+    evaluate(args)
+    assert refused[0].startswith(f"{args.out} is being written by process {os.getpid()}:")
+    assert not (args.out / "parts" / ".lock").exists()

@@ -484,6 +484,21 @@ def test_an_interrupt_leaves_nothing(source: Path, out: Path) -> None:
     assert nothing_left(out, {source.name})
 
 
+def test_two_runs_do_not_write_the_same_output(source: Path, out: Path) -> None:
+    refused: list[str] = []
+
+    def second(phase: str, done: int, total: int) -> None:
+        if phase == "tokens" and not refused:
+            with pytest.raises(ConfigError) as caught:
+                prepare([source], out, settings=SETTINGS)
+            refused.append(str(caught.value))
+
+    prepare([source], out, settings=SETTINGS, progress=second)
+    assert refused[0].startswith(f"{out} is being written by process ")
+    TokenStore.open(out)
+    assert nothing_left(out, {source.name, "data"})
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -593,6 +593,32 @@ def test_a_run_json_that_is_none_is_refused(text: str, data: Path, tmp_path: Pat
     assert "run.json" in message
 
 
+@pytest.mark.parametrize("command", ["pretrain", "distill"])
+def test_two_trainings_do_not_share_a_directory(
+    data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    args: Any = pretrain_args(data, tmp_path / "run")
+    run: Callable[[Any], bool] = pretrain
+    if command == "distill":
+        run, args = distill, distill_args(data, tmp_path / "run", teacher)
+    refused: list[str] = []
+    validated = TrainingConsole.evaluated
+
+    def second(self: Any, *a: Any) -> None:
+        if not refused:
+            before = contents(args.out)
+            refused.append(refusal(ConfigError, run, args))
+            assert contents(args.out) == before
+        validated(self, *a)
+
+    monkeypatch.setattr(TrainingConsole, "evaluated", second)
+    assert run(args)
+    said = f"{args.out} is being written by process {os.getpid()}: wait for it to end"
+    assert len(refused) == 1 and refused[0].startswith(said)
+    assert [m["step"] for m in metrics(args.out)] == [2, 4, 4, 6, 7, 7]
+    assert {p.name for p in args.out.iterdir()} == RUN_FILES
+
+
 def test_an_empty_directory_and_one_left_by_a_death_at_birth_are_taken(
     data: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from fsdfm.app.generator import load
 from fsdfm.app.heldout import HeldOut
 from fsdfm.app.workers import Workers
 from fsdfm.core.files import digest, one_line, write_whole
+from fsdfm.core.lock import locked
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.eval.judge import Judge, load_judge
 from fsdfm.eval.mauve import mauve
@@ -148,7 +149,7 @@ def evaluate(args: EvaluateArgs, progress: Progress | None = None) -> Report | N
     """
     args = args.resolved()
     folder = _claim(args.out)
-    with Workers.joined() as workers:
+    with Workers.joined() as workers, _alone(folder, args.out, workers):
         device = pick_device(workers.device(args.device))
         with _undisturbed(device):
             cells, parts = _prepare(args, device, folder)
@@ -180,6 +181,20 @@ def _claim(out: Path) -> Path:
     except OSError as error:
         raise DataError(f"Cannot write {out} ({one_line(error)}): choose another --out.") from None
     return out / "parts"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, out: Path, workers: Workers) -> Iterator[None]:
+    """Keep other commands out of the folder while the first process of this one is at work."""
+    with contextlib.ExitStack() as stack:
+        if workers.first:
+            try:
+                stack.enter_context(locked(folder / ".lock", out))
+            except OSError as error:
+                raise DataError(
+                    f"Cannot write {folder} ({one_line(error)}): choose another out."
+                ) from None
+        yield
 
 
 def _make(parts: Parts, cell: Cell, group: range) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
 from fsdfm.app.console import TrainingConsole
 from fsdfm.app.device import pick_device, preferred_dtype
 from fsdfm.core.files import digest, one_line, tensor_bytes, write_whole
+from fsdfm.core.lock import locked
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
@@ -31,6 +33,8 @@ from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretr
 CHANGEABLE = ("out", "device", "data", "teacher", "init")
 """Settings that may differ when a run goes on: places, which are compared by content instead."""
 
+
+LOCK = ".lock"
 
 DRAWS = 8
 """Groups in which a model with a joint head draws the positions of a call by default."""
@@ -151,7 +155,6 @@ def _train(
         "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
         "start_sha256": digest(tensor_bytes(model.parameters())),
     }
-    _claim(args.out, facts)
     tokenizer = Tokenizer.from_json(store.tokenizer_json)
     config = model.config
     source, schedule = objective_parts(config)
@@ -169,9 +172,11 @@ def _train(
     def export(ema: Transformer) -> None:
         save_pretrained(args.out, ema, tokenizer_json=store.tokenizer_json, generation=generation)
 
-    with TrainingConsole(
-        args, tokenizer, generation, tokens_per_step=settings.batch_size * args.accumulate * length
-    ) as console:
+    tokens_per_step = settings.batch_size * args.accumulate * length
+    with (
+        _claimed(args.out, facts),
+        TrainingConsole(args, tokenizer, generation, tokens_per_step) as console,
+    ):
         console.export = export
         finished = Run(args.out, settings, task, console).train(model.to(device))
     console.summary(finished)
@@ -198,8 +203,28 @@ def _with_context(model: Transformer, length: int) -> Transformer:
     return longer
 
 
+@contextmanager
+def _claimed(out: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Hold the run directory for this process alone.
+
+    Raises:
+        ConfigError: it holds another run, or another process trains in it.
+        CheckpointError: it cannot be written, or holds something else.
+    """
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / LOCK, out))
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write run directory {out} ({one_line(error)}): choose another --out."
+            ) from None
+        _claim(out, facts)
+        yield
+
+
 def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Make the run directory, or check that it holds this very run.
+    """Write what the run is, or check that the directory holds this very run.
 
     Raises:
         ConfigError: it holds another run.
@@ -211,9 +236,8 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         if path.exists():
             _same_run(out, json.loads(path.read_text()), facts)
             return
-        if out.exists() and {other.name for other in out.iterdir()} - {".run.json.partial"}:
+        if {other.name for other in out.iterdir()} - {LOCK, ".run.json.partial"}:
             raise ConfigError(f"--out {out} is not empty and holds no run: choose another.")
-        out.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(facts, indent=2) + "\n", error=CheckpointError)
     except OSError as error:
         raise CheckpointError(

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fsdfm.core.files import digest, file_digest, is_taken, one_line
+from fsdfm.core.lock import locked
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
@@ -98,7 +99,7 @@ def prepare(
 
     Raises:
         DataError: unusable input, or an output that exists or cannot be written.
-        ConfigError: settings out of range.
+        ConfigError: settings out of range; another process prepares the same output.
     """
     settings = settings or PrepareSettings()
     check_files(files)
@@ -138,20 +139,29 @@ def _staging(out: Path) -> Iterator[Path]:
     try:
         if is_taken(final):
             raise DataError(f"{out} exists already: choose another --out, or delete it.")
-        if staged.exists():
-            shutil.rmtree(staged)
-        staged.mkdir(parents=True)
-        yield staged
-        if final.exists():
-            final.rmdir()
-        staged.replace(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with locked(final.with_name(f".{final.name}.lock"), out), _removed_at_the_end(staged):
+            staged.mkdir()
+            yield staged
+            if final.exists():
+                final.rmdir()
+            staged.replace(final)
     except OSError as error:
         raise DataError(
             f"Cannot write {out} ({one_line(error)}): choose another --out or free some "
             f"space, then run the same command again."
         ) from None
+
+
+@contextmanager
+def _removed_at_the_end(directory: Path) -> Iterator[None]:
+    """A directory of ours that a killed run may have left, gone before and after."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    try:
+        yield
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:

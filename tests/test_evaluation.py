@@ -549,3 +549,40 @@ def test_two_evaluations_do_not_share_a_directory(
     evaluate(args)
     assert refused[0].startswith(f"{args.out} is being written by process {os.getpid()}:")
     assert not (args.out / "parts" / ".lock").exists()
+
+
+def test_no_character_is_cut_where_a_continuation_begins(place: Path, tmp_path: Path) -> None:
+    """Held-out text of two-byte characters, each two tokens, in blocks that begin within one."""
+    text = "x" + "é" * 400
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "other.txt").write_text(text)
+    generator = load(place / "student", device="cpu")
+    assert len(generator.tokenizer.encode(text)) == 801
+    args = arguments(
+        place,
+        tmp_path / "out",
+        tasks=("continuation", "unconditional"),
+        length=38,  # a quarter is 9 tokens
+        reference=(f"other={tmp_path / 'other.txt'}",),
+    ).resolved()
+    cells = Cells(args, {"student": generator}, HeldOut.open(tmp_path / "heldout.jsonl"))
+    seen = 0
+    for cell in cells.all():
+        if cell.name == "human text" or cell.name == "other":
+            for sample in cell.make(range(cell.count)):
+                assert "\ufffd" not in sample.prefix + sample.text
+                assert 17 <= len(sample.prefix + sample.text) <= 20
+                seen += 1
+        elif cell.task == "continuation, quarter" and cell.kind == "model":
+            human = cells.blocks["student"].human
+            for sample, ids in zip(cell.make(range(cell.count)), human, strict=False):
+                cut = 38 - len(sample.ids)
+                assert cut in (8, 9)
+                assert "\ufffd" not in sample.prefix
+                assert generator.decode(ids[:cut]).strip("\ufffd") == sample.prefix
+                assert sample.record["generated_tokens"] == len(sample.ids)
+                seen += 1
+        elif cell.task == "likelihood":
+            assert {t.record["elbo_bytes"] for t in cell.make(range(2))} <= {36, 37, 38}
+            seen += 1
+    assert seen > 20

@@ -61,6 +61,35 @@ def test_eos_decodes_to_a_blank_line_between_documents() -> None:
     assert TOKENIZER.decode([eos]) == TOKENIZER.decode([]) == ""
 
 
+def test_a_cut_at_a_character_is_the_last_that_cuts_none() -> None:
+    tokenizer = train_bpe([""], 257)  # a token for each byte
+    text, spare = "aé東😀\ufffdz", tokenizer.encode("東")[:2]
+    ids = tokenizer.encode(text)
+    whole = {len(text[:k].encode()) for k in range(len(text) + 1)}
+    for near in range(len(ids) + 1):
+        cut = tokenizer.character_cut(ids, near)
+        assert cut == max(place for place in whole if place <= near)
+        assert tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == text
+    # Half a character stays in one piece; a stray byte and the end of a document are pieces.
+    eos = tokenizer.eos_id
+    for others, cuts in (
+        ([*spare, *spare], [0, 0, 2, 2, 4]),
+        ([*spare, eos, *spare], [0, 0, 2, 3, 3]),
+        ([eos, eos, ids[2], ids[2]], [0, 1, 2, 3, 4]),
+    ):
+        assert [tokenizer.character_cut(others, k) for k in range(5)] == cuts
+
+
+@settings(deadline=None, max_examples=40)
+@given(TEXTS, st.integers(0, 30))
+def test_what_is_cut_at_a_character_makes_up_the_text(text: str, near: int) -> None:
+    ids = TOKENIZER.encode(text)
+    near = min(near, len(ids))
+    cut = TOKENIZER.character_cut(ids, near)
+    assert near - 3 <= cut <= near
+    assert TOKENIZER.decode(ids[:cut]) + TOKENIZER.decode(ids[cut:]) == text
+
+
 def test_an_id_out_of_range_is_refused() -> None:
     for wrong in (TOKENIZER.vocab_size, -1):  # the first is what a mask has
         with pytest.raises(ValueError, match=rf"\[0, 270\).*{wrong}"):

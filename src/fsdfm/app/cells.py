@@ -29,6 +29,7 @@ from fsdfm.eval.report import Record
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.text.tokenizer import HALF
 
 GROUP = 4
 """Fewest samples that are made and judged together, whoever does it."""
@@ -169,13 +170,15 @@ class Cells:
         return Cell(name, "reference", task, count, make, self.shared | known | facts)
 
     def _human(self, name: str, task: str, blocks: list[list[int]], prefix: int) -> Cell:
-        decode = self.generators[self.first].decode
+        tokenizer = self.generators[self.first].tokenizer
 
         def make(group: range) -> list[Text]:
-            chosen = [blocks[i] for i in group]
-            return [
-                Text(decode(ids[prefix:]), ids[prefix:], {}, decode(ids[:prefix])) for ids in chosen
-            ]
+            texts = []
+            for ids in (blocks[i] for i in group):
+                cut = tokenizer.character_cut(ids, prefix)
+                before, text = (_whole(tokenizer.decode(part)) for part in (ids[:cut], ids[cut:]))
+                texts.append(Text(text, ids[cut:], {}, before))
+            return texts
 
         return self._reference(name, task, min(self.most, len(blocks)), make)
 
@@ -200,8 +203,12 @@ class Cells:
         tokenizer = self.generators[self.first].tokenizer
 
         def make(group: range) -> list[Text]:
-            rows = [tokenizer.encode(texts[i])[: self.length] for i in group]
-            return [Text(tokenizer.decode(ids), ids) for ids in rows]
+            rows = [tokenizer.encode(texts[i]) for i in group]
+            ends = [tokenizer.character_cut(ids, min(self.length, len(ids))) for ids in rows]
+            return [
+                Text(tokenizer.decode(ids[:end]), ids[:end])
+                for ids, end in zip(rows, ends, strict=True)
+            ]
 
         count = min(self.most, len(texts))
         return self._reference(name, task, count, make, texts_sha256=digest(["\0".join(texts)]))
@@ -268,17 +275,19 @@ class Cells:
     def _continue(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
         """What follows the first part of held-out blocks; only that is judged."""
         generator, prefix = self.generators[name], int(share * self.length)
-        frozen = [i < prefix for i in range(self.length)]
 
         def make(group: range) -> list[Text]:
             given = [self.blocks[name].human[i] for i in group]
+            cuts = [generator.tokenizer.character_cut(ids, prefix) for ids in given]
+            frozen = [[i < cut for i in range(self.length)] for cut in cuts]
             seed = self.args.seed + group.start
-            found = generator.fill(given, [frozen] * len(group), **options, seed=seed)
-            return [
-                Text(generator.decode(ids[prefix:]), ids[prefix:], cost(s), s_prefix)
-                for s in found.samples
-                for ids, s_prefix in [(s.token_ids, generator.decode(s.token_ids[:prefix]))]
-            ]
+            found = generator.fill(given, frozen, **options, seed=seed)
+            texts = []
+            for sample, cut in zip(found.samples, cuts, strict=True):
+                ids = sample.token_ids
+                before = _whole(generator.decode(ids[:cut]))
+                texts.append(Text(generator.decode(ids[cut:]), ids[cut:], cost(sample), before))
+            return texts
 
         return make
 
@@ -316,7 +325,7 @@ class Cells:
                 record: Record = {
                     "elbo_nats": self.length * sum(found) / len(found),
                     "elbo_tokens": self.length,
-                    "elbo_bytes": len(generator.decode(blocks[i]).encode()),
+                    "elbo_bytes": len(_whole(generator.decode(blocks[i])).encode()),
                 }
                 texts.append(Text("", [], record))
             return texts
@@ -343,6 +352,11 @@ class _Precise:
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         """See `TrainableModel`."""
         return self.generator.model.head_parameters()
+
+
+def _whole(text: str) -> str:
+    """The text of a block without the characters that its ends cut."""
+    return text.strip(HALF)
 
 
 def hidden_positions(length: int, share: float, seed: int, index: int) -> Any:

@@ -34,7 +34,7 @@ from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
 from fsdfm.eval.report import Record, Report, Row
 
-EVALUATION = 3
+EVALUATION = 4
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
 FEWEST_SEGMENTS = 80
 """MAUVE of fewer feature vectors (8 clusters) is noise."""

@@ -22,6 +22,9 @@ DOCUMENT_SEPARATOR = "\n\n"
 UNKNOWN = "\U000f0000"
 """For private use: a character that no vocabulary of whole words or pieces has."""
 
+HALF = "\ufffd"
+"""What a character becomes that is cut."""
+
 SMALLEST_VOCABULARY = 257
 """One token per byte, and EOS."""
 
@@ -216,6 +219,27 @@ class Tokenizer:
             ValueError: an id is out of range (a mask id, say): never the user's doing.
         """
         return DOCUMENT_SEPARATOR.join(self._documents(list(ids)))
+
+    def character_cut(self, ids: Sequence[int], near: int) -> int:
+        """The last place at or before `near` where ids can be cut without cutting a character.
+
+        Args:
+            ids: each in [0, vocab_size).
+            near: from 0 to their number.
+        """
+        while self._cuts_a_character(ids, near):
+            near -= 1
+        return near
+
+    def _cuts_a_character(self, ids: Sequence[int], place: int) -> bool:
+        before, after = list(ids[max(0, place - 4) : place]), list(ids[place : place + 4])
+        while self.eos_id in before:
+            before = before[before.index(self.eos_id) + 1 :]
+        if self.eos_id in after:
+            after = after[: after.index(self.eos_id)]
+        # A character has four bytes at most, and what is left of one becomes U+FFFD.
+        apart = self._backend.decode(before) + self._backend.decode(after)
+        return self._backend.decode(before + after).count(HALF) < apart.count(HALF)
 
     def _documents(self, ids: list[int]) -> Iterator[str]:
         if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):

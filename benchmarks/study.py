@@ -48,6 +48,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.core.files import write_whole
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats
 from fsdfm.flow.grid import late_grid
@@ -709,7 +710,7 @@ def main() -> None:
     table = summary.table(args.budgets)
     usual = drawn_set == {"first_sample": 0, "samples": language.samples}
     suffix = "" if usual else f" {args.first_sample} {drawn_set['samples']}"
-    (where / f"table{suffix}.md").write_text(table + "\n")
+    write_whole(where / f"table{suffix}.md", table + "\n")
     if importlib.util.find_spec("matplotlib"):
         summary.picture(where / f"figure{suffix}.png")
     print("\n" + table)

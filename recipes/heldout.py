@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from fsdfm.app.heldout import HeldOut
+from fsdfm.core.files import write_whole
 
 
 def main() -> None:
@@ -21,7 +22,7 @@ def main() -> None:
     data, out = map(Path, sys.argv[1:])
     documents = HeldOut.open(data).documents
     lines = "".join(json.dumps({"text": d}, ensure_ascii=False) + "\n" for d in documents)
-    out.write_bytes(gzip.compress(lines.encode(), mtime=0))
+    write_whole(out, gzip.compress(lines.encode(), mtime=0))
     print(f"{out}: {len(documents)} documents, {out.stat().st_size:,} bytes")
 
 

@@ -171,6 +171,42 @@ def test_bad_values_are_one_line_on_stderr(run: Run, model: Path, argv: str, mes
     assert run("generate", "--model", model, *argv.split()) == (2, "", f"error: {message}\n")
 
 
+@pytest.mark.parametrize("end", [b"", b"\n", b"\r\n"])
+@pytest.mark.parametrize("place", ["file", "stdin"])
+def test_a_prompt_is_read_from_a_file(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, end: bytes
+) -> None:
+    data = "\ufeffthe über\n".encode() + end
+    (tmp_path / "prompt.txt").write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+    argv = "generate", "--model", model, "--num-samples", 2, "--steps", 2
+    file = tmp_path / "prompt.txt" if place == "file" else "-"
+    code, out, err = run(*argv, "--prompt-file", file)
+    assert (code, err) == (0, "")
+    prompt = "the über" + "\n" * bool(end)
+    assert out == run(*argv, "--prompt", prompt)[1]
+
+
+def test_a_prompt_file_that_cannot_be_used_is_one_line(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "good.txt").write_text("the")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
+    for words, says in (
+        (("latin.txt",), "latin.txt is not UTF-8 (byte 3)"),
+        (("none.txt",), "none.txt: No such file or directory."),
+        ((".",), "Is a directory."),
+        (("good.txt", "--prompt", "the"), "both given"),
+        (("-",), "Standard input is not UTF-8"),
+    ):
+        file = words[0] if words[0] == "-" else tmp_path / words[0]
+        # Before a model is loaded.
+        code, out, err = run("generate", "--model", "/no", "--prompt-file", file, *words[1:])
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert says in err
+
+
 def test_a_missing_model_is_one_line_on_stderr(run: Run, tmp_path: Path) -> None:
     missing = tmp_path / "none"
     assert run("generate", "--model", missing) == (
@@ -286,6 +322,27 @@ def test_prepare_tells_what_came_out(run: Run, tmp_path: Path) -> None:
         f"{out}: {train['tokens']:,} training and {validation['tokens']:,} validation tokens "
         f"of 50 documents, vocabulary {manifest['vocab_size']}\n"
     )
+
+
+def test_prepare_tells_that_a_long_document_was_split(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text(WORDS * 20)
+    code, told, err = run("prepare", tmp_path / "book.txt", "--out", tmp_path / "data")
+    assert (code, err) == (0, "")
+    assert " of 1 document, one of them split (its end is for validation), vocabulary " in told
+
+
+def test_prepare_reads_the_field_asked_for(run: Run, tmp_path: Path) -> None:
+    source = tmp_path / "docs.jsonl"
+    source.write_text("\n".join(json.dumps({"content": WORDS, "id": i}) for i in range(50)))
+    code, out, err = run("prepare", source, "--out", tmp_path / "data")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert 'line 1: no string under "text"; the fields with a string are "content".' in err
+    argv = "--out", tmp_path / "data", "--field", "content", "--vocab-size", 300
+    code, out, err = run("prepare", source, *argv)
+    assert (code, err) == (0, "")
+    assert " of 50 documents, " in out
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["settings"]["field"] == "content"
 
 
 def test_prepare_refuses_an_empty_file_in_one_line(run: Run, tmp_path: Path) -> None:

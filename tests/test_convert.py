@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fsdfm.errors import CheckpointError, ConfigError, FsdfmError
-from fsdfm.model.convert import GENERATION, convert_published
+from fsdfm.model.convert import GENERATION, convert_published, infer_config
 from fsdfm.model.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig
 
@@ -88,6 +89,26 @@ def test_converted_network_gives_the_published_logits(
     assert back.tokenizer_json == tokenizer_json()
     assert back.generation == GENERATION
     assert_gives(tmp_path, name)
+
+
+@pytest.mark.parametrize("what", ["model", "run", "file", "link"])
+def test_what_is_there_already_is_left_alone(tmp_path: Path, what: str) -> None:
+    out, file = tmp_path / "out", tmp_path / "kept" / "run.json"
+    file.parent.mkdir()
+    file.write_text("years of work")
+    if what == "model":
+        convert_published(DFM, out, tokenizer_json=tokenizer_json())
+    elif what == "file":
+        out.write_text("years of work")
+    elif what == "link":
+        out.symlink_to(file.parent)
+    else:
+        file.parent.rename(out)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError) as caught:
+        convert_published(MASK, out, tokenizer_json=tokenizer_json())
+    assert str(caught.value).startswith(f"{out} exists already: choose another")
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -165,7 +186,6 @@ def test_broken_tokenizer_is_refused(tmp_path: Path) -> None:
         "vocab_embed.weight",
         "time_embedding.mlp.2.weight",
         "time_embedding.mlp.2.bias",
-        "rotary_emb.inv_freq",
         "blocks.0.qw.weight",
         "blocks.1.condition_fuser.bias",
         "time_condition_fuser.weight",
@@ -227,6 +247,67 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "model."])
+@pytest.mark.parametrize("kind", ["bare", "state_dict", "model_state_dict", "safetensors"])
+def test_a_file_with_one_network_needs_no_name_for_it(
+    tmp_path: Path, kind: str, prefix: str
+) -> None:
+    tensors = {prefix + name: tensor.clone() for name, tensor in state().items()}
+    path = tmp_path / ("in.safetensors" if kind == "safetensors" else "in.pt")
+    if kind == "safetensors":
+        save_file(tensors, path)
+    elif kind == "bare":
+        torch.save(OrderedDict(tensors), path)
+    else:
+        torch.save({kind: tensors, "epoch": 3, "optimizer": {"lr": 0.1}}, path)
+    convert_published(path, tmp_path / "out", tokenizer_json=tokenizer_json())
+    assert_gives(tmp_path / "out", "fsdfm_mask.student")
+    said = "no weights 'student': it holds one network without a name"
+    refused(path, tmp_path / "other", ConfigError, said, weights="student")
+
+
+def test_a_network_with_a_name_is_preferred_to_one_without(tmp_path: Path) -> None:
+    broken = {"vocab_embed.weight": torch.zeros(3)}
+    torch.save({"student_model": state(), "state_dict": broken}, tmp_path / "in.pth")
+    convert_published(tmp_path / "in.pth", tmp_path / "out", tokenizer_json=tokenizer_json())
+    assert_gives(tmp_path / "out", "fsdfm_mask.student")
+
+
+def test_entries_beside_the_tensors_of_a_bare_state_dict_are_named(tmp_path: Path) -> None:
+    torch.save({**state(), "step": 3}, tmp_path / "in.pth")
+    said = "in.pth has entries that are no tensors: step."
+    refused(tmp_path / "in.pth", tmp_path / "out", CheckpointError, said)
+
+
+def test_rotary_frequencies_are_computed_where_the_file_lacks_them(tmp_path: Path) -> None:
+    tensors = state()
+    del tensors["rotary_emb.inv_freq"]
+    torch.save({"student_model": tensors}, tmp_path / "in.pth")
+    options: Any = {"tokenizer_json": tokenizer_json()}
+    convert_published(tmp_path / "in.pth", tmp_path / "out", heads=4, **options)
+    assert_gives(tmp_path / "out", "fsdfm_mask.student")
+    said = ("(student) has no rotary_emb.inv_freq", "half its width of 64")
+    for heads in (None, 0, 5, 64):  # no published network has this shape
+        refused(tmp_path / "in.pth", tmp_path / "no", ConfigError, *said, heads=heads)
+    refused(MASK, tmp_path / "no", ConfigError, "has 4 heads, not 8", heads=8)
+
+
+def test_a_published_shape_tells_its_heads() -> None:
+    names = "vocab_embed.weight", "time_embedding.mlp.2.weight", "blocks.11.qw.weight"
+    tensors = {names[0]: (98, 768), names[1]: (128, 128), names[2]: (768, 768)}
+    shapes = {name: torch.zeros(shape, device="meta") for name, shape in tensors.items()}
+    assert infer_config(shapes, 97, "x").heads == 12
+
+
+@pytest.mark.parametrize("data", [b"", b"hello there", b"cut"])
+def test_safetensors_that_are_none_are_named(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "in.safetensors"
+    save_file({name: tensor.clone() for name, tensor in state().items()}, path)
+    path.write_bytes(path.read_bytes()[:-9] if data == b"cut" else data)
+    said = "in.safetensors is truncated, corrupt, or no safetensors file"
+    refused(path, tmp_path / "out", CheckpointError, said)
+
+
 @pytest.mark.parametrize("container", ["zip", "old", "pickle"])
 def test_pickle_that_would_run_code_is_refused_and_does_not_run(
     tmp_path: Path, container: str
@@ -264,5 +345,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 def test_checkpoint_without_networks_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "other.pth")
     refused(tmp_path / "other.pth", tmp_path / "out", CheckpointError, "holds no network")
+    torch.save({"model": {"conv.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    refused(tmp_path / "other.pth", tmp_path / "out", CheckpointError, "missing vocab_embed.weight")
     torch.save([1, 2], tmp_path / "list.pth")
     refused(tmp_path / "list.pth", tmp_path / "out", CheckpointError, "holds a list")

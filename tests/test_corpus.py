@@ -160,6 +160,9 @@ def test_binary_is_refused_with_its_offset(tmp_path: Path, where: int) -> None:
         ('{"body": "a"}', '"text"'),
         ('{"text": 7}', '"text"'),
         ('["text"]', '"text"'),
+        ('{"id": 7, "body": "a", "ti\\ntle": "b"}', 'fields with a string are "body", "ti\\ntle".'),
+        ('{"id": 7}', "fields with a string are none."),
+        (json.dumps({f"f{i}": "" for i in range(10)}), '"f6", "f7" and 2 more.'),
         (r'{"text": "a\ud83d"}', "surrogate"),
     ],
 )
@@ -169,6 +172,14 @@ def test_a_bad_line_is_refused_with_its_number(tmp_path: Path, line: str, wrong:
     message = refusal(path)
     assert wrong in message
     assert "line 3:" in message
+
+
+def test_the_text_may_be_in_another_field(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": 7, "content": "one"}\n{"content": "two"}\n', encoding="utf-8")
+    assert ["".join(d) for d in read_documents(path, field="content")] == ["one", "two"]
+    with pytest.raises(DataError, match=r'line 1: no string under "body".*are "content"'):
+        list(read_documents(path, field="body"))
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])

@@ -676,12 +676,68 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(self: Path, data: bytes) -> int:
-        self.touch()
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)  # as the disk fills up
+    monkeypatch.setattr(os, "fsync", full)  # as the disk fills up
     with pytest.raises(FsdfmError, match="No space left") as caught:
         evaluate(arguments(place, tmp_path / "out", num_samples=2))
     assert "\n" not in str(caught.value)
     assert not any(p.is_file() for p in tmp_path.rglob("*"))
+
+
+def test_two_evaluations_do_not_share_a_directory(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = arguments(place, tmp_path / "out", num_samples=2, steps=("1",))
+    refused: list[str] = []
+    make = Parts.make
+
+    def second(self: Parts, cell: Cell, group: range) -> None:
+        if not refused:
+            with pytest.raises(FsdfmError) as caught:
+                evaluate(args)
+            refused.append(str(caught.value))
+        make(self, cell, group)
+
+    monkeypatch.setattr(Parts, "make", second)
+    evaluate(args)
+    assert refused[0].startswith(f"{args.out} is being written by process {os.getpid()}:")
+    assert not (args.out / "parts" / ".lock").exists()
+
+
+def test_no_character_is_cut_where_a_continuation_begins(place: Path, tmp_path: Path) -> None:
+    """Held-out text of two-byte characters, each two tokens, in blocks that begin within one."""
+    text = "x" + "é" * 400
+    (tmp_path / "heldout.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "other.txt").write_text(text)
+    generator = load(place / "student", device="cpu")
+    assert len(generator.tokenizer.encode(text)) == 801
+    args = arguments(
+        place,
+        tmp_path / "out",
+        tasks=("continuation", "unconditional"),
+        length=38,  # a quarter is 9 tokens
+        reference=(f"other={tmp_path / 'other.txt'}",),
+    ).resolved()
+    cells = Cells(args, {"student": generator}, HeldOut.open(tmp_path / "heldout.jsonl"))
+    seen = 0
+    for cell in cells.all():
+        if cell.name == "human text" or cell.name == "other":
+            for sample in cell.make(range(cell.count)):
+                assert "\ufffd" not in sample.prefix + sample.text
+                assert 17 <= len(sample.prefix + sample.text) <= 20
+                seen += 1
+        elif cell.task == "continuation, quarter" and cell.kind == "model":
+            human = cells.blocks["student"].human
+            for sample, ids in zip(cell.make(range(cell.count)), human, strict=False):
+                cut = 38 - len(sample.ids)
+                assert cut in (8, 9)
+                assert "\ufffd" not in sample.prefix
+                assert generator.decode(ids[:cut]).strip("\ufffd") == sample.prefix
+                assert sample.record["generated_tokens"] == len(sample.ids)
+                seen += 1
+        elif cell.task == "likelihood":
+            assert {t.record["elbo_bytes"] for t in cell.make(range(2))} <= {36, 37, 38}
+            seen += 1
+    assert seen > 20

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -374,6 +375,21 @@ def test_a_cpu_gets_bfloat16_only_where_it_multiplies_it(
     assert preferred_dtype(torch.device("cpu")) == torch.float32
 
 
+def test_an_option_that_there_is_not_is_refused_everywhere(generator: Generator) -> None:
+    wrong: Any = {"stpes": 2}
+    for call in (
+        generator.batches,
+        generator.stream,
+        lambda **options: generator.fill([[1, 2]], [[True, False]], **options),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            call(**wrong)
+        assert str(caught.value) == "There is no option 'stpes': did you mean steps?"
+    wrong = {"beams": 2}
+    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, length, num_samples"):
+        generator.stream(**wrong)
+
+
 # ------------------------------------------------------------------------------------------- fill
 
 
@@ -413,6 +429,33 @@ def test_fill_with_a_beginning_is_generate_with_a_prompt(
     assert filled.samples[0].token_ids == told.samples[0].token_ids
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.int64, torch.int32, torch.int64])
+@pytest.mark.parametrize("shape", ["matrix", "rows", "values"])
+def test_fill_takes_integers_of_any_kind(generator: Generator, kind: Any, shape: str) -> None:
+    rows, frozen = [[3, 1, 4, 1], [5, 9, 2, 6]], [[True, False, True, True]] * 2
+    make = np.asarray if kind.__module__ == "numpy" else torch.as_tensor
+    ids, mask = make(rows, dtype=kind), make(frozen)
+    if shape == "rows":
+        ids, mask = [*ids], [*mask]
+    elif shape == "values":
+        ids, mask = [[*row] for row in ids], [[*row] for row in mask]
+    expected = generator.fill(rows, frozen, steps=2)
+    found = generator.fill(ids, mask, steps=2)
+    assert [s.token_ids for s in found.samples] == [s.token_ids for s in expected.samples]
+
+
+def test_fill_does_not_read_what_it_makes(generator: Generator) -> None:
+    frozen = [[True, False, True]]
+    found = [generator.fill([[3, gap, 4]], frozen, steps=2).texts for gap in (-1, 2**70, 7)]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("prompt", [b"the", ["the"], [1, 2], 7])
+def test_a_prompt_that_is_no_text_is_refused(generator: Generator, prompt: Any) -> None:
+    with pytest.raises(ConfigError, match=f"prompt must be a str, got {type(prompt).__name__}:"):
+        generator.generate(prompt=prompt)
+
+
 @pytest.mark.parametrize(
     ("token_ids", "frozen", "options", "says"),
     [
@@ -423,6 +466,19 @@ def test_fill_with_a_beginning_is_generate_with_a_prompt(
         ([[1, -1]], [[True, True]], {}, "token ids from 0 to"),
         ([[1] * (CONTEXT + 1)], [[True] * (CONTEXT + 1)], {}, "context"),
         ([[1, 2]], [[True, False]], {"prompt": "a"}, "takes no prompt"),
+        ([[1, None]], [[True, False]], {}, r"got token_ids\[0\]\[1\] = None; any will do"),
+        ([[1, 2], [1.0, 2]], [[True] * 2] * 2, {}, r"got token_ids\[1\]\[0\] = 1.0"),
+        ([[True, False]], [[1, 2]], {}, r"token_ids\[0\]\[0\] = True"),
+        (np.ones((1, 2)), [[True, False]], {}, r"token_ids\[0\]\[0\] = 1.0"),
+        ([[[1, 2]]], [[True]], {}, r"token_ids\[0\]\[0\] = \[1, 2\]"),
+        ([[1, 2]], [[True, None]], {}, r"got frozen\[0\]\[1\] = None\.$"),
+        ([[1, 2]], [[True, 2]], {}, "bools, or as 0 and 1"),
+        ([1, 2], [True, False], {}, r"got token_ids\[0\] as int"),
+        ([b"12"], [[True, False]], {}, r"got token_ids\[0\] as bytes"),
+        ("12", [[True, False]], {}, "got token_ids as str"),
+        (None, [[True, False]], {}, "got token_ids as NoneType"),
+        ([[1, 2**70]], [[True, True]], {}, "token ids from 0 to"),
+        ([[], []], [[], []], {}, "length must be a whole number >= 1, got 0"),
     ],
 )
 def test_fill_refuses_what_cannot_work(

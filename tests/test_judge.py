@@ -48,6 +48,12 @@ def test_a_text_is_scored_from_its_first_token_after_the_start_token(judge: Caus
     assert found.score.nats == pytest.approx(nats_by_hand(judge, [judge.start], ids), rel=1e-5)
 
 
+def test_the_name_of_a_control_token_is_scored_as_text(judge: CausalJudge) -> None:
+    ids = judge._encode("of<|endoftext|>the")
+    assert judge.start is not None and judge.start not in ids
+    assert judge.tokenizer.decode(ids) == "of<|endoftext|>the"
+
+
 def test_a_prefix_is_seen_and_not_scored(judge: CausalJudge) -> None:
     prefix, text = PROSE[:60], PROSE[60:140]
     (found,) = judge.judge([text], [prefix])

@@ -102,6 +102,7 @@ def test_the_manifest_counts_right(source: Path, out: Path) -> None:
     assert (manifest["vocab_size"], manifest["eos_id"]) == (300, TOKENIZER.eos_id)
     assert manifest["tokenizer_trained_here"] is False
     assert manifest["settings"] == dataclasses.asdict(SETTINGS)
+    assert manifest["split_documents"] == 0
     data = source.read_bytes()
     assert manifest["files"] == [
         {"name": source.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -127,14 +128,14 @@ def test_a_tokenizer_is_trained_on_the_files_if_none_is_given(source: Path, out:
     store = TokenStore.open(out)
     assert Tokenizer.from_json(store.tokenizer_json).vocab_size == manifest["vocab_size"] == 300
     size = source.stat().st_size
-    assert {phase for phase, _, _ in calls} == {"tokenizer", "tokens"}
+    assert {phase for phase, _, _ in calls} == {"split", "tokenizer", "tokens"}
     assert calls[-1] == ("tokens", size, size)
 
 
 def test_the_tokenizer_is_trained_on_no_more_than_it_should(tmp_path: Path, out: Path) -> None:
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("é" * 50, encoding="utf-8")
-    two.write_text("zq" * 50, encoding="utf-8")
+    two.write_text("zq " * 50, encoding="utf-8")
     for most, known in ((100, False), (101, True)):
         settings = dataclasses.replace(SETTINGS, tokenizer_bytes=most)
         prepare([one, two], out, settings=settings)
@@ -170,22 +171,81 @@ def test_a_single_document_has_its_tail_held_out(tmp_path: Path, out: Path, seed
     settings = PrepareSettings(validation_fraction=0.6, seed=seed, shard_tokens=500)
     manifest = prepare([path], out, settings=settings, tokenizer=TOKENIZER)
     store = TokenStore.open(out)
-    ids = [*TOKENIZER.encode(text), TOKENIZER.eos_id]
-    assert stream(store.train) + stream(store.validation) == ids
-    assert store.validation.tokens == len(ids) // 2  # at most half
+    cut = len(text) + 1 - (len(text) + 1) // 2  # the end counts as a character; at most half
+    assert stream(store.train) == TOKENIZER.encode(text[:cut])
+    assert stream(store.validation) == [*TOKENIZER.encode(text[cut:]), TOKENIZER.eos_id]
     counts = manifest["splits"].values()
-    assert sum(split["documents"] for split in counts) == 1
+    assert [split["documents"] for split in counts] == [1, 1]
+    assert manifest["split_documents"] == 1  # and the same one
     assert sum(split["text_bytes"] for split in counts) == len(text.encode())
     assert len(files(out)) == 2 + sum(len(split["shards"]) for split in counts)
 
 
 def test_the_tail_is_the_fraction_asked_for(tmp_path: Path, out: Path) -> None:
     path = tmp_path / "book.txt"
-    path.write_text("".join(TEXTS), encoding="utf-8")
+    path.write_text(text := "".join(TEXTS), encoding="utf-8")
     prepare([path], out, settings=PrepareSettings(seed=3), tokenizer=TOKENIZER)
     store = TokenStore.open(out)
-    total = store.train.tokens + store.validation.tokens
-    assert store.validation.tokens == round(0.02 * total)
+    assert len(TOKENIZER.decode(stream(store.validation))) == round(0.02 * (len(text) + 1)) - 1
+
+
+@pytest.mark.parametrize("fraction", [0.05, 0.9])  # chance holds out no document, or all of them
+def test_a_tail_may_hold_several_documents_and_begin_within_one(
+    tmp_path: Path, out: Path, fraction: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 50)
+    texts = ["one é " * 40, " \n ", "two " * 20, "three " * 10]
+    path = tmp_path / "texts.txt"
+    path.write_text("\f".join(texts), encoding="utf-8")
+    assert len(set(np.random.default_rng(3).random(4)[[0, 2, 3]] < fraction)) == 1
+    settings = PrepareSettings(validation_fraction=fraction, seed=3)
+    manifest = prepare([path], out, settings=settings, tokenizer=TOKENIZER)
+    store = TokenStore.open(out)
+    kept, held_out = (
+        TOKENIZER.decode(stream(split)).replace("\n\n", "\f")
+        for split in (store.train, store.validation)
+    )
+    # Of 383 characters and ends 19 are held out (a twentieth), or 191 (half).
+    whole = "\f".join((texts[0], texts[2], texts[3]))
+    assert kept + held_out == whole
+    assert len(kept) == 383 - (19 if fraction == 0.05 else 191)
+    counts = manifest["splits"].values()
+    assert sum(split["text_bytes"] for split in counts) == 420
+    assert [split["documents"] for split in counts] == ([3, 1] if fraction == 0.05 else [1, 3])
+    assert manifest["split_documents"] == 1
+
+
+def test_a_document_that_is_split_between_two_pieces_is_counted(
+    tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 50)
+    path = tmp_path / "book.txt"
+    path.write_text("x" * 99, encoding="utf-8")  # 100 with its end; half is held out
+    settings = PrepareSettings(validation_fraction=0.5)
+    manifest = prepare([path], out, settings=settings, tokenizer=TOKENIZER)
+    assert [split["documents"] for split in manifest["splits"].values()] == [1, 1]
+    assert manifest["split_documents"] == 1
+
+
+@pytest.mark.parametrize("kind", ["documents", "one document"])
+def test_the_tokenizer_is_not_trained_on_what_is_held_out(
+    tmp_path: Path, out: Path, kind: str
+) -> None:
+    """ "zq" is frequent in the held-out text and nowhere else: no token spells it."""
+    chance = np.random.default_rng(SETTINGS.seed)
+    words = ["zq " if chance.random() < 0.2 else "ab " for _ in range(60)]
+    path = tmp_path / "a.txt"
+    if kind == "documents":
+        path.write_text("\f".join(word * 20 for word in words))
+    else:
+        path.write_text("ab " * 960 + "zq " * 240)  # a fifth of 3601: 720 units
+    prepare([path], out, settings=SETTINGS)
+    store = TokenStore.open(out)
+    tokenizer = Tokenizer.from_json(store.tokenizer_json)
+    assert "zq" in tokenizer.decode(stream(store.validation))
+    assert "zq" not in tokenizer.decode(stream(store.train))
+    assert len(tokenizer.encode("zq")) == 2
+    assert len(tokenizer.encode("ab")) == 1
 
 
 def test_the_shortest_text_is_still_two_splits(tmp_path: Path, out: Path) -> None:
@@ -246,7 +306,7 @@ def test_settings_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
 def counting() -> TokenSplit:
     """0, 1, 2 ... 22 in shards of 5, 1, 14 and 3."""
     parts = np.split(np.arange(23, dtype="<u2"), [5, 6, 20])
-    return TokenSplit("train", tuple(parts))
+    return TokenSplit("train", tuple(parts), 23, tuple(Path(f"{i}.bin") for i in range(4)))
 
 
 def test_blocks_cross_shard_borders(counting: TokenSplit) -> None:
@@ -310,6 +370,16 @@ def test_a_split_shorter_than_a_block_is_refused(counting: TokenSplit) -> None:
         assert "train split has 23 tokens" in message
         assert "24" in message
         assert "--context-length" in message
+
+
+def test_an_id_past_the_vocabulary_is_refused_where_it_is_read(counting: TokenSplit) -> None:
+    damaged = dataclasses.replace(counting, vocab_size=22)  # 22 is in the last shard
+    for call in (
+        lambda: damaged.block(4, 5),
+        lambda: damaged.batch(0, batch_size=1, length=23, seed=0),
+    ):
+        assert "3.bin is damaged (a token has id 22" in refusal(call)
+    assert damaged.block(3, 5).tolist() == [15, 16, 17, 18, 19]
 
 
 # ---------------------------------------------------------------- what goes wrong
@@ -416,6 +486,21 @@ def test_an_interrupt_leaves_nothing(source: Path, out: Path) -> None:
     assert nothing_left(out, {source.name})
 
 
+def test_two_runs_do_not_write_the_same_output(source: Path, out: Path) -> None:
+    refused: list[str] = []
+
+    def second(phase: str, done: int, total: int) -> None:
+        if phase == "tokens" and not refused:
+            with pytest.raises(ConfigError) as caught:
+                prepare([source], out, settings=SETTINGS)
+            refused.append(str(caught.value))
+
+    prepare([source], out, settings=SETTINGS, progress=second)
+    assert refused[0].startswith(f"{out} is being written by process ")
+    TokenStore.open(out)
+    assert nothing_left(out, {source.name, "data"})
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -446,7 +531,9 @@ def test_a_killed_run_can_be_repeated_and_gives_the_same_bytes(source: Path, out
     assert nothing_left(out, {source.name, "data", "whole"})
 
 
-def test_what_is_not_prepared_data_is_refused(source: Path, out: Path) -> None:
+def test_what_is_not_prepared_data_is_refused(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prepare([source], out, settings=SETTINGS, tokenizer=TOKENIZER)
     good = files(out)
 
@@ -485,7 +572,20 @@ def test_what_is_not_prepared_data_is_refused(source: Path, out: Path) -> None:
         assert str(out) in message
         for name, data in good.items():
             write(name, data)
-    TokenStore.open(out)
+    store = TokenStore.open(out)
+    assert store.train.vocab_size == 300
+    changed = bytearray(good["train-00001.bin"])
+    changed[100:102] = b"\xff\xff"
+    write("train-00001.bin", bytes(changed))
+    path = out / "train-00001.bin"
+    assert f"{path} is damaged (its bytes have changed" in refusal(lambda: TokenStore.open(out))
+    monkeypatch.setattr(packing, "VERIFIED_BYTES", 1000)  # too much to read at each start
+    store = TokenStore.open(out)
+    message = refusal(lambda: store.train.block(0, store.train.tokens))
+    assert message.startswith(
+        f"{path} is damaged (a token has id 65535, the vocabulary ends at 299)"
+    )
+    monkeypatch.undo()
     write("train-00000.bin", b"")
     with_manifest(splits=splits | {"train": {"shards": [empty_shard]}})
     assert "is damaged" in refusal(lambda: TokenStore.open(out))

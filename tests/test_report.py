@@ -245,3 +245,13 @@ def test_reports_of_different_judges_are_not_compared(
     assert json.loads((tmp_path / "a" / "report.json").read_text())["format"] == "fsdfm-report"
     assert cli.main(["compare", str(tmp_path / "a"), "--baseline", "x"]) == 2
     assert "choose m" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_comparison_is_written_through_to_a_device(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Report(FACTS, [made("m", 5.0)]).save(tmp_path / "report.json")
+    assert cli.main(["compare", str(tmp_path), "--out", "/dev/full"]) == 2
+    assert capsys.readouterr().err.startswith("error: Cannot write /dev/full (No space left")
+    assert Path("/dev/full").is_char_device()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
@@ -57,6 +59,35 @@ def test_eos_decodes_to_a_blank_line_between_documents() -> None:
     assert TOKENIZER.decode([*one, eos, *two, eos]) == "one\n\ntwo"
     assert TOKENIZER.decode([eos, eos, *one, eos, eos, *two]) == "one\n\ntwo"
     assert TOKENIZER.decode([eos]) == TOKENIZER.decode([]) == ""
+
+
+def test_a_cut_at_a_character_is_the_last_that_cuts_none() -> None:
+    tokenizer = train_bpe([""], 257)  # a token for each byte
+    text, spare = "aé東😀\ufffdz", tokenizer.encode("東")[:2]
+    ids = tokenizer.encode(text)
+    whole = {len(text[:k].encode()) for k in range(len(text) + 1)}
+    for near in range(len(ids) + 1):
+        cut = tokenizer.character_cut(ids, near)
+        assert cut == max(place for place in whole if place <= near)
+        assert tokenizer.decode(ids[:cut]) + tokenizer.decode(ids[cut:]) == text
+    # Half a character stays in one piece; a stray byte and the end of a document are pieces.
+    eos = tokenizer.eos_id
+    for others, cuts in (
+        ([*spare, *spare], [0, 0, 2, 2, 4]),
+        ([*spare, eos, *spare], [0, 0, 2, 3, 3]),
+        ([eos, eos, ids[2], ids[2]], [0, 1, 2, 3, 4]),
+    ):
+        assert [tokenizer.character_cut(others, k) for k in range(5)] == cuts
+
+
+@settings(deadline=None, max_examples=40)
+@given(TEXTS, st.integers(0, 30))
+def test_what_is_cut_at_a_character_makes_up_the_text(text: str, near: int) -> None:
+    ids = TOKENIZER.encode(text)
+    near = min(near, len(ids))
+    cut = TOKENIZER.character_cut(ids, near)
+    assert near - 3 <= cut <= near
+    assert TOKENIZER.decode(ids[:cut]) + TOKENIZER.decode(ids[cut:]) == text
 
 
 def test_an_id_out_of_range_is_refused() -> None:
@@ -119,6 +150,72 @@ def test_a_foreign_eos_that_is_not_marked_special_is_never_made_from_text() -> N
     assert tokenizer.eos_id == TOKENIZER.eos_id
     assert tokenizer.eos_id not in ids
     assert tokenizer.decode(ids) == f"a{EOS}b"
+
+
+def unigram() -> Backend:
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=60, special_tokens=["<unk>", EOS], unk_token="<unk>", show_progress=False
+    )
+    backend.train_from_iterator([*SAMPLE, "< | endoftext >"], trainer)
+    return backend
+
+
+def word_level(unknown: str = "<unk>") -> Backend:
+    backend = Backend(models.WordLevel(unk_token=unknown))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        special_tokens=["<unk>", EOS, "[CLS]", "\N{PILE OF POO}"], show_progress=False
+    )
+    backend.train_from_iterator(SAMPLE, trainer)
+    return backend
+
+
+def word_piece() -> Backend:
+    backend = Backend(models.WordPiece(unk_token="[UNK]"))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.WhitespaceSplit(), decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", EOS, "<|endo"]  # halves of names may be names
+    trainer = trainers.WordPieceTrainer(vocab_size=80, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(SAMPLE, trainer)
+    return backend
+
+
+@pytest.mark.parametrize("make", [unigram, word_level, word_piece])
+def test_a_control_token_is_never_made_from_text(make: Callable[[], Backend]) -> None:
+    backend = make()
+    tokenizer = Tokenizer.from_json(backend.to_str())
+    known = {backend.token_to_id(name) for name in (EOS, "[CLS]", "<|endo")} - {None}
+    texts = [EOS, f"the {EOS} of [CLS] times", f"{EOS}{EOS} <|endo", "<unk> [UNK] \n\0 best"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert ids and not known & set(ids), text
+    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode("the times") == backend.encode("the times").ids
+    if make is unigram:
+        assert EOS in tokenizer.decode(tokenizer.encode(f"the {EOS} of"))
+
+
+def test_unknown_text_may_become_the_unknown_token_but_not_eos() -> None:
+    tokenizer = Tokenizer.from_json(word_level().to_str())
+    assert tokenizer.encode("the zebra <unk>")[1:] == [0, 0]
+    with pytest.raises(DataError) as caught:
+        Tokenizer.from_json(word_level(unknown=EOS).to_str(), name="x.json")
+    assert str(caught.value).startswith(f'x.json reads text that it does not know as "{EOS}"')
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_fails_at_unknown_text_is_refused() -> None:
+    with pytest.raises(
+        DataError, match=r"^x\.json fails at text that it does not know \(WordLevel"
+    ):
+        Tokenizer.from_json(word_level(unknown="missing").to_str(), name="x.json")
+
+
+def test_a_control_token_of_one_character_is_refused_in_a_text() -> None:
+    tokenizer = Tokenizer.from_json(word_level().to_str())
+    with pytest.raises(DataError, match=r"A text holds '\N{PILE OF POO}', which is a control"):
+        tokenizer.encode("the \N{PILE OF POO}")
 
 
 def test_ids_with_gaps_count_up_to_the_highest() -> None:

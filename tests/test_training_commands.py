@@ -609,12 +609,38 @@ def test_a_run_json_that_is_none_is_refused(text: str, data: Path, tmp_path: Pat
     assert "run.json" in message
 
 
+@pytest.mark.parametrize("command", ["pretrain", "distill"])
+def test_two_trainings_do_not_share_a_directory(
+    data: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    args: Any = pretrain_args(data, tmp_path / "run")
+    run: Callable[[Any], bool] = pretrain
+    if command == "distill":
+        run, args = distill, distill_args(data, tmp_path / "run", teacher)
+    refused: list[str] = []
+    validated = TrainingConsole.evaluated
+
+    def second(self: Any, *a: Any) -> None:
+        if not refused:
+            before = contents(args.out)
+            refused.append(refusal(ConfigError, run, args))
+            assert contents(args.out) == before
+        validated(self, *a)
+
+    monkeypatch.setattr(TrainingConsole, "evaluated", second)
+    assert run(args)
+    said = f"{args.out} is being written by process {os.getpid()}: wait for it to end"
+    assert len(refused) == 1 and refused[0].startswith(said)
+    assert [m["step"] for m in metrics(args.out)] == [2, 4, 4, 6, 7, 7]
+    assert {p.name for p in args.out.iterdir()} == RUN_FILES
+
+
 def test_an_empty_directory_and_one_left_by_a_death_at_birth_are_taken(
     data: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    (tmp_path / "b/run.partial").write_text('{"form')
+    (tmp_path / "b/.run.json.partial").write_text('{"form')
     assert pretrain(pretrain_args(data, tmp_path / "a", steps=1))
     assert pretrain(pretrain_args(data, tmp_path / "b", steps=1))
     assert_same_runs(tmp_path / "a", tmp_path / "b")
@@ -661,7 +687,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(
         elif what == "model":
             patch.setattr(pretrained_module, "save_file", full(pretrained_module.save_file, 1))
         else:
-            patch.setattr(Path, "write_text", full(Path.write_text, 0))
+            patch.setattr(os, "fsync", full(os.fsync, 0))
         message = refusal(CheckpointError, pretrain, args)
     assert "No space left" in message
     left = {p.name for p in args.out.iterdir()}

@@ -6,12 +6,12 @@ is written down in `facts`, so that they can be kept and found again.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,11 +23,13 @@ from fsdfm.app.config import EvaluateArgs
 from fsdfm.app.device import hardware
 from fsdfm.app.generator import Generator, Sample
 from fsdfm.app.heldout import Blocks, HeldOut, read_texts
+from fsdfm.core.files import digest, tensor_bytes
 from fsdfm.errors import ConfigError
 from fsdfm.eval.report import Record
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.text.tokenizer import HALF
 
 GROUP = 4
 """Fewest samples that are made and judged together, whoever does it."""
@@ -168,13 +170,15 @@ class Cells:
         return Cell(name, "reference", task, count, make, self.shared | known | facts)
 
     def _human(self, name: str, task: str, blocks: list[list[int]], prefix: int) -> Cell:
-        decode = self.generators[self.first].decode
+        tokenizer = self.generators[self.first].tokenizer
 
         def make(group: range) -> list[Text]:
-            chosen = [blocks[i] for i in group]
-            return [
-                Text(decode(ids[prefix:]), ids[prefix:], {}, decode(ids[:prefix])) for ids in chosen
-            ]
+            texts = []
+            for ids in (blocks[i] for i in group):
+                cut = tokenizer.character_cut(ids, prefix)
+                before, text = (_whole(tokenizer.decode(part)) for part in (ids[:cut], ids[cut:]))
+                texts.append(Text(text, ids[cut:], {}, before))
+            return texts
 
         return self._reference(name, task, min(self.most, len(blocks)), make)
 
@@ -199,12 +203,15 @@ class Cells:
         tokenizer = self.generators[self.first].tokenizer
 
         def make(group: range) -> list[Text]:
-            rows = [tokenizer.encode(texts[i])[: self.length] for i in group]
-            return [Text(tokenizer.decode(ids), ids) for ids in rows]
+            rows = [tokenizer.encode(texts[i]) for i in group]
+            ends = [tokenizer.character_cut(ids, min(self.length, len(ids))) for ids in rows]
+            return [
+                Text(tokenizer.decode(ids[:end]), ids[:end])
+                for ids, end in zip(rows, ends, strict=True)
+            ]
 
-        digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         count = min(self.most, len(texts))
-        return self._reference(name, task, count, make, texts_sha256=digest)
+        return self._reference(name, task, count, make, texts_sha256=digest(["\0".join(texts)]))
 
     # -- models
 
@@ -268,17 +275,19 @@ class Cells:
     def _continue(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
         """What follows the first part of held-out blocks; only that is judged."""
         generator, prefix = self.generators[name], int(share * self.length)
-        frozen = [i < prefix for i in range(self.length)]
 
         def make(group: range) -> list[Text]:
             given = [self.blocks[name].human[i] for i in group]
+            cuts = [generator.tokenizer.character_cut(ids, prefix) for ids in given]
+            frozen = [[i < cut for i in range(self.length)] for cut in cuts]
             seed = self.args.seed + group.start
-            found = generator.fill(given, [frozen] * len(group), **options, seed=seed)
-            return [
-                Text(generator.decode(ids[prefix:]), ids[prefix:], cost(s), s_prefix)
-                for s in found.samples
-                for ids, s_prefix in [(s.token_ids, generator.decode(s.token_ids[:prefix]))]
-            ]
+            found = generator.fill(given, frozen, **options, seed=seed)
+            texts = []
+            for sample, cut in zip(found.samples, cuts, strict=True):
+                ids = sample.token_ids
+                before = _whole(generator.decode(ids[:cut]))
+                texts.append(Text(generator.decode(ids[cut:]), ids[cut:], cost(sample), before))
+            return texts
 
         return make
 
@@ -320,7 +329,7 @@ class Cells:
                 record: Record = {
                     "elbo_nats": self.length * sum(found) / len(found),
                     "elbo_tokens": self.length,
-                    "elbo_bytes": len(generator.decode(blocks[i]).encode()),
+                    "elbo_bytes": len(_whole(generator.decode(blocks[i])).encode()),
                 }
                 texts.append(Text("", [], record))
             return texts
@@ -349,6 +358,11 @@ class _Precise:
         return self.generator.model.head_parameters()
 
 
+def _whole(text: str) -> str:
+    """The text of a block without the characters that its ends cut."""
+    return text.strip(HALF)
+
+
 def hidden_positions(length: int, share: float, seed: int, index: int) -> Any:
     """Which positions of sample `index` are hidden for infilling, bool, shape (length,)."""
     order = np.random.default_rng([seed, index]).permutation(length)
@@ -372,10 +386,8 @@ def _title(task: str, share: str) -> str:
 
 def _digest(generator: Generator) -> str:
     """Of the weights and what they mean."""
-    digest = hashlib.sha256(json.dumps(generator.config.to_dict(), sort_keys=True).encode())
-    for parameter in generator.model.parameters():
-        digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()
+    config = json.dumps(generator.config.to_dict(), sort_keys=True)
+    return digest(chain([config], tensor_bytes(generator.model.parameters())))
 
 
 def samples_of(texts: Sequence[Text]) -> dict[str, list[Any]]:

@@ -14,7 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -33,6 +33,7 @@ from rich.progress import (
 )
 from tyro.conf import Positional, arg
 
+from fsdfm.core.files import one_line
 from fsdfm.errors import BenchError, ConfigError, DataError, FsdfmError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm generate --model STUDENT               text from your own model
   fsdfm evaluate --model STUDENT --out REPORT  judge its texts, at several budgets
   fsdfm compare REPORT...                      reports side by side
-  fsdfm convert IN.pth DIR --tokenizer FILE    a published checkpoint -> model directory
+  fsdfm convert FILE DIR --tokenizer FILE      a published checkpoint -> model directory
   fsdfm bench                                  speed and memory here, beside references
 
 Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.
@@ -112,6 +113,10 @@ class GenerateArgs:
     better and slower (models with a joint head)."""
     prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="(optional)")] = None
     """Text that every sample starts with."""
+    prompt_file: Annotated[
+        str | None, arg(metavar="FILE", help_behavior_hint="(optional; - for standard input)")
+    ] = None
+    """File with that text, in UTF-8; one line end at its end is left out."""
     batch_size: int = 1
     """Texts made together; more than 1 pays on a GPU only."""
     device: Annotated[
@@ -131,7 +136,7 @@ class GenerateArgs:
 
     def options(self) -> Options:
         """The arguments of `Generator.generate`."""
-        elsewhere = ("model", "device", "precision", "json")
+        elsewhere = ("model", "device", "precision", "json", "prompt_file")
         names = [field.name for field in fields(self) if field.name not in elsewhere]
         options: Any = {name: getattr(self, name) for name in names}
         found: Options = options
@@ -143,7 +148,7 @@ class PrepareArgs:
     """Turn text files into a tokenizer and packed tokens, ready for training."""
 
     files: Positional[Annotated[tuple[Path, ...], arg(metavar="FILES", help_behavior_hint="")]]
-    """.txt or .jsonl files (field "text"), also as .gz or .zst."""
+    """.txt or .jsonl files, also as .gz or .zst."""
     out: Path
     """Directory to write."""
     vocab_size: Annotated[
@@ -160,14 +165,16 @@ class PrepareArgs:
     """Share of the documents that is kept from training."""
     seed: int = 0
     """Decides which documents those are."""
+    field: str = "text"
+    """Field of the .jsonl files' objects that holds the text."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertArgs:
-    """Turn a published .pth checkpoint into a model directory."""
+    """Turn a published checkpoint into a model directory."""
 
-    checkpoint: Positional[Annotated[Path, arg(metavar="IN.pth")]]
-    """The checkpoint."""
+    checkpoint: Positional[Annotated[Path, arg(metavar="FILE")]]
+    """The checkpoint: .pth (networks by name, or one state dict) or .safetensors."""
     out: Positional[Annotated[Path, arg(metavar="OUT_DIR")]]
     """Model directory to write."""
     tokenizer: Annotated[Path, arg(metavar="FILE")]
@@ -180,6 +187,10 @@ class ConvertArgs:
         ),
     ] = None
     """Which of its networks to take."""
+    heads: Annotated[
+        int | None, arg(metavar="INT", help_behavior_hint="(default: the file's, or its shape's)")
+    ] = None
+    """Heads of the attention, where the file lacks rotary_emb.inv_freq, which tells them."""
 
 
 class _Stopped(Exception):
@@ -188,6 +199,8 @@ class _Stopped(Exception):
 
 def generate(args: GenerateArgs) -> None:
     """Print texts; live in a terminal."""
+    if args.prompt_file is not None:
+        args = replace(args, prompt=_prompt(args))
     terminal = Console()
     with _status("Loading the model"):
         from fsdfm.app.generator import load
@@ -199,6 +212,29 @@ def generate(args: GenerateArgs) -> None:
     batches = generator.batches(**args.options())
     for number, sample in enumerate(sample for batch in batches for sample in batch):
         _write(_json_line(sample) if args.json else _separated(sample.text, number))
+
+
+def _prompt(args: GenerateArgs) -> str:
+    """The text of the prompt's file, less one line end at its end (editors and echo add it).
+
+    Raises:
+        ConfigError: there is a prompt besides.
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    if args.prompt is not None:
+        raise ConfigError("--prompt and --prompt-file are both given: leave one out.")
+    name = "Standard input" if args.prompt_file == "-" else str(args.prompt_file)
+    try:
+        if args.prompt_file == "-":
+            data = sys.stdin.buffer.read() if sys.stdin is not None else b""
+        else:
+            data = Path(name).read_bytes()
+        text = data.decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"Cannot read {name}: {one_line(error)}.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it first.") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Console) -> None:
@@ -225,7 +261,8 @@ def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Co
 
 def prepare(args: PrepareArgs) -> None:
     """Pack text files and say what came out."""
-    with _bars({"tokenizer": "Training a tokenizer", "tokens": "Packing"}) as progress:
+    titles = {"split": "Holding out", "tokenizer": "Training a tokenizer", "tokens": "Packing"}
+    with _bars(titles) as progress:
         from fsdfm.text.packing import PrepareSettings, prepare
 
         manifest = prepare(
@@ -235,14 +272,18 @@ def prepare(args: PrepareArgs) -> None:
                 vocab_size=args.vocab_size,
                 validation_fraction=args.validation_fraction,
                 seed=args.seed,
+                field=args.field,
             ),
             tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None,
             progress=progress,
         )
     train, validation = (manifest["splits"][name] for name in ("train", "validation"))
+    in_both = manifest["split_documents"]
+    documents = train["documents"] + validation["documents"] - in_both
+    split = ", one of them split (its end is for validation)" if in_both else ""
     _write(
         f"{args.out}: {train['tokens']:,} training and {validation['tokens']:,} validation tokens "
-        f"of {train['documents'] + validation['documents']:,} documents, "
+        f"of {documents:,} document{'s' * (documents != 1)}{split}, "
         f"vocabulary {manifest['vocab_size']:,}\n"
     )
 
@@ -251,7 +292,7 @@ def _tokenizer(name: str) -> Tokenizer:
     """That of a file, or of a language model."""
     from fsdfm.text.tokenizer import Tokenizer
 
-    if name.endswith(".json") or Path(name).is_file():
+    if name.endswith(".json") or (Path(name).is_file() and not name.endswith(".gguf")):
         return Tokenizer.from_file(name)
     from fsdfm.model.causal_lm import load_tokenizer_json
     from fsdfm.text.vocabulary import completed
@@ -303,6 +344,7 @@ def convert(args: ConvertArgs) -> None:
             args.out,
             tokenizer_json=Tokenizer.from_file(args.tokenizer).to_json(),
             weights=args.weights,
+            heads=args.heads,
         )
     _write(
         f"{args.out}: {config.blocks} blocks of width {config.hidden_size}, "
@@ -318,8 +360,8 @@ def evaluate(argv: Sequence[str]) -> None:
     args = _parse(EvaluateArgs, "evaluate", argv)
     with _status("Loading"):
         from fsdfm.app import evaluation
+        from fsdfm.core.files import write_whole
         from fsdfm.eval import plots
-        from fsdfm.eval.report import write_whole
         from fsdfm.eval.tables import markdown, section
 
     plots.check()
@@ -335,7 +377,7 @@ def evaluate(argv: Sequence[str]) -> None:
     files = plots.plot(report, args.out)
     if files:
         text += "\n## Plots\n\n" + "".join(f"![{file.stem}]({file.name})\n" for file in files)
-    write_whole(args.out / "report.md", text.encode())
+    write_whole(args.out / "report.md", text)
     for task in report.tasks():
         _write(f"{task}\n\n")
         _write("\n".join(section(report, task)) + "\n\n")
@@ -347,7 +389,8 @@ def compare(argv: Sequence[str]) -> None:
     from fsdfm.app.config import CompareArgs
 
     args = _parse(CompareArgs, "compare", argv)
-    from fsdfm.eval.report import load_report, write_whole
+    from fsdfm.core.files import write_whole
+    from fsdfm.eval.report import load_report
     from fsdfm.eval.several import different_judges, shared_judges
     from fsdfm.eval.tables import comparison, named_rows
 
@@ -376,7 +419,7 @@ def compare(argv: Sequence[str]) -> None:
         raise ConfigError(f"There is no model {baseline!r}: choose {', '.join(models)}.")
     text = comparison(rows, baseline, judges)
     if args.out is not None:
-        write_whole(args.out, text.encode())
+        write_whole(args.out, text)
     _write(text + "\n")
 
 
@@ -513,7 +556,7 @@ def _write(text: str) -> None:
         raise
     except OSError as error:
         _discard_stdout()
-        raise DataError(f"Cannot write the output: {error.strerror}.") from None
+        raise DataError(f"Cannot write the output: {one_line(error)}.") from None
 
 
 def _note(text: str) -> None:

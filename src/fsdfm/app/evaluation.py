@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import importlib.metadata
 import io
 import json
@@ -28,13 +27,15 @@ from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.app.generator import load
 from fsdfm.app.heldout import HeldOut
 from fsdfm.app.workers import Workers
+from fsdfm.core.files import digest, one_line, write_whole
+from fsdfm.core.lock import locked
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.eval.judge import Judge, load_judge, require_judge
 from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
-from fsdfm.eval.report import JUDGED, Opinion, Record, Report, Row, write_whole
+from fsdfm.eval.report import JUDGED, Opinion, Record, Report, Row
 
-EVALUATION = 3
+EVALUATION = 4
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
 FEWEST_SEGMENTS = 80
 """MAUVE of fewer feature vectors (8 clusters) is noise."""
@@ -99,7 +100,7 @@ class Parts:
         if texts is None:
             texts = cell.make(group)
             kept = json.dumps(samples_of(texts), ensure_ascii=False)
-            write_whole(self.texts_file(cell, group), kept.encode())
+            write_whole(self.texts_file(cell, group), kept)
         if cell.judged:
             assert self.judge is not None
             records, features = judged(self.judge, texts)
@@ -152,7 +153,7 @@ def evaluate(args: EvaluateArgs, progress: Progress | None = None) -> Report | N
     """
     args = args.resolved()
     folder = _claim(args.out)
-    with Workers.joined() as workers:
+    with Workers.joined() as workers, _alone(folder, args.out, workers):
         device = pick_device(workers.device(args.device))
         with _undisturbed(device):
             for name in args.judge:
@@ -176,9 +177,7 @@ def _claim(out: Path) -> Path:
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"Cannot write {out} ({error.strerror or error}): choose another --out."
-        ) from None
+        raise DataError(f"Cannot write {out} ({one_line(error)}): choose another --out.") from None
     return out / "parts"
 
 
@@ -216,6 +215,20 @@ def _judges(
         yield Parts(folder, parts.facts)
         del judge, parts
         gc.collect()  # networks of the library are knots of references
+
+
+@contextlib.contextmanager
+def _alone(folder: Path, out: Path, workers: Workers) -> Iterator[None]:
+    """Keep other commands out of the folder while the first process of this one is at work."""
+    with contextlib.ExitStack() as stack:
+        if workers.first:
+            try:
+                stack.enter_context(locked(folder / ".lock", out))
+            except OSError as error:
+                raise DataError(
+                    f"Cannot write {folder} ({one_line(error)}): choose another out."
+                ) from None
+        yield
 
 
 def _make(parts: Parts, cell: Cell, group: range) -> None:
@@ -371,7 +384,7 @@ def _facts(cells: Cells, judges: list[Parts]) -> dict[str, Any]:
 def _key(facts: dict[str, Any]) -> str:
     """Facts in short."""
     text = json.dumps({"evaluation": EVALUATION, **facts}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return digest([text])[:16]
 
 
 @contextlib.contextmanager

@@ -5,7 +5,9 @@ Shapes: B sequences of a batch, L positions.
 
 from __future__ import annotations
 
+import difflib
 import operator
+import reprlib
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +16,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fsdfm.app.device import pick_device, pick_dtype
@@ -30,6 +34,8 @@ from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
 T = TypeVar("T")
+Rows = Sequence[Sequence[T]] | Sequence[NDArray[Any]] | NDArray[Any] | Tensor
+"""Samples one after the other, or as a matrix."""
 Precision = Literal["float32", "bfloat16", "int8"]
 
 LARGEST_SEED = 2**32 - 1
@@ -240,37 +246,43 @@ class Generator:
 
     def fill(
         self,
-        token_ids: Sequence[Sequence[int]],
-        frozen: Sequence[Sequence[bool]],
+        token_ids: Rows[int],
+        frozen: Rows[bool],
         **options: Unpack[Options],
     ) -> Generation:
         """Infill: generate the positions that are not frozen, seeing those that are on both sides.
 
         Args:
-            token_ids: tokens of each sample, all of one length L; those of positions that are not
-                frozen are not read.
-            frozen: which positions are given, shaped as token_ids.
+            token_ids: tokens of each sample, all of one length L, as integers of any kind; those of
+                positions that are not frozen are not read.
+            frozen: which positions are given, shaped as token_ids; bools, or 0 and 1.
             options: those of `generate`, without length, num_samples and prompt.
 
         Returns:
             One sample for each row, the k-th with the noise of seed + k.
 
         Raises:
-            ConfigError: rows that do not fit each other, the model's context or its vocabulary, or
-                an option out of range.
+            ConfigError: rows that are no integers, or do not fit each other, the model's context or
+                its vocabulary; an option that there is not, or out of range.
         """
-        if given := sorted({"length", "num_samples", "prompt"} & options.keys()):
-            raise ConfigError(f"fill takes no {', '.join(given)}: the rows of token_ids say it.")
-        lengths = {len(row) for row in (*token_ids, *frozen)}
-        if len(lengths) != 1 or len(token_ids) != len(frozen):
+        if excess := sorted({"length", "num_samples", "prompt"} & options.keys()):
+            raise ConfigError(f"fill takes no {', '.join(excess)}: the rows of token_ids say it.")
+        ids = _integer_rows("token_ids", token_ids)
+        given = _integer_rows("frozen", frozen)
+        lengths = {len(row) for row in (*ids, *given)}
+        if len(lengths) != 1 or len(ids) != len(given):
             raise ConfigError("fill needs token_ids and frozen of one shape, all rows as long.")
-        shape: Options = {"length": lengths.pop(), "num_samples": len(token_ids)}
+        if not all(flag in (0, 1) for row in given for flag in row):
+            raise ConfigError("fill needs frozen as bools, or as 0 and 1.")
+        shape: Options = {"length": lengths.pop(), "num_samples": len(ids)}
         request = self._request({**options, **shape})
-        fixed, mask = torch.tensor(token_ids), torch.tensor(frozen, dtype=torch.bool)
-        if fixed.dtype != torch.int64 or not bool(
-            ((fixed >= 0) & (fixed < self.config.vocab_size))[mask].all()
-        ):
+        kept = [
+            [token if flag else 0 for token, flag in zip(*rows, strict=True)]
+            for rows in zip(ids, given, strict=True)
+        ]
+        if not all(0 <= token < self.config.vocab_size for row in kept for token in row):
             raise ConfigError(f"fill needs token ids from 0 to {self.config.vocab_size - 1}.")
+        fixed, mask = torch.tensor(kept), torch.tensor(given, dtype=torch.bool)
         request = replace(request, fixed=fixed, frozen=mask)
         return Generation([sample for batch in self._batches(request) for sample in batch])
 
@@ -281,7 +293,8 @@ class Generator:
             options: those of `generate`.
 
         Raises:
-            ConfigError: as `generate`, at once and not at the first batch.
+            ConfigError: as `generate`, at once and not at the first batch; or an option that there
+                is not.
         """
         return self._batches(self._request(options))
 
@@ -296,7 +309,8 @@ class Generator:
             `generate` gives.
 
         Raises:
-            ConfigError: as `generate`, at once and not at the first snapshot.
+            ConfigError: as `generate`, at once and not at the first snapshot; or an option that
+                there is not.
         """
         if options.get("num_samples", 1) != 1:
             raise ConfigError("Only one sample can be streamed: leave num_samples out.")
@@ -385,6 +399,7 @@ class Generator:
 
     def _request(self, options: Options) -> _Request:
         """Fill in the defaults and refuse what cannot work."""
+        _check_names(options)
         given = {name: value for name, value in options.items() if value is not None}
         merged: dict[str, Any] = {**self.defaults, **given}
         context = self.config.context_length
@@ -424,8 +439,13 @@ class Generator:
             )
         return replace(_drawing(options), draws=draws)
 
-    def _encode(self, prompt: str, length: int) -> Tensor:
+    def _encode(self, prompt: Any, length: int) -> Tensor:
         """The prompt's tokens, int64, at least one fewer than length."""
+        if not isinstance(prompt, str):
+            raise ConfigError(
+                f"prompt must be a str, got {type(prompt).__name__}: decode bytes, and give token "
+                "ids to fill."
+            )
         ids = self.tokenizer.encode(prompt) if prompt else []
         if len(ids) >= length:
             raise ConfigError(
@@ -475,6 +495,53 @@ def _bundled() -> Path:
             "directory (--model DIR on the command line)."
         )
     return directory
+
+
+def _integer_rows(name: str, rows: Any) -> list[list[int]]:
+    """Rows of whatever holds integers as plain ones; bools are 0 and 1 in `frozen` alone.
+
+    Args:
+        name: what to call them in an error.
+        rows: of a matrix, or one after the other.
+
+    Raises:
+        ConfigError: something that is no row, or no integer.
+    """
+    plain = []
+    for number, row in enumerate(_listed(rows, name)):
+        plain.append(values := _listed(row, f"{name}[{number}]"))
+        for place, value in enumerate(values):
+            if isinstance(value, np.generic | Tensor):
+                value = values[place] = value.tolist()
+            if not isinstance(value, int) or (isinstance(value, bool) and name != "frozen"):
+                raise ConfigError(
+                    f"fill needs integers, got {name}[{number}][{place}] = {reprlib.repr(value)}"
+                    + ("; any will do where nothing is frozen." if name == "token_ids" else ".")
+                )
+    return plain
+
+
+def _listed(values: Any, name: str) -> list[Any]:
+    """A list of what is in a sequence, an array or a tensor."""
+    if isinstance(values, np.ndarray | Tensor) and values.ndim > 0:
+        found: list[Any] = values.tolist()
+        return found
+    if isinstance(values, Sequence) and not isinstance(values, str | bytes):
+        return list(values)
+    raise ConfigError(
+        f"fill needs token_ids and frozen as rows of integers, got {name} as "
+        f"{type(values).__name__}."
+    )
+
+
+def _check_names(options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a name that is no option."""
+    known = list(Options.__annotations__)
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            instead = f"did you mean {near[0]}?" if near else f"choose {', '.join(known)}."
+            raise ConfigError(f"There is no option {name!r}: {instead}")
 
 
 def _drawing(options: Mapping[str, Any]) -> Drawing:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from fsdfm.core.files import digest
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import check_files, read_documents
 from fsdfm.text.packing import TokenStore
@@ -42,7 +42,7 @@ class HeldOut:
     @property
     def sha256(self) -> str:
         """Of the documents."""
-        return hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
+        return digest(["\0".join(self.documents)])
 
 
 def read_texts(path: Path) -> list[str]:

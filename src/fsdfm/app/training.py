@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import Tensor
 from fsdfm.app.config import AdaptArgs, DistillArgs, PretrainArgs, TrainArgs
 from fsdfm.app.console import TrainingConsole
 from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.core.files import digest, one_line, tensor_bytes, write_whole
+from fsdfm.core.lock import locked
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
@@ -44,6 +46,8 @@ CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
 
 ADAPT_LENGTH = 256
 """Tokens of a sequence where adapting is told no length."""
+LOCK = ".lock"
+
 DRAWS = 8
 """Groups in which a model with a joint head draws the positions of a call by default."""
 
@@ -201,10 +205,9 @@ def _train(
         "command": type(args).__name__.removesuffix("Args").lower(),
         "settings": {k: v for k, v in asdict(args).items() if k not in CHANGEABLE},
         "model": config_to_dict(model.config),
-        "data_sha256": _digest(json.dumps(store.manifest, sort_keys=True, default=str)),
-        "start_sha256": _digest_weights(model),
+        "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
+        "start_sha256": digest(tensor_bytes(model.parameters())),
     }
-    _claim(args.out, facts)
     tokenizer = Tokenizer.from_json(store.tokenizer_json)
     config = model.config
     source, schedule = objective_parts(config)
@@ -228,9 +231,11 @@ def _train(
             ancestors=ancestors,
         )
 
-    with TrainingConsole(
-        args, tokenizer, generation, tokens_per_step=settings.batch_size * args.accumulate * length
-    ) as console:
+    tokens_per_step = settings.batch_size * args.accumulate * length
+    with (
+        _claimed(args.out, facts),
+        TrainingConsole(args, tokenizer, generation, tokens_per_step) as console,
+    ):
         console.export = export
         finished = Run(args.out, settings, task, console).train(model.to(device))
     console.summary(finished)
@@ -258,30 +263,45 @@ def _with_context(model: FlowNetwork, length: int) -> FlowNetwork:
     return longer
 
 
+@contextmanager
+def _claimed(out: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Hold the run directory for this process alone.
+
+    Raises:
+        ConfigError: it holds another run, or another process trains in it.
+        CheckpointError: it cannot be written, or holds something else.
+    """
+    with ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(out / LOCK, out))
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write run directory {out} ({one_line(error)}): choose another --out."
+            ) from None
+        _claim(out, facts)
+        yield
+
+
 def _claim(out: Path, facts: dict[str, Any]) -> None:
-    """Make the run directory, or check that it holds this very run.
+    """Write what the run is, or check that the directory holds this very run.
 
     Raises:
         ConfigError: it holds another run.
         CheckpointError: it cannot be written, or holds something else.
     """
-    path, partial = out / "run.json", out / "run.partial"
+    path = out / "run.json"
     facts = json.loads(json.dumps(facts, default=str))
     try:
         if path.exists():
             _same_run(out, json.loads(path.read_text()), facts)
             return
-        if out.exists() and set(out.iterdir()) - {partial}:
+        if {other.name for other in out.iterdir()} - {LOCK, ".run.json.partial"}:
             raise ConfigError(f"--out {out} is not empty and holds no run: choose another.")
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_text(json.dumps(facts, indent=2) + "\n")
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_whole(path, json.dumps(facts, indent=2) + "\n", error=CheckpointError)
     except OSError as error:
         raise CheckpointError(
-            f"Cannot write run directory {out} ({error.strerror}): choose another --out."
+            f"Cannot write run directory {out} ({one_line(error)}): choose another --out."
         ) from None
     except ConfigError:
         raise
@@ -324,15 +344,3 @@ def _same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Pat
             f"{where} and {data} have different tokenizers: prepare the data again with "
             f"--tokenizer {where}/tokenizer.json."
         )
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest_weights(model: FlowNetwork) -> str:
-    """Tells starting weights apart; bytes of all parameters in order."""
-    digest = hashlib.sha256()
-    for parameter in model.parameters():
-        digest.update(parameter.detach().numpy().tobytes())
-    return digest.hexdigest()

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fsdfm.core.files import write_whole
 from fsdfm.model.transformer import MLP_RATIO, SINUSOIDS, ModelConfig
 
 
@@ -171,8 +172,8 @@ def report(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def write_report(out: Path, facts: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """All that is known so far, as results.json and results.md of a directory."""
     record = {**facts, "rows": [row.to_dict() for row in rows]}
-    (out / "results.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "results.md").write_text(report(facts, rows))
+    write_whole(out / "results.json", json.dumps(record, indent=1) + "\n")
+    write_whole(out / "results.md", report(facts, rows))
 
 
 def median(values: Sequence[float]) -> float | None:

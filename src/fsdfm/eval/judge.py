@@ -7,13 +7,13 @@ the judge's own.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.core.files import digest, one_line, tensor_bytes
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.eval.metrics import Score
 from fsdfm.eval.packaged import PACKAGED, own_name
@@ -154,7 +155,10 @@ class CausalJudge:
     def _encode(self, text: str) -> list[int]:
         if not text:
             return []
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        # The name of a control token in a text is text: no document ends there.
+        ids: list[int] = self.tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         return ids
 
     def _run(self, batch: list[_Window]) -> Iterator[tuple[float, Tensor]]:
@@ -256,11 +260,11 @@ def _reading(name: str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise ConfigError(
-            f"Judge {name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
+            f"Judge {name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
         ) from None
     except Exception as error:  # the library and its readers raise many kinds
         raise CheckpointError(
-            f"Cannot load judge {name} ({_one_line(error)}): give {CHOICES}."
+            f"Cannot load judge {name} ({one_line(error)}): give {CHOICES}."
         ) from None
 
 
@@ -323,11 +327,5 @@ def _segments(hidden: list[Tensor]) -> NDArray[np.float32]:
 
 def _digest(model: Any, tokenizer: Any) -> str:
     """Of weights and vocabulary: what makes two judges the same."""
-    digest = hashlib.sha256(json.dumps(tokenizer.get_vocab(), sort_keys=True).encode())
-    for parameter in model.parameters():
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__
+    vocabulary = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return digest(chain([vocabulary], tensor_bytes(model.parameters())))

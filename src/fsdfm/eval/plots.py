@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fsdfm.core.files import write_whole
 from fsdfm.errors import ConfigError
-from fsdfm.eval.report import Report, Row, frontier, write_whole
+from fsdfm.eval.report import Report, Row, frontier
 from fsdfm.eval.several import views
 
 SIZE_INCHES, DOTS_PER_INCH = (6.4, 4.4), 130

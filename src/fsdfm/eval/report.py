@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fsdfm.core.files import write_whole
 from fsdfm.errors import DataError
 from fsdfm.eval.statistics import Estimate, Ratio, estimate, identity
 
@@ -277,7 +278,7 @@ class Report:
             indent=1,
             ensure_ascii=False,
         )
-        write_whole(path, (text + "\n").encode())
+        write_whole(path, text + "\n")
 
 
 def figures(row: Row) -> dict[str, Any]:
@@ -344,27 +345,6 @@ def load_report(path: Path) -> Report:
         raise DataError(f"There is no report {file}: make one with fsdfm evaluate.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"Cannot read report {file}: {error}.") from None
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is either not there or whole.
-
-    Raises:
-        DataError: no space, no permission; nothing is left behind.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"Cannot write {path} ({error.strerror or error}): free some space or choose another "
-            "--out, then run the same command again."
-        ) from None
 
 
 def frontier(rows: Sequence[Row], name: str, task: str, steps: int | None) -> list[Row]:

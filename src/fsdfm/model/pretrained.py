@@ -8,7 +8,6 @@ The weights carry the config and the tokenizer's digest, so files of two saves n
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fsdfm.core.files import digest, one_line
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.packed import Packed, pack, packable, unpack
@@ -406,14 +406,9 @@ def _sync(path: Path) -> None:
 def _digest(tokenizer_json: str) -> str:
     """SHA-256 of the JSON's meaning: line ends and indentation do not count."""
     canonical = json.dumps(json.loads(tokenizer_json), sort_keys=True)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return digest([canonical])
 
 
 def _names(names: list[str]) -> str:
     more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
     return ", ".join(names[:SHOWN_NAMES]) + more
-
-
-def one_line(error: BaseException) -> str:
-    """First line of an error's message, at most 200 characters, without its full stop."""
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from fsdfm.core.files import one_line
 from fsdfm.errors import DataError
 
 READ_BYTES = 1 << 20
@@ -21,6 +22,8 @@ SUFFIXES = (".txt", ".jsonl")
 COMPRESSIONS = ("", ".gz", ".zst")
 PIECE_CHARACTERS = 1 << 20
 """Longest piece of text held at once; a longer document is cut at line ends."""
+
+SHOWN_FIELDS = 8
 
 Advance = Callable[[int], None]
 """Called with the number of file bytes just read."""
@@ -46,20 +49,23 @@ def check_files(paths: list[Path]) -> None:
             with path.open("rb") as file:
                 empty = not file.read(1)
         except OSError as error:
-            raise DataError(f"Cannot read {path} ({error.strerror}).") from None
+            raise DataError(f"Cannot read {path} ({one_line(error)}).") from None
         if empty:
             raise DataError(f"{path} is empty.")
 
 
-def read_documents(path: Path, advance: Advance | None = None) -> Iterator[Iterator[str]]:
+def read_documents(
+    path: Path, advance: Advance | None = None, *, field: str = "text"
+) -> Iterator[Iterator[str]]:
     """Documents of a file, each as an iterator over pieces of its text.
 
     A .txt file is one document, or several if form feeds part it. A .jsonl file holds one object a
-    line with its text under "text".
+    line with its text in one field.
 
     Args:
         path: a file of a known kind; the suffix decides.
         advance: told of progress through the file, in (compressed) bytes.
+        field: of the objects of a .jsonl file.
 
     Yields:
         Pieces of at most about a million characters; joined, they are the document. Each iterator
@@ -71,7 +77,7 @@ def read_documents(path: Path, advance: Advance | None = None) -> Iterator[Itera
     kind = _kind(path)
     text = _decoded(_unpacked(path, advance), path)
     if kind == ".jsonl":
-        yield from (_pieces(iter([document])) for document in _json_texts(text, path))
+        yield from (_pieces(iter([document])) for document in _json_texts(text, path, field))
     else:
         yield from _split_at_form_feeds(text)
 
@@ -120,7 +126,7 @@ def _unpacked(path: Path, advance: Advance | None) -> Iterator[bytes]:
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(f"{path} is cut short or not a {path.suffix} file ({error}).") from None
     except OSError as error:
-        raise DataError(f"Cannot read {path} ({error.strerror or error}).") from None
+        raise DataError(f"Cannot read {path} ({one_line(error)}).") from None
 
 
 def _new_frame() -> zstandard.ZstdDecompressionObj:
@@ -190,7 +196,7 @@ def _lines(chunks: Iterator[str]) -> Iterator[str]:
         yield last
 
 
-def _json_texts(chunks: Iterator[str], path: Path) -> Iterator[str]:
+def _json_texts(chunks: Iterator[str], path: Path, field: str) -> Iterator[str]:
     for number, line in enumerate(_lines(chunks), start=1):
         if not line.strip():
             continue
@@ -198,14 +204,26 @@ def _json_texts(chunks: Iterator[str], path: Path) -> Iterator[str]:
             value = json.loads(line)
         except (ValueError, RecursionError):
             raise DataError(f"{path}, line {number}: not JSON.") from None
-        text = value.get("text") if isinstance(value, dict) else None
+        if not isinstance(value, dict):
+            raise DataError(f'{path}, line {number}: no object with a string under "{field}".')
+        text = value.get(field)
         if not isinstance(text, str):
-            raise DataError(f'{path}, line {number}: no object with a string under "text".')
+            raise DataError(
+                f'{path}, line {number}: no string under "{field}"; '
+                f"the fields with a string are {_names_of_texts(value)}."
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
             raise DataError(f"{path}, line {number}: half a surrogate pair in the text.") from None
         yield text
+
+
+def _names_of_texts(value: dict[str, Any]) -> str:
+    """Fields of an object that hold a string, quoted; no more than fit on a line."""
+    names = [json.dumps(name, ensure_ascii=False) for name in value if isinstance(value[name], str)]
+    more = f" and {len(names) - SHOWN_FIELDS} more" if len(names) > SHOWN_FIELDS else ""
+    return (", ".join(names[:SHOWN_FIELDS]) or "none") + more
 
 
 def _split_at_form_feeds(chunks: Iterator[str]) -> Iterator[Iterator[str]]:

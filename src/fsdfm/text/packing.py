@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fsdfm.core.files import digest, file_digest, is_taken, one_line
+from fsdfm.core.lock import locked
 from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
@@ -33,9 +35,12 @@ TRAINED_VOCABULARY = 8192
 """Entries of a tokenizer that is trained here by default."""
 BATCH_CHARACTERS = 1 << 22
 """Text that is tokenized at once."""
+VERIFIED_BYTES = 1_000_000_000
+"""Prepared data up to this size is checked against its digests whenever it is opened: about a
+second. Of larger data only the ids that are read are checked."""
 
 Progress = Callable[[str, int, int], None]
-"""(phase, bytes done, bytes in all); phases are `tokenizer` and `tokens`."""
+"""(phase, bytes done, bytes in all); phases are `split`, `tokenizer` and `tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +51,16 @@ class PrepareSettings:
     """Entries of a tokenizer that is trained here, TRAINED_VOCABULARY if not given; or how many of
     a given tokenizer's to keep, all if not given."""
     validation_fraction: float = 0.02
-    """Chance that a document is held out for validation."""
+    """Chance that a document is held out for validation. Where chance leaves a split without a
+    document (one book, say), this share of the text at its end is held out instead."""
     seed: int = 0
     """Of the choice of validation documents."""
     shard_tokens: int = 1 << 27
     """Most tokens in one shard."""
     tokenizer_bytes: int = 200_000_000
-    """Most text that a tokenizer is trained on: the files' first."""
+    """Most text that a tokenizer is trained on: the first of the training text."""
+    field: str = "text"
+    """Field of a .jsonl file's objects that holds the text."""
 
     def __post_init__(self) -> None:
         if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
@@ -95,20 +103,23 @@ def prepare(
 
     Raises:
         DataError: unusable input, or an output that exists or cannot be written.
-        ConfigError: settings out of range.
+        ConfigError: settings out of range; another process prepares the same output.
     """
     settings = settings or PrepareSettings()
     check_files(files)
     with _staging(out) as staged:
+        deal = _Deal.of(files, settings, _counter(files, progress, "split"))
         trained = tokenizer is None
         if tokenizer is None:
-            sample = _limited(_all_pieces(files, progress, "tokenizer"), settings.tokenizer_bytes)
+            # Not on what is held out: its vocabulary would fit the text that it is judged on.
+            sample = _limited(deal.training(files, progress), settings.tokenizer_bytes)
             tokenizer = train_bpe(sample, settings.vocab_size or TRAINED_VOCABULARY)
         elif settings.vocab_size is not None and settings.vocab_size < tokenizer.vocab_size:
-            sample = _limited(_all_pieces(files, progress, "tokenizer"), settings.tokenizer_bytes)
+            sample = _limited(deal.training(files, progress), settings.tokenizer_bytes)
             tokenizer = cut(tokenizer, count_tokens(tokenizer, sample), settings.vocab_size)
         (staged / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        splits = _write_splits(files, staged, tokenizer, settings, progress)
+        dealt = deal.pieces(files, _counter(files, progress, "tokens"))
+        splits, split_documents = _write_splits(dealt, staged, tokenizer, settings)
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -120,6 +131,7 @@ def prepare(
             "settings": asdict(settings),
             "files": [_describe(path) for path in files],
             "splits": splits,
+            "split_documents": split_documents,
         }
         (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return manifest
@@ -131,28 +143,35 @@ def _staging(out: Path) -> Iterator[Path]:
     final = out.resolve()  # `.` has no name, and a link to a directory is not to be replaced
     staged = final.with_name(f".{final.name}.partial")
     try:
-        if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        if is_taken(final):
             raise DataError(f"{out} exists already: choose another --out, or delete it.")
-        if staged.exists():
-            shutil.rmtree(staged)
-        staged.mkdir(parents=True)
-        yield staged
-        if final.exists():
-            final.rmdir()
-        staged.replace(final)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with locked(final.with_name(f".{final.name}.lock"), out), _removed_at_the_end(staged):
+            staged.mkdir()
+            yield staged
+            if final.exists():
+                final.rmdir()
+            staged.replace(final)
     except OSError as error:
         raise DataError(
-            f"Cannot write {out} ({error.strerror or error}): choose another --out or free some "
+            f"Cannot write {out} ({one_line(error)}): choose another --out or free some "
             f"space, then run the same command again."
         ) from None
+
+
+@contextmanager
+def _removed_at_the_end(directory: Path) -> Iterator[None]:
+    """A directory of ours that a killed run may have left, gone before and after."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    try:
+        yield
     finally:
-        shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
 def _counter(files: list[Path], progress: Progress | None, phase: str) -> Advance | None:
@@ -168,14 +187,89 @@ def _counter(files: list[Path], progress: Progress | None, phase: str) -> Advanc
     return advance
 
 
-def _documents(files: list[Path], advance: Advance | None) -> Iterator[Iterator[str]]:
-    for path in files:
-        yield from read_documents(path, advance)
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a document, and the split that it belongs to."""
+
+    text: str
+    ends: bool
+    """Whether the document ends with it."""
+    held_out: bool
+
+    @property
+    def units(self) -> int:
+        """Its characters, and one for the end of a document."""
+        return len(self.text) + self.ends
 
 
-def _all_pieces(files: list[Path], progress: Progress | None, phase: str) -> Iterator[str]:
-    for document in _documents(files, _counter(files, progress, phase)):
-        yield from document
+@dataclass(frozen=True, slots=True)
+class _Deal:
+    """Which text is held out: documents by chance, or the tail of it all."""
+
+    settings: PrepareSettings
+    tail: int | None = None
+    """Units before the tail that is held out; None where documents are held out by chance."""
+
+    @classmethod
+    def of(cls, files: list[Path], settings: PrepareSettings, advance: Advance | None) -> _Deal:
+        """Deal by chance, or cut off a tail where chance would leave a split empty.
+
+        Reads until both splits have a document.
+
+        Raises:
+            DataError: there is no text at all.
+        """
+        chance, seen, units = cls(settings), set[bool](), 0
+        for piece in chance.pieces(files, advance):
+            seen.add(piece.held_out)
+            units += piece.units
+            if len(seen) == 2:
+                return chance
+        if not units:
+            raise DataError("The files hold no text (white space only): give some.")
+        share = round(units * settings.validation_fraction)
+        return cls(settings, units - max(1, min(units // 2, share)))
+
+    def pieces(self, files: list[Path], advance: Advance | None) -> Iterator[_Piece]:
+        """All documents that are not white space alone, the same way each time."""
+        chance, start = np.random.default_rng(self.settings.seed), 0
+        for path in files:
+            for document in read_documents(path, advance, field=self.settings.field):
+                held_out = bool(chance.random() < self.settings.validation_fraction)
+                for text, ends in _until_the_end(_unless_blank(document)):
+                    piece = _Piece(text, ends, held_out)
+                    if self.tail is None:
+                        yield piece
+                    else:
+                        yield from _cut(piece, self.tail - start)
+                        start += piece.units
+
+    def training(self, files: list[Path], progress: Progress | None) -> Iterator[str]:
+        """The text that training will see, for a tokenizer."""
+        dealt = self.pieces(files, _counter(files, progress, "tokenizer"))
+        return (piece.text for piece in dealt if not piece.held_out)
+
+
+def _cut(piece: _Piece, room: int) -> Iterator[_Piece]:
+    """The first `room` units of a piece for training, the others held out."""
+    if room >= piece.units:
+        yield replace(piece, held_out=False)
+    elif room <= 0:
+        yield replace(piece, held_out=True)
+    else:
+        yield _Piece(piece.text[:room], False, False)
+        yield _Piece(piece.text[room:], piece.ends, True)
+
+
+def _until_the_end(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each piece, and whether it is the last."""
+    last = None
+    for piece in pieces:
+        if last is not None:
+            yield last, False
+        last = piece
+    if last is not None:
+        yield last, True
 
 
 def _limited(pieces: Iterator[str], most: int) -> Iterator[str]:
@@ -193,7 +287,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
 
 @dataclass
 class _SplitWriter:
-    """Shards of one split, and their counts."""
+    """Shards of one split, and their counts; documents are counted whole or in part."""
 
     directory: Path
     name: str
@@ -243,31 +337,26 @@ class _SplitWriter:
 
 
 def _write_splits(
-    files: list[Path],
-    staged: Path,
-    tokenizer: Tokenizer,
-    settings: PrepareSettings,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Tokenize every document into the split that it falls into."""
+    pieces: Iterator[_Piece], staged: Path, tokenizer: Tokenizer, settings: PrepareSettings
+) -> tuple[dict[str, Any], int]:
+    """Tokenize every piece into its split; gives the splits, and how many documents both hold."""
     writers = {
         name: _SplitWriter(staged, name, _dtype(tokenizer), settings.shard_tokens)
         for name in SPLITS
     }
-    chance = np.random.default_rng(settings.seed)
     try:
-        batch = _Batch(tokenizer)
-        for document in _documents(files, _counter(files, progress, "tokens")):
-            held_out = bool(chance.random() < settings.validation_fraction)
-            batch.add(document, writers[SPLITS[held_out]])
+        batch, before, in_both = _Batch(tokenizer), _Piece("", True, False), 0
+        for piece in pieces:
+            if not before.ends and before.held_out != piece.held_out:
+                writers[SPLITS[before.held_out]].documents += 1
+                in_both += 1
+            batch.add(piece, writers[SPLITS[piece.held_out]])
+            before = piece
         batch.write()
-        for writer in writers.values():
-            writer.close()
-        _ensure_validation(writers, staged, tokenizer, settings)
     finally:
         for writer in writers.values():
             writer.close()
-    return {name: writer.summary() for name, writer in writers.items()}
+    return {name: writer.summary() for name, writer in writers.items()}, in_both
 
 
 class _Batch:
@@ -275,32 +364,23 @@ class _Batch:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._waiting: list[tuple[_SplitWriter, str, bool]] = []
+        self._waiting: list[tuple[_SplitWriter, _Piece]] = []
         self._characters = 0
 
-    def add(self, document: Iterator[str], writer: _SplitWriter) -> None:
-        """Append one document and EOS; a document of white space alone is left out."""
-        last = None
-        for piece in _unless_blank(document):
-            if last is not None:
-                self._add(writer, last, False)
-            last = piece
-        if last is not None:
-            self._add(writer, last, True)
-
-    def _add(self, writer: _SplitWriter, piece: str, ends: bool) -> None:
-        self._waiting.append((writer, piece, ends))
-        self._characters += len(piece)
+    def add(self, piece: _Piece, writer: _SplitWriter) -> None:
+        """Append a piece, and EOS where its document ends."""
+        self._waiting.append((writer, piece))
+        self._characters += len(piece.text)
         if self._characters >= BATCH_CHARACTERS:
             self.write()
 
     def write(self) -> None:
         """Write everything that waits."""
-        encoded = self._tokenizer.encode_batch([piece for _, piece, _ in self._waiting])
-        for (writer, piece, ends), ids in zip(self._waiting, encoded, strict=True):
-            writer.write(np.asarray(ids + [self._tokenizer.eos_id] * ends, dtype=np.int64))
-            writer.text_bytes += len(piece.encode())
-            writer.documents += ends
+        encoded = self._tokenizer.encode_batch([piece.text for _, piece in self._waiting])
+        for (writer, piece), ids in zip(self._waiting, encoded, strict=True):
+            writer.write(np.asarray(ids + [self._tokenizer.eos_id] * piece.ends, dtype=np.int64))
+            writer.text_bytes += len(piece.text.encode())
+            writer.documents += piece.ends
         self._waiting, self._characters = [], 0
 
 
@@ -315,51 +395,15 @@ def _unless_blank(document: Iterator[str]) -> Iterator[str]:
             return
 
 
-def _ensure_validation(
-    writers: dict[str, _SplitWriter],
-    staged: Path,
-    tokenizer: Tokenizer,
-    settings: PrepareSettings,
-) -> None:
-    """Where chance left a split empty (few documents, e.g. one book), cut off the text's tail.
-
-    Raises:
-        DataError: there is no text at all.
-    """
-    total = sum(writer.tokens for writer in writers.values())
-    if not total:
-        raise DataError("The files hold no text (white space only): give some.")
-    if all(writer.tokens for writer in writers.values()):
-        return
-    stream = np.concatenate(
-        [
-            np.fromfile(staged / shard["file"], dtype=writers[name].dtype)
-            for name in SPLITS
-            for shard in writers[name].shards
-        ]
-    )
-    documents = sum(writer.documents for writer in writers.values())
-    text_bytes = sum(writer.text_bytes for writer in writers.values())
-    cut = total - max(1, min(total // 2, round(total * settings.validation_fraction)))
-    held_out = round(text_bytes * (total - cut) / total)  # the cut may lie within a character
-    shares = (text_bytes - held_out, held_out)
-    for writer, ids, share in zip(writers.values(), np.split(stream, [cut]), shares, strict=True):
-        for shard in writer.shards:
-            (staged / shard["file"]).unlink()
-        writer.shards, writer.tokens = [], 0
-        writer.write(ids)
-        writer.close()
-        writer.documents = int((ids == tokenizer.eos_id).sum())
-        writer.text_bytes = share
-    assert sum(writer.documents for writer in writers.values()) == documents
-
-
 @dataclass(frozen=True, slots=True)
 class TokenSplit:
     """One logical stream of tokens over memory-mapped shards."""
 
     name: str
     shards: tuple[NDArray[Any], ...]
+    vocab_size: int
+    paths: tuple[Path, ...]
+    """Files of the shards, to name in errors."""
 
     @property
     def tokens(self) -> int:
@@ -379,7 +423,11 @@ class TokenSplit:
             )
 
     def block(self, index: int, length: int) -> Tensor:
-        """Block number `index` in file order, int64, shape (length,)."""
+        """Block number `index` in file order, int64, shape (length,).
+
+        Raises:
+            DataError: a shard is damaged.
+        """
         return torch.from_numpy(self._read(index * length, length))
 
     def batch(self, step: int, *, batch_size: int, length: int, seed: int) -> Tensor:
@@ -398,7 +446,7 @@ class TokenSplit:
             int64, shape (batch_size, length).
 
         Raises:
-            DataError: the split is shorter than one block.
+            DataError: the split is shorter than one block, or a shard is damaged.
         """
         self.require(length)
         count, rows = self.blocks(length), []
@@ -411,8 +459,14 @@ class TokenSplit:
     def _read(self, start: int, length: int) -> NDArray[np.int64]:
         """Tokens [start, start + length) of the stream, over shard borders."""
         parts: list[NDArray[Any]] = []
-        for shard in self.shards:
-            parts.append(shard[max(start, 0) : max(start + length, 0)])
+        for shard, path in zip(self.shards, self.paths, strict=True):
+            part = shard[max(start, 0) : max(start + length, 0)]
+            if len(part) and (largest := int(part.max())) >= self.vocab_size:
+                raise DataError(
+                    f"{path} is damaged (a token has id {largest}, the vocabulary ends at "
+                    f"{self.vocab_size - 1}): prepare the data again."
+                )
+            parts.append(part)
             start -= len(shard)
         return np.concatenate(parts).astype(np.int64)
 
@@ -457,11 +511,14 @@ class TokenStore:
             )
         try:
             # Of the text as written: another version of the library may lay it out differently.
-            if hashlib.sha256(tokenizer_json.encode()).hexdigest() != manifest["tokenizer_sha256"]:
+            if digest([tokenizer_json]) != manifest["tokenizer_sha256"]:
                 raise DataError(
                     f"{directory}: tokenizer.json is not the one of its tokens: prepare it again."
                 )
             splits = [_open_split(directory, manifest, name) for name in SPLITS]
+            size = sum(shard.nbytes for split in splits for shard in split.shards)
+            if size <= VERIFIED_BYTES:
+                _verify(directory, manifest)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise DataError(f"{directory} is damaged ({error}): prepare it again.") from None
         return cls(manifest, tokenizer_json, *splits)
@@ -469,10 +526,22 @@ class TokenStore:
 
 def _open_split(directory: Path, manifest: dict[str, Any], name: str) -> TokenSplit:
     dtype: np.dtype[Any] = np.dtype({"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
-    shards = []
+    shards, paths = [], []
     for shard in manifest["splits"][name]["shards"]:
         path = directory / shard["file"]
         if not path.exists() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
             raise DataError(f"{path} is missing or has the wrong size: prepare the data again.")
         shards.append(np.memmap(path, dtype=dtype, mode="r"))
-    return TokenSplit(name, tuple(shards))
+        paths.append(path)
+    return TokenSplit(name, tuple(shards), int(manifest["vocab_size"]), tuple(paths))
+
+
+def _verify(directory: Path, manifest: dict[str, Any]) -> None:
+    """Raises DataError where a shard is not the one that was written."""
+    for name in SPLITS:
+        for shard in manifest["splits"][name]["shards"]:
+            if file_digest(directory / shard["file"]) != shard["sha256"]:
+                raise DataError(
+                    f"{directory / shard['file']} is damaged (its bytes have changed since it was "
+                    "prepared): prepare the data again."
+                )

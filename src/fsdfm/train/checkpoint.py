@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fsdfm.core.files import one_line, real
 from fsdfm.errors import CheckpointError
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
@@ -55,7 +56,7 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         "ema_updates": state.ema.updates,
         "elapsed_seconds": state.elapsed_seconds,
     }
-    partial = path.with_suffix(".partial")
+    partial = real(path).with_suffix(".partial")
     try:
         save_file(
             {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
@@ -64,10 +65,10 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         )
         with partial.open("rb") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        partial.replace(real(path))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"Cannot write checkpoint {path} ({_one_line(error)}); free some space or choose "
+            f"Cannot write checkpoint {path} ({one_line(error)}); free some space or choose "
             f"another --out, then run the same command again."
         ) from None
     finally:
@@ -116,7 +117,7 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         missing = "it lacks " if isinstance(error, KeyError) else ""
         raise CheckpointError(
-            f"Cannot resume from {path} ({missing}{_one_line(error)}); delete it to start this run "
+            f"Cannot resume from {path} ({missing}{one_line(error)}); delete it to start this run "
             f"anew."
         ) from None
 
@@ -126,7 +127,3 @@ def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
         raise ValueError(f"shape {tuple(tensor.shape)} is not {tuple(parameter.shape)}")
     # A copy: safetensors maps the file, and what it maps goes when the file is cut short.
     return tensor.to(parameter, copy=True)
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fsdfm.core.files import one_line, write_whole
 from fsdfm.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
@@ -262,23 +263,17 @@ class Run(Generic[Module]):
         path, kept = self.directory / "metrics.jsonl", []
         if not path.exists():
             return
-        partial = path.with_suffix(".partial")
         try:
             text = path.read_text(errors="replace")
-            for line in text.splitlines():
-                # The last line may have been cut short.
-                with contextlib.suppress(ValueError, TypeError, KeyError):
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
-            if text != "".join(kept):
-                partial.write_text("".join(kept))
-                partial.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-            raise CheckpointError(
-                f"Cannot write {path} ({error.strerror}); free some space, or choose another --out."
-            ) from None
+            raise CheckpointError(f"Cannot read {path}: {one_line(error)}.") from None
+        for line in text.splitlines():
+            # The last line may have been cut short.
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+        if text != "".join(kept):
+            write_whole(path, "".join(kept), error=CheckpointError)
 
 
 def update(state: TrainState[Module], settings: TrainSettings, task: Task) -> Tensor:

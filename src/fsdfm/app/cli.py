@@ -58,11 +58,22 @@ Long text from a handful of model calls: few-step discrete flow matching.
                                                teach it to write in a few steps
   fsdfm generate --model STUDENT               text from your own model
   fsdfm evaluate --model STUDENT --out REPORT  judge its texts, at several budgets
+  fsdfm baseline ngram --data DATA --out TEXTS.jsonl
+                                               an n-gram model's texts, to compare with
   fsdfm compare REPORT...                      reports side by side
   fsdfm convert FILE DIR --tokenizer FILE      a published checkpoint -> model directory
   fsdfm bench                                  speed and memory here, beside references
 
 Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.
+"""
+
+BASELINE_HELP = """\
+Texts of a plain language model, the floor beside a few-step model. One file of them makes a row:
+fsdfm evaluate --reference NAME=FILE.jsonl
+
+  fsdfm baseline ngram --data DATA --out FILE.jsonl   an n-gram model, fitted in seconds
+
+Each kind explains its flags: fsdfm baseline KIND --help.
 """
 
 MODEL_DECIDES = "(default: the model's own)"
@@ -423,6 +434,32 @@ def compare(argv: Sequence[str]) -> None:
     _write(text + "\n")
 
 
+def baseline(argv: Sequence[str]) -> None:
+    """Write texts of one kind of plain model."""
+    if argv and argv[0] in BASELINES:
+        BASELINES[argv[0]](argv[1:])
+    elif argv and argv[0] in ("-h", "--help"):
+        _write(BASELINE_HELP)
+    else:
+        wrong = f"there is no baseline {argv[0]!r}" if argv else "a kind of baseline is missing"
+        raise ConfigError(f"{wrong}: choose {', '.join(BASELINES)}, or see fsdfm baseline --help.")
+
+
+def baseline_ngram(argv: Sequence[str]) -> None:
+    """Fit an n-gram model, write its texts and say what came out."""
+    from fsdfm.app.config import NgramArgs
+
+    args = _parse(NgramArgs, "baseline ngram", argv)
+    with _work("Counting n-grams") as progress:
+        from fsdfm.app.baseline import ngram
+
+        line = ngram(args, progress)
+    _write(line + "\n")
+
+
+BASELINES: dict[str, Callable[[Sequence[str]], None]] = {"ngram": baseline_ngram}
+
+
 def bench(argv: Sequence[str]) -> None:
     """Measure speed and memory; one table for each task."""
     from fsdfm.app.config import BenchArgs
@@ -475,6 +512,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "distill": distill,
     "evaluate": evaluate,
     "compare": compare,
+    "baseline": baseline,
     "convert": lambda argv: convert(_parse(ConvertArgs, "convert", argv)),
     "bench": bench,
 }

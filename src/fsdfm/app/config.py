@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, UseAppendAction, arg
 
 from fsdfm.errors import ConfigError
+from fsdfm.study.ngram import check_order
 from fsdfm.train.loop import TrainSettings
 
 Preset = Literal["tiny", "small", "0.17B", "1.3B", "1.7B"]
@@ -372,6 +373,49 @@ class CompareArgs:
     """Model to compare with, by its name in the reports."""
     out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(optional)")] = None
     """Write the comparison to this Markdown file too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineArgs:
+    """What all kinds of baseline share."""
+
+    data: Path
+    """Directory that `fsdfm prepare` wrote; the model sees its training split."""
+    out: Annotated[Path, arg(metavar="FILE.jsonl")]
+    """File of texts to write, one JSON object a line: text, tokens, seed. It replaces one that is
+    there."""
+    num_samples: int = 16
+    """Texts to draw."""
+    length: int = 1024
+    """Tokens of a text."""
+    seed: int = 0
+    """Seed of the first text; text k takes SEED + k."""
+
+    def check(self) -> None:
+        """Look at every number.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        for name, least in (("num_samples", 1), ("length", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NgramArgs(BaselineArgs):
+    """Write texts of an n-gram model (modified Kneser-Ney smoothing), drawn token by token.
+
+    fsdfm evaluate --reference ngram=FILE.jsonl gives them a row of a report.
+    """
+
+    order: int = 4
+    """Tokens of the longest n-gram, 1 to 8: each token is drawn given ORDER - 1 before it."""
+
+    def check(self) -> None:
+        """See `BaselineArgs`."""
+        BaselineArgs.check(self)  # dataclasses with slots know no bare super()
+        check_order(self.order)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

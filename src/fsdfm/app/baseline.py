@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fsdfm.app.config import BaselineArgs, NgramArgs
 from fsdfm.app.heldout import HeldOut
+from fsdfm.core.files import write_whole
 from fsdfm.errors import ConfigError, DataError
-from fsdfm.eval.report import write_whole
 from fsdfm.study.ngram import NgramModel, stages
 from fsdfm.text.packing import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer

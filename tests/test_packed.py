@@ -75,7 +75,7 @@ def test_a_model_in_few_bits_loads_as_any_other(tmp_path: Path, bits: int) -> No
     model = Transformer(CONFIG)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
-    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=bits)
+    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits={"": bits})
     assert json.loads((tmp_path / "config.json").read_text())["format_version"] == 2
     loaded = load_pretrained(tmp_path).model
     assert loaded.config == CONFIG
@@ -93,11 +93,21 @@ def test_a_model_in_few_bits_loads_as_any_other(tmp_path: Path, bits: int) -> No
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_only_what_is_named_is_packed(tmp_path: Path) -> None:
+    model = Transformer(CONFIG)
+    bits = {"vocab_embed": 8, "blocks": 4}
+    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=bits)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        packed = json.loads(file.metadata()["packed"])
+        assert file.get_tensor("output_layer.linear.weight").dtype == torch.float16
+    assert {name.partition(".")[0]: facts["bits"] for name, facts in packed.items()} == bits
+
+
 def test_bits_out_of_range_and_damaged_files_are_one_line(tmp_path: Path) -> None:
     model = Transformer(CONFIG)
-    with pytest.raises(ConfigError, match="bits must be from 3 to 8, got 2"):
-        save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=2)
-    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits=4)
+    with pytest.raises(ConfigError, match="bits must be from 3 to 8, got 2 for blocks"):
+        save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits={"blocks": 2})
+    save_pretrained(tmp_path, model, tokenizer_json=TOKENIZER.to_json(), bits={"": 4})
     path = tmp_path / "model.safetensors"
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()

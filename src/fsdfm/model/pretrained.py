@@ -67,7 +67,7 @@ def save_pretrained(
     tokenizer_json: str,
     generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
-    bits: int | None = None,
+    bits: Mapping[str, int] | None = None,
     ancestors: Sequence[str] = (),
 ) -> None:
     """Write a model directory; an older model there is replaced whole or not at all.
@@ -78,8 +78,8 @@ def save_pretrained(
         tokenizer_json: text of the tokenizer that goes with it.
         generation: defaults for generating, e.g. {"step": "exact", "steps": 8}.
         dtype: number format of the saved weights; None keeps the model's own.
-        bits: of each weight of the large matrices, from 3 to 8 (`fsdfm.model.packed`); the rest is
-            saved in float16.
+        bits: of a weight in the large matrices (`fsdfm.model.packed`), from 3 to 8, by the
+            beginning of the tensor's name; all that is not named, or small, is saved in float16.
         ancestors: names of the models that it descends from, such as SmolLM2-135M; those that its
             start had, and the start itself where it is a known model.
 
@@ -92,10 +92,11 @@ def save_pretrained(
         raise ConfigError(f"ancestors must be a sequence of names, got {ancestors!r}.")
     directory = Path(directory)
     _check_tokenizer(tokenizer_json, model.config, "The tokenizer")
-    if bits is not None and not 3 <= bits <= 8:
-        raise ConfigError(f"bits must be from 3 to 8, got {bits}.")
-    tensors = _to_save(model, dtype if bits is None else torch.float16)
-    version = PLAIN_VERSION if bits is None else FORMAT_VERSION
+    for prefix, count in (bits or {}).items():
+        if not 3 <= count <= 8:
+            raise ConfigError(f"bits must be from 3 to 8, got {count} for {prefix}.")
+    tensors = _to_save(model, torch.float16 if bits else dtype)
+    version = FORMAT_VERSION if bits else PLAIN_VERSION
     header = {"format": FORMAT, "format_version": version, **config_to_dict(model.config)}
     if ancestors:
         header["ancestors"] = list(dict.fromkeys(ancestors))
@@ -104,14 +105,8 @@ def save_pretrained(
         "config": json.dumps(header),
         "tokenizer_sha256": _digest(tokenizer_json),
     }
-    if bits is not None:
-        exact = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        shapes = {n: list(t.shape) for n, t in exact.items() if packable(t)}
-        metadata["packed"] = json.dumps({"bits": bits, "shapes": shapes})
-        for name in shapes:
-            packed = pack(exact[name], bits)
-            del tensors[name]
-            tensors |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales}
+    if bits:
+        metadata["packed"] = json.dumps(_pack(tensors, model, bits))
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _move_committed(directory)
@@ -324,15 +319,27 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise CheckpointError(f"{path} is truncated or corrupt: {one_line(error)}.") from error
 
 
+def _pack(
+    tensors: dict[str, Tensor], model: FlowNetwork, bits: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """Replace tensors by their codes and scales; returns bits and shape of each."""
+    described = {}
+    for name, exact in model.state_dict().items():
+        count = next((b for prefix, b in bits.items() if name.startswith(prefix)), None)
+        if count is None or not packable(exact):
+            continue
+        packed = pack(exact.cpu(), count)
+        del tensors[name]
+        tensors |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales}
+        described[name] = {"bits": count, "shape": list(exact.shape)}
+    return described
+
+
 def _unpacked(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """The weights by the network's names, those in few bits as float32."""
-    if "packed" not in metadata:
-        return tensors
-    values = json.loads(metadata["packed"])
-    bits = int(values["bits"])
-    for name, shape in values["shapes"].items():
+    for name, facts in json.loads(metadata.get("packed", "{}")).items():
         packed = Packed(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales"))
-        tensors[name] = unpack(packed, bits, tuple(shape))
+        tensors[name] = unpack(packed, int(facts["bits"]), tuple(facts["shape"]))
     return tensors
 
 

@@ -20,10 +20,13 @@ cd "$work"
   mv prose.part prose.jsonl
 }
 [ -d data ] || fsdfm prepare prose.jsonl --tokenizer smollm2 --vocab-size 12288 --out data
-fsdfm adapt smollm2 --data data --out teacher --layers 12 --steps "$steps" --batch-size 8 \
-  --learning-rate 6e-4 --ema-decay 0.997 --log-every 20 --evaluate-every 200 --sample-every 400 \
-  --checkpoint-every 100 --validation-sequences 48
+fsdfm adapt smollm2 --data data --out teacher256 --layers 12 --steps "$steps" --batch-size 8 \
+  --learning-rate 6e-4 --ema-decay 0.997 --evaluate-every 200 --sample-every 400 --checkpoint-every 100
+fsdfm pretrain --init teacher256 --source mask --frozen-share 0.33 --data data --out teacher \
+  --context-length 1024 --batch-size 2 --steps 80 --learning-rate 2e-4 --warmup-steps 8 \
+  --ema-decay 0.95 --evaluate-every 80 --sample-every 0 --checkpoint-every 40 --validation-sequences 8
 fsdfm distill --teacher teacher --data data --out student --context-length 256 --batch-size 8 \
-  --steps 600 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.99 --checkpoint-every 100
+  --steps 360 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.98 --evaluate-every 360 \
+  --sample-every 0 --checkpoint-every 90
 python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5
 python "$here/heldout.py" data heldout.jsonl.gz

@@ -377,7 +377,7 @@ def test_an_interrupt_leaves_what_was_there(
 
 
 def test_a_kind_of_baseline_is_needed(run: Run) -> None:
-    choices = "choose ngram, or see fsdfm baseline --help."
+    choices = "choose ngram, ar, or see fsdfm baseline --help."
     assert run("baseline") == (2, "", f"error: a kind of baseline is missing: {choices}\n")
     assert run("baseline", "bigram") == (
         2,

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fsdfm.app.config import BaselineArgs, NgramArgs
+from fsdfm.app.config import AutoregressiveArgs, BaselineArgs, NgramArgs
 from fsdfm.app.heldout import HeldOut
 from fsdfm.core.files import write_whole
 from fsdfm.errors import ConfigError, DataError
+from fsdfm.model.pretrained import load_pretrained
+from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.study.ngram import NgramModel, stages
 from fsdfm.text.packing import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer
@@ -81,6 +83,44 @@ def ngram(args: NgramArgs, progress: Progress) -> str:
     )
 
 
+def autoregressive(args: AutoregressiveArgs, progress: Progress) -> str:
+    """Draw texts of an autoregressive network, and write them.
+
+    Args:
+        args: what is drawn and written.
+        progress: told (what was done, tokens done, tokens in all).
+
+    Returns:
+        One line for people.
+
+    Raises:
+        ConfigError: a value out of range, another tokenizer, or a network that is not causal.
+        CheckpointError: no such model.
+        DataError: no such data, or a file that cannot be written.
+    """
+    args.check()
+    store = TokenStore.open(args.data)
+    tokenizer = Tokenizer.from_json(store.tokenizer_json)
+    loaded = load_pretrained(args.model)
+    if Tokenizer.from_json(loaded.tokenizer_json).fingerprint != tokenizer.fingerprint:
+        raise ConfigError(f"{args.model} and {args.data} have different tokenizers.")
+    model = Autoregressive(loaded.model)
+    check_writable(args.out)
+    bits = heldout_bits_per_byte(args.data, store, model)
+    seeds, done = range(args.seed, args.seed + args.num_samples), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        progress("drawing tokens", done, args.length)
+
+    _write(args, tokenizer, seeds, model.samples(args.length, seeds, advance))
+    return (
+        f"{args.out}: {args.num_samples:,} texts of {args.length:,} tokens by {args.model}, token "
+        f"by token, {bits:.3f} bits a byte of held-out text"
+    )
+
+
 def heldout_bits_per_byte(data: Path, store: TokenStore, model: Baseline) -> float:
     """Bits that a model needs for the validation split, a byte of its text.
 
@@ -99,13 +139,21 @@ def write_texts(args: BaselineArgs, tokenizer: Tokenizer, model: Baseline, tick:
     Raises:
         DataError: the file cannot be written.
     """
-    lines = []
-    for seed in range(args.seed, args.seed + args.num_samples):
-        text = tokenizer.decode(model.sample(args.length, seed))
-        record = {"text": text, "tokens": args.length, "seed": seed}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    seeds, texts = range(args.seed, args.seed + args.num_samples), []
+    for seed in seeds:
+        texts.append(model.sample(args.length, seed))
         tick("drawing texts")
-    write_whole(args.out, "".join(lines).encode())
+    _write(args, tokenizer, seeds, texts)
+
+
+def _write(
+    args: BaselineArgs, tokenizer: Tokenizer, seeds: Iterable[int], texts: Iterable[list[int]]
+) -> None:
+    lines = []
+    for seed, ids in zip(seeds, texts, strict=True):
+        record = {"text": tokenizer.decode(ids), "tokens": args.length, "seed": seed}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    write_whole(args.out, "".join(lines))
 
 
 def check_writable(out: Path) -> None:

@@ -72,6 +72,8 @@ Texts of a plain language model, the floor beside a few-step model. One file of 
 fsdfm evaluate --reference NAME=FILE.jsonl
 
   fsdfm baseline ngram --data DATA --out FILE.jsonl   an n-gram model, fitted in seconds
+  fsdfm baseline ar --model RUN --data DATA --out FILE.jsonl
+                        a network of fsdfm adapt --attention causal, token by token
 
 Each kind explains its flags: fsdfm baseline KIND --help.
 """
@@ -457,7 +459,22 @@ def baseline_ngram(argv: Sequence[str]) -> None:
     _write(line + "\n")
 
 
-BASELINES: dict[str, Callable[[Sequence[str]], None]] = {"ngram": baseline_ngram}
+def baseline_ar(argv: Sequence[str]) -> None:
+    """Write texts of an autoregressive network and say what came out."""
+    from fsdfm.app.config import AutoregressiveArgs
+
+    args = _parse(AutoregressiveArgs, "baseline ar", argv)
+    with _work("Reading held-out text") as progress:
+        from fsdfm.app.baseline import autoregressive
+
+        line = autoregressive(args, progress)
+    _write(line + "\n")
+
+
+BASELINES: dict[str, Callable[[Sequence[str]], None]] = {
+    "ngram": baseline_ngram,
+    "ar": baseline_ar,
+}
 
 
 def bench(argv: Sequence[str]) -> None:

@@ -419,6 +419,18 @@ class NgramArgs(BaselineArgs):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AutoregressiveArgs(BaselineArgs):
+    """Write texts of an autoregressive network, drawn token by token.
+
+    The network is a run of fsdfm adapt --attention causal: with the layers, vocabulary, data and
+    hours of a flow model, it is what the same work would have given.
+    """
+
+    model: str
+    """The run or model directory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchArgs:
     """Measure speed and memory on this machine, beside reference implementations.
 

@@ -38,6 +38,7 @@ from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
 
 CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
@@ -136,6 +137,8 @@ def adapt(args: AdaptArgs) -> bool:
     source, schedule = objective_parts(model.config)
     position_loss = POSITION_LOSSES[args.loss]
     objective: Objective = Pretrain(source, schedule, position_loss, args.frozen_share)
+    if args.attention == "causal":
+        objective = NextToken(model.config.vocab_size)
     defaults = {"steps": 64, "step": "exact"}
     return _train(args, settings, store, model, objective, length, defaults, ancestors)
 
@@ -222,6 +225,7 @@ def _train(
         validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
         device=device,
         autocast=preferred_dtype(device),
+        likelihood=objective.nats if isinstance(objective, NextToken) else None,
     )
 
     def export(ema: FlowNetwork) -> None:

@@ -9,6 +9,7 @@ Shapes: B sequences, L positions, V tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,32 +49,30 @@ class Autoregressive:
             self.condition = model.condition(*times)
 
     @torch.no_grad()
-    def log_probability(self, ids: Sequence[int]) -> NDArray[np.float64]:
+    def log_probability(self, ids: NDArray[np.integer[Any]]) -> NDArray[np.float64]:
         """ln p of each id given those before it in its block of the context's length, nats."""
         context, found = self.config.context_length, []
         for start in range(0, len(ids), context):
-            x = torch.tensor([ids[start : start + context]])
+            x = torch.as_tensor(ids[start : start + context], dtype=torch.int64)[None]
             hidden = self.model.body(x, torch.tensor([TIME]), torch.tensor([STEP]))
             logits = self.model.head(hidden[0]).float()[:, : self.config.vocab_size]
             found.append(logits.log_softmax(-1).gather(1, x[0, :, None])[:, 0])
         return torch.cat(found).double().numpy()
 
+    def sample(self, length: int, seed: int) -> list[int]:
+        """One text, see `samples`."""
+        return next(iter(self.samples(length, [seed])))
+
     @torch.no_grad()
-    def sample(
-        self,
-        length: int,
-        seeds: Sequence[int],
-        *,
-        temperature: float = 1.0,
-        progress: Callable[[int], None] | None = None,
+    def samples(
+        self, length: int, seeds: Sequence[int], advance: Callable[[], None] | None = None
     ) -> list[list[int]]:
         """Draw texts token by token, all together.
 
         Args:
             length: L, tokens of each; it may exceed the context that training showed.
             seeds: one for each text.
-            temperature: divides the logits.
-            progress: told how many tokens of each are done.
+            advance: called after every token of all texts.
 
         Returns:
             B lists of L ids.
@@ -89,7 +88,7 @@ class Autoregressive:
                 x = past.step(x, self.condition, cos[place : place + 1], sin[place : place + 1])
             hidden = self.model.output_layer.final(x, self.condition)[:, 0]
             logits = self.model.head(hidden).float()[:, : self.config.vocab_size]
-            p = (logits / temperature).double().softmax(-1)
+            p = logits.double().softmax(-1)
             token = torch.stack(
                 [
                     torch.multinomial(row, 1, generator=generator)[0]
@@ -97,9 +96,9 @@ class Autoregressive:
                 ]
             )
             drawn.append(token)
-            if progress is not None:
-                progress(place + 1)
-        return torch.stack(drawn, 1).tolist()  # type: ignore[no-any-return]
+            if advance is not None:
+                advance()
+        return torch.stack(drawn, 1).tolist()
 
 
 class _Past:

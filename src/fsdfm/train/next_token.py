@@ -1,0 +1,41 @@
+"""What a causal language model minimises: the honest rival of a flow model of its size.
+
+Shapes: B sequences, L positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fsdfm.flow.loss import RowLoss, cross_entropy, mean_over_rows
+from fsdfm.train.objective import SMALLEST_EXPONENT, Network
+
+
+@dataclass(frozen=True, slots=True)
+class NextToken:
+    """-ln p(x_1[i] given x_1[:i]), all positions; the network's attention is causal."""
+
+    vocab_size: int
+
+    def loss(
+        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """See `Objective`; nothing is drawn."""
+        return {"loss": self.nats(model, x_1)}
+
+    def nats(self, model: Network, x_1: Tensor) -> Tensor:
+        """-ln p of a token of the data, (B, L), on average; scalar."""
+        times = torch.ones(len(x_1), device=x_1.device)
+        hidden = model.body(x_1, times, times * 2.0**-SMALLEST_EXPONENT).flatten(0, 1)
+        data = x_1.flatten()
+
+        def loss(rows: slice) -> RowLoss:
+            there = data[rows]
+            return lambda logits, piece: cross_entropy(
+                logits, there[piece], there[piece], logits[:, 0]
+            )
+
+        return mean_over_rows(model, hidden, loss, self.vocab_size)

@@ -68,3 +68,39 @@ def test_probabilities_are_made_a_few_heads_at_a_time(monkeypatch: pytest.Monkey
     monkeypatch.setattr(attention, "_probabilities", watched)
     attend(*inputs(1, 50, torch.bfloat16))
     assert shapes == [(2, 50, 50), (1, 50, 50)]
+
+
+@pytest.mark.parametrize("scores_at_once", [1, 2**21])
+@pytest.mark.parametrize(("kv_heads", "asking"), [(1, 50), (2, 50), (2, 13), (6, 13)])
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 8), (torch.float32, 20)])
+def test_heads_that_share_keys_are_heads_whose_keys_are_repeated(
+    scores_at_once: int,
+    kv_heads: int,
+    asking: int,
+    dtype: torch.dtype,
+    bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE", scores_at_once)
+    for causal in (False, True) if asking == 50 else (False,):
+        draw = torch.Generator().manual_seed(5)
+        ours = [
+            torch.randn((2, length, heads, 16), generator=draw).to(dtype).transpose(1, 2)
+            for length, heads in ((asking, 6), (50, kv_heads), (50, kv_heads))
+        ]
+        ours = [x.requires_grad_() for x in ours]
+        exact = [x.detach().double().requires_grad_() for x in ours]
+        q, k, v = exact[0], *(x.repeat_interleave(6 // kv_heads, 1) for x in exact[1:])
+        scores = q @ k.transpose(2, 3) / 4.0
+        if causal:
+            later = torch.ones(50, 50, dtype=torch.bool).triu(1)
+            scores = scores.masked_fill(later, -torch.inf)
+        wanted = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        found = attend(*ours, causal=causal)
+        assert found.shape == (2, asking, 96) and found.dtype == dtype
+        upstream = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(6)).to(dtype)
+        slopes = torch.autograd.grad(found, ours, upstream)
+        truths = torch.autograd.grad(wanted, exact, upstream.double())
+        for value, truth in [(found, wanted), *zip(slopes, truths, strict=True)]:
+            assert value.shape == truth.shape
+            assert (value.double() - truth).norm() < 3 * 2.0**-bits * truth.norm()

@@ -317,10 +317,10 @@ def path_loss(
         vocab_size: V.
         schedule: kappa.
         position_loss: generalized KL, or cross-entropy.
-        rows: which of the B L positions count, int64, (N,), at least one; all if not given.
+        rows: which of the B L positions count, int64, (N,); all if not given.
 
     Returns:
-        Scalar, nats for each token that counts.
+        Scalar, nats for each token that counts; 0 where none does.
     """
     hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
     g = schedule.rate(t.double()).float().repeat_interleave(x_t.shape[1])

@@ -59,9 +59,19 @@ class Jumper:
     source: Source
     generator: torch.Generator
 
-    def hidden(self, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """Final hidden rows, (B, L, D), float32: means of bfloat16 rows would lose digits."""
-        return self.model.body(x, t.float(), h.float()).float()
+    def hidden(self, x: Tensor, t: Tensor, h: Tensor, before: Tensor | None = None) -> Tensor:
+        """Final hidden rows, (B, L, D), float32: means of bfloat16 rows would lose digits.
+
+        Args:
+            x, t, h: states (B, L), times (B,), step sizes (B,).
+            before: rows of the state that x was jumped to from. With an absorbing source a position
+                that has been revealed keeps its row: it moves no more, and of such positions the
+                network has learned nothing.
+        """
+        rows = self.model.body(x, t.float(), h.float()).float()
+        if before is None or not self.source.absorbing:
+            return rows
+        return torch.where((x == self.source.vocab_size)[..., None], rows, before)
 
     def jump(self, x: Tensor, hidden: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """The state after a step of size h from (x, t), whose hidden rows are given; (B, L)."""
@@ -100,11 +110,11 @@ def rk4_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Target:
     half, middle = h / 2, t + h / 2
     l_1 = jumper.hidden(x_t, t, half)
     x_1 = jumper.jump(x_t, l_1, t, half)
-    l_2 = jumper.hidden(x_1, middle, half)
+    l_2 = jumper.hidden(x_1, middle, half, l_1)
     x_2 = jumper.jump(x_1, l_2, middle, half)
-    l_3 = jumper.hidden(x_2, middle, half)
+    l_3 = jumper.hidden(x_2, middle, half, l_2)
     x_3 = jumper.jump(x_2, l_3, middle, half)
-    l_4 = jumper.hidden(x_3, t + h, half)
+    l_4 = jumper.hidden(x_3, t + h, half, l_3)
     return _single((l_1 + 2 * l_2 + 2 * l_3 + l_4) / 6)
 
 
@@ -115,7 +125,7 @@ def rk2_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Target:
     """
     half, middle = h / 2, t + h / 2
     l_1 = jumper.hidden(x_t, t, half)
-    l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half)
+    l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half, l_1)
     return _single((l_1 + l_2) / 2)
 
 
@@ -125,11 +135,13 @@ def semigroup_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Targe
         w p(x, t; h/2) + (1 - w) p(y, u; h/2),   y = Jump(x, t, h/2), u = t + h/2, s = t + h,
         w = (1 - kappa_s) (kappa_u - kappa_t) / ((1 - kappa_u) (kappa_s - kappa_t))
 
-    Linear in probability, so one draw of y is unbiased. It presumes the exact rule.
+    Linear in probability, so one draw of y is unbiased. It presumes the exact rule. With an
+    absorbing source the second term is p(x, t; h/2) where y is revealed, and the weights are right
+    as they are: (1 - a_t) (1 - w) = (1 - a_t) a_u / (a_t + (1 - a_t) a_u).
     """
     half, middle = h / 2, t + h / 2
     l_1 = jumper.hidden(x_t, t, half)
-    l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half)
+    l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half, l_1)
     k_t, k_u, k_s = (jumper.schedule.kappa(time) for time in (t, middle, t + h))
     w = ((1 - k_s) * (k_u - k_t) / ((1 - k_u) * (k_s - k_t))).float()
     w = w.repeat_interleave(x_t.shape[1])

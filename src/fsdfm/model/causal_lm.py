@@ -89,13 +89,13 @@ def load_tokenizer_json(name: str) -> str:
     from transformers import AutoTokenizer
 
     with _reading(name):
-        tokenizer = AutoTokenizer.from_pretrained(place, **where)
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **where)
         text: str = tokenizer.backend_tokenizer.to_str()
     return text
 
 
 def load_causal_lm(name: str) -> CausalLm:
-    """A causal language model in float32, on the CPU; its files are never unpickled.
+    """A causal language model in float32, on the CPU; its files are never unpickled or run.
 
     Args:
         name: see `locate`.
@@ -109,13 +109,18 @@ def load_causal_lm(name: str) -> CausalLm:
     from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
     with _reading(name):
-        config = AutoConfig.from_pretrained(place, **where)
+        config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
     _check_family(config, name)
     options: dict[str, Any] = {"use_safetensors": True}
     if where:
         options = {**where, "quantization_config": GgufConfig(dequantize=True)}
     with _reading(name):
-        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32, **options)
+        model: Any
+        model, found = AutoModelForCausalLM.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, **options
+        )
+    if missing := sorted(found["missing_keys"]):  # the library would draw them at random
+        raise CheckpointError(f"The weights of {name} lack {missing[0]}: fetch the model again.")
     label = "SmolLM2-135M-Instruct" if name == PACKAGED else Path(name).stem
     return CausalLm(label, model.eval().requires_grad_(False), load_tokenizer_json(name))
 
@@ -183,7 +188,7 @@ def adapt(
     Args:
         lm: the language model.
         token_ids: its ids of the tokens to keep, in their new order; None for a new token, which
-            starts as the mean of the others.
+            starts as the mean of the others (as does one that its embedding has no row for).
         start_id: new id of the token before the first; None: no shift.
         layers: which of its layers, in order.
         source: where x_0 comes from; `mask` adds a row, the mean of the others.
@@ -231,7 +236,7 @@ def adapt(
 
 
 def _fill_rows(ours: Tensor, theirs: Tensor, rows: Tensor) -> None:
-    known = rows >= 0
+    known = (rows >= 0) & (rows < len(theirs))  # a tokenizer may know more than its model
     kept = theirs[rows[known]]
     ours[:] = kept.mean(0)  # new tokens', and the mask's if there is one
     ours[: len(rows)][known] = kept

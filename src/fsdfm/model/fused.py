@@ -62,7 +62,7 @@ class _ModulatedRms(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         d_x, d_weight, d_bias = (torch.empty_like(each) for each in (x, weight, weight))
         for i in range(len(x)):
-            normed, grad = x[i] * scale[i], grads[0][i].float()
+            normed, grad = x[i] * scale[i], grads[0][i].to(x.dtype)
             torch.sum(grad, 0, out=d_bias[i])
             part = grad * normed
             torch.sum(part, 0, out=d_weight[i])

@@ -496,4 +496,6 @@ def student_from_teacher(
             f"give --neighbours {teacher.config.neighbours}, or a teacher without such a head."
         )
     student.load_state_dict(teacher.state_dict(), strict=False)
+    # A joint head is trained beside a body that stays: so does an embedding that is the head, too.
+    student.vocab_embed.requires_grad_(not neighbours)
     return student

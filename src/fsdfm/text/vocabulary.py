@@ -67,7 +67,7 @@ def cut(tokenizer: Tokenizer, counts: np.ndarray[Any, Any], vocab_size: int) -> 
         )
     vocabulary: dict[str, int] = model["vocab"]
     alphabet = _alphabet(values)
-    eos = next(a["content"] for a in values["added_tokens"] if a["id"] == tokenizer.eos_id)
+    eos = next(t for t, i in tokenizer.vocabulary().items() if i == tokenizer.eos_id)
     if vocab_size < (least := len({*alphabet, eos})):
         raise ConfigError(
             f"vocab_size must be at least {least} (the bytes and the end of text), "
@@ -103,11 +103,15 @@ def completed(tokenizer: Tokenizer) -> Tokenizer:
         DataError: it is neither byte-level nor falls back to bytes, so that text would get lost.
     """
     values = json.loads(tokenizer.to_json())
-    missing = [t for t in sorted(_alphabet(values)) if t not in values["model"]["vocab"]]
+    missing = sorted(_alphabet(values) - tokenizer.vocabulary().keys())
     if not missing:
         return tokenizer
-    for i, token in enumerate(missing, start=tokenizer.vocab_size):
-        values["model"]["vocab"][token] = i
+    vocabulary = values["model"]["vocab"]
+    for token in missing:
+        vocabulary[token] = 1 + max(vocabulary.values())
+    for added in values["added_tokens"]:  # the library puts those of no vocabulary after it
+        if added["content"] not in vocabulary:
+            added["id"] += len(missing)
     return Tokenizer(Backend.from_str(json.dumps(values)), name="the completed tokenizer")
 
 
@@ -120,7 +124,8 @@ def _alphabet(values: Mapping[str, Any]) -> set[str]:
     model = values["model"]
     if model.get("byte_fallback"):
         names = {f"<0x{byte:02X}>" for byte in range(256)}
-        if names <= model["vocab"].keys():
+        spelled = (t if isinstance(t, str) else t[0] for t in model["vocab"])  # Unigram's are pairs
+        if names <= set(spelled):
             return names
     elif model.get("type") == "BPE" and '"ByteLevel"' in json.dumps(values.get("decoder")):
         return set(ByteLevel.alphabet())

@@ -99,7 +99,7 @@ class Pretrain:
 
 
 def frozen_at_random(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:
-    """Positions that are given, bool, (B, L): a prefix, a suffix, both, or all but one gap.
+    """Positions that are given, bool, (B, L): a prefix, a suffix, both, or a middle part.
 
     Args:
         batch, length: B and L.

@@ -215,9 +215,7 @@ def test_a_path_loss_counts_the_hidden_positions_that_are_not_frozen(name: str) 
         rows = open_positions(x_t, ABSORBING, mask)
         assert rows is not None and rows.tolist() == at
         loss = POSITION_LOSSES[name]
-        found = path_loss(
-            Independent(), x_t, x_1, t, t, V, Polynomial(), loss, rows=rows
-        )
+        found = path_loss(Independent(), x_t, x_1, t, t, V, Polynomial(), loss, rows=rows)
         nats = -P_1.log()[x_1.flatten()[at]]
         g = 1.0 / (1.0 - t.repeat_interleave(4)[at]) if name == "generalized_kl" else 1.0
         assert float(found) == pytest.approx(float((g * nats).mean()), rel=1e-6)

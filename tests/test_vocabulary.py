@@ -169,8 +169,9 @@ def test_the_most_frequent_tokens_are_kept() -> None:
     frequent = [names[i] for i in np.argsort(-counts, kind="stable")[:8]]
     assert set(frequent) <= small.vocabulary().keys()
     dropped = [t for t in large.vocabulary() if t not in small.vocabulary()]
-    assert dropped and all(counts[large.vocabulary()[t]] <= counts[large.vocabulary()[frequent[7]]]
-                           for t in dropped)
+    assert dropped and all(
+        counts[large.vocabulary()[t]] <= counts[large.vocabulary()[frequent[7]]] for t in dropped
+    )
 
 
 @pytest.mark.parametrize("kind", LARGE)
@@ -185,7 +186,9 @@ def test_counts_are_those_of_encoding(kind: str, monkeypatch: pytest.MonkeyPatch
 
 # Text through a cut.
 
-TEXTS = st.lists(st.text() | st.sampled_from([*PROSE, EOS, "</s>", "\0", "\r\n", "é😀"])).map("".join)
+TEXTS = st.lists(st.text() | st.sampled_from([*PROSE, EOS, "</s>", "\0", "\r\n", "é😀"])).map(
+    "".join
+)
 
 
 @pytest.mark.parametrize("kind", CUTS)
@@ -270,7 +273,9 @@ def unigram(byte_fallback: bool = False) -> Tokenizer:
 
 
 def no_bytes() -> Tokenizer:
-    return Tokenizer(Backend(models.BPE({EOS: 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")])), name="it")
+    return Tokenizer(
+        Backend(models.BPE({EOS: 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")])), name="it"
+    )
 
 
 @pytest.mark.parametrize("other", [word_piece, unigram, lambda: unigram(True), no_bytes])
@@ -335,7 +340,10 @@ def test_a_cut_knows_its_tokens_in_the_large_vocabulary(kind: str) -> None:
 
 def test_another_tokenizer_is_none() -> None:
     large = LARGE["byte-level"]
-    assert tokens_within(train_bpe(["quite another text, with other words in it. "] * 9, 300), large) is None
+    assert (
+        tokens_within(train_bpe(["quite another text, with other words in it. "] * 9, 300), large)
+        is None
+    )
     assert tokens_within(large, CUTS["byte-level"]) is None
     assert tokens_within(LARGE["byte fallback"], large) is None
     assert tokens_within(word_piece(), large) is None

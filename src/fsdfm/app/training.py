@@ -167,8 +167,6 @@ def distill(args: DistillArgs) -> bool:
     source, schedule = objective_parts(config)
     objective: Objective
     if joint:
-        if config.tied_head:  # the body reads it too, and the body stays the teacher's
-            model.vocab_embed.requires_grad_(False)
         objective = Joint(source, schedule, POSITION_LOSSES[args.loss])
     else:
         objective = Distill(

@@ -76,11 +76,6 @@ class CausalConfig(ModelConfig):
                 f"got {self.start_id!r}."
             )
 
-    @property
-    def tied_head(self) -> bool:
-        """See `ModelConfig`."""
-        return self.tied
-
     def _check_heads(self) -> None:
         """Heads have a width of their own here."""
 

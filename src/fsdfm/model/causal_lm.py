@@ -115,10 +115,10 @@ def load_causal_lm(name: str) -> CausalLm:
     if where:
         options = {**where, "quantization_config": GgufConfig(dequantize=True)}
     with _reading(name):
-        model: Any
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, **options
         )
+    model, found = loaded
     if missing := sorted(found["missing_keys"]):  # the library would draw them at random
         raise CheckpointError(f"The weights of {name} lack {missing[0]}: fetch the model again.")
     label = "SmolLM2-135M-Instruct" if name == PACKAGED else Path(name).stem

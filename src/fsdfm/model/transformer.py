@@ -97,11 +97,6 @@ class ModelConfig:
         return False
 
     @property
-    def tied_head(self) -> bool:
-        """Whether the head is the embedding itself; a published network's only starts as a copy."""
-        return False
-
-    @property
     def embedding_rows(self) -> int:
         """Rows of the embedding and of the head: V, or V + 1 with the mask source."""
         return self.vocab_size + (self.source == "mask")

@@ -87,7 +87,7 @@ def seen(model: CausalNetwork, length: int = 6) -> list[list[bool]]:
         changed = x.clone()
         changed[0, j] = V
         rows.append((model(changed, T * one, H * one)[0] - before).abs().amax(-1) > 1e-6)
-    return torch.stack(rows, 1).tolist()  # type: ignore[no-any-return]
+    return torch.stack(rows, 1).tolist()
 
 
 # What it is.
@@ -256,7 +256,9 @@ def test_a_config_refuses_what_cannot_work(changes: dict[str, Any], said: str) -
 
 def test_configs_say_which_network_they_are_of() -> None:
     twin, published = config(), ModelConfig(V, 48, 3, 4, 16)
-    assert config_to_dict(twin)["network"] == "causal" and "network" not in config_to_dict(published)
+    assert config_to_dict(twin)["network"] == "causal" and "network" not in config_to_dict(
+        published
+    )
     for each in (twin, published):
         assert config_from_dict(config_to_dict(each)) == each
         assert build_network(each).config is each
@@ -292,7 +294,9 @@ def test_a_directory_keeps_the_network(shape: str, tmp_path: Path) -> None:
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
-    save_pretrained(tmp_path / "m", network(vocab_size=300), tokenizer_json=tokenizer(300).to_json())
+    save_pretrained(
+        tmp_path / "m", network(vocab_size=300), tokenizer_json=tokenizer(300).to_json()
+    )
     path = tmp_path / "m" / "config.json"
     path.write_text(path.read_text().replace('"tied": true', '"tied": false'))
     with pytest.raises(CheckpointError, match=r"different models"):

@@ -111,9 +111,7 @@ def test_chosen_layers_are_the_models_own_in_their_order() -> None:
     model.model.layers = torch.nn.ModuleList(kept)
     model.config.num_hidden_layers = 3
     model.config.layer_types = None
-    torch.testing.assert_close(
-        ours(network, tokens()), theirs(model, tokens()), rtol=0, atol=1e-5
-    )
+    torch.testing.assert_close(ours(network, tokens()), theirs(model, tokens()), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

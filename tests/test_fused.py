@@ -51,9 +51,7 @@ def leaves(*tensors: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         (torch.float32, torch.bfloat16),
     ],
 )
-def test_the_modulated_norm_is_its_formula(
-    rows: int, dtype: torch.dtype, out: torch.dtype
-) -> None:
+def test_the_modulated_norm_is_its_formula(rows: int, dtype: torch.dtype, out: torch.dtype) -> None:
     ours, exact = leaves(
         drawn(BATCH, LENGTH, WIDTH, dtype=dtype),
         drawn(rows, WIDTH, seed=2, dtype=dtype),

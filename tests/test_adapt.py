@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -302,8 +303,10 @@ def test_text_comes_out_of_it_with_a_prompt_or_a_gap(run: Run, twin: Path) -> No
                 pairs = zip(sample.token_ids, ids, frozen, strict=True)
                 assert all(new == old for new, old, given in pairs if given)
                 assert max(sample.token_ids) < vocab_size and sample.tokens == 7
-    last = list(generator.stream(steps=5, length=LENGTH))[-1]
-    assert max(last.token_ids) < vocab_size
+    shown = [snapshot.token_ids for snapshot in generator.stream(steps=8, length=LENGTH)]
+    assert set(shown[0]) == {vocab_size} and max(shown[-1]) < vocab_size
+    for before, after in itertools.pairwise(shown):  # what is revealed stays
+        assert all(a in (b, vocab_size) for a, b in zip(before, after, strict=True))
 
 
 def test_its_bound_is_evaluated(run: Run, twin: Path, place: Path, tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ def test_a_joint_head_is_trained_on_hidden_positions_and_knows_the_others() -> N
             return rows
 
     x_1, model = data(200, 16), Watched()
-    Joint(ABSORBING, Polynomial()).loss(model, model, x_1, torch.Generator().manual_seed(2))  # type: ignore[arg-type]
+    Joint(ABSORBING, Polynomial()).loss(model, model, x_1, torch.Generator().manual_seed(2))
     ((at, x, known),), (x_t,) = asked, model.shown
     assert torch.equal(x, x_1) and bool(known[x_t < V].all())
     assert torch.equal(at, (~known).flatten().nonzero()[:, 0])
@@ -459,10 +459,10 @@ def test_given_parts_are_shown_and_not_learned(source: Source) -> None:
         return logits.sum(-1)
 
     objective = Pretrain(source, Polynomial(), loss, 1.0)
-    objective.loss(model, model, x_1, torch.Generator().manual_seed(3))  # type: ignore[arg-type]
+    objective.loss(model, model, x_1, torch.Generator().manual_seed(3))
     ((x_t,), generator) = model.shown, torch.Generator().manual_seed(3)
     plain = Pretrain(source, Polynomial(), loss)
-    plain.loss(model, model, x_1, generator)  # type: ignore[arg-type]
+    plain.loss(model, model, x_1, generator)
     frozen = frozen_at_random(300, 10, 1.0, generator)  # what comes next from the same numbers
     assert torch.equal(x_t, torch.where(frozen, x_1, model.shown[1]))
     counted = ~frozen & (x_t == V) if source.absorbing else ~frozen
@@ -479,5 +479,5 @@ def test_times_stop_short_of_the_end() -> None:
 
     model = Watched()
     objective = Pretrain(ABSORBING, Polynomial())
-    parts = objective.loss(model, model, data(5000, 4), torch.Generator().manual_seed(5))  # type: ignore[arg-type]
+    parts = objective.loss(model, model, data(5000, 4), torch.Generator().manual_seed(5))
     assert shown[0].max() <= LATEST_TIME + 1e-7 and bool(parts["loss"].isfinite())

@@ -87,7 +87,7 @@ def seen(model: CausalNetwork, length: int = 6) -> list[list[bool]]:
         changed = x.clone()
         changed[0, j] = V
         rows.append((model(changed, T * one, H * one)[0] - before).abs().amax(-1) > 1e-6)
-    return torch.stack(rows, 1).tolist()  # type: ignore[no-any-return]
+    return torch.stack(rows, 1).tolist()
 
 
 # What it is.

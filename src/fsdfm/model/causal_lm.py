@@ -115,11 +115,11 @@ def load_causal_lm(name: str) -> CausalLm:
     if where:
         options = {**where, "quantization_config": GgufConfig(dequantize=True)}
     with _reading(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        found: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=torch.float32, output_loading_info=True, **options
         )
-    model, found = loaded
-    if missing := sorted(found["missing_keys"]):  # the library would draw them at random
+        model, told = found
+    if missing := sorted(told["missing_keys"]):  # the library would draw them at random
         raise CheckpointError(f"The weights of {name} lack {missing[0]}: fetch the model again.")
     label = "SmolLM2-135M-Instruct" if name == PACKAGED else Path(name).stem
     return CausalLm(label, model.eval().requires_grad_(False), load_tokenizer_json(name))

@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", default=["bundled", "0.17B"])
+    parser.add_argument("--shapes", nargs="+", default=["tiny", "0.17B"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, nargs="+", default=[8])
     parser.add_argument("--length", type=int, default=1024)

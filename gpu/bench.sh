@@ -2,7 +2,7 @@
 # Speed and memory of sampling on a GPU: engine, published sampler, autoregressive model.
 # Each part writes $OUT/PART/results.{json,md} as it goes, and is stopped after its share of ten minutes.
 #
-#     DEVICE=cpu SHAPES=bundled BATCHES="1 2" STEPS="1 2" LENGTH=32 OUT=/tmp/out gpu/bench.sh  # rehearsal
+#     DEVICE=cpu SHAPES=tiny BATCHES="1 2" STEPS="1 2" LENGTH=32 OUT=/tmp/out gpu/bench.sh  # rehearsal
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to a folder for the results}

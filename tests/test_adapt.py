@@ -426,8 +426,10 @@ def test_a_signal_stops_it_and_the_same_command_goes_on_from_another_place(
         patch.setattr(TrainingConsole, "advanced", interrupt)
         code, _, err = run("adapt", place / "lm", "--out", tmp_path / "run", *more)
     assert code == 130 and "Stopped at step 2 of 3" in err
-    shutil.copytree(place / "lm", tmp_path / "moved")
-    code, _, err = run("adapt", tmp_path / "moved", "--out", tmp_path / "run", *more)
+    (tmp_path / "moved").mkdir()
+    moved = tmp_path / "moved" / "lm"  # a directory's name is the ancestor's
+    shutil.copytree(place / "lm", moved)
+    code, _, err = run("adapt", moved, "--out", tmp_path / "run", *more)
     assert code == 0 and "Resumed at step 2 of 3" in err
     assert run("adapt", place / "lm", "--out", tmp_path / "whole", *more)[0] == 0
     assert_same_runs(tmp_path / "run", tmp_path / "whole")

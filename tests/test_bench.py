@@ -45,8 +45,7 @@ from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, transition
 from fsdfm.model import transformer
-from fsdfm.model.pretrained import load_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.train.objective import Distill, published_weights
 
 CPU = torch.device("cpu")
@@ -315,11 +314,11 @@ def test_flops_of_a_joint_head_are_those_that_torch_counts() -> None:
     assert joint_flops(replace(config, neighbours=0), 5) == 0
 
 
-def test_the_bundled_shape_is_that_of_the_bundled_model() -> None:
-    assets = Path(benchmark.__file__).parents[1] / "assets" / "bundled"
-    config = load_pretrained(assets).model.config
-    # The sides make their own step embedding and joint head.
-    assert shape("bundled") == replace(config, step_embedding="log2", neighbours=0)
+def test_a_shape_is_a_preset_with_its_vocabulary_and_a_step_embedding() -> None:
+    config = shape("0.17B")
+    sizes = {name: getattr(config, name) for name in PRESETS["0.17B"]}
+    assert sizes == PRESETS["0.17B"]
+    assert (config.vocab_size, config.step_embedding, config.neighbours) == (50_257, "log2", 0)
 
 
 def row(**values: Any) -> Row:
@@ -569,7 +568,7 @@ def test_bench_prints_every_side(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     expected = Counter(name for task in SIDES for name in sides_for(task, torch.float32))
     assert {name: firsts[name] for name in expected} == expected
     assert "failed" not in out
-    for title in ("sample, bundled, 1 x 16 tokens, 2 steps", "speed-up", "extra memory"):
+    for title in ("sample, tiny, 1 x 16 tokens, 2 steps", "speed-up", "extra memory"):
         assert title in out
     assert "engine: time" in err
 

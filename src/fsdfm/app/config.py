@@ -439,8 +439,8 @@ class BenchArgs:
     distillation and pretraining with plain loops. Weights are random: they do not change the speed.
     """
 
-    shape: Literal["bundled", "tiny", "small", "0.17B", "1.3B", "1.7B"] = "bundled"
-    """Network: that of the bundled model, or a preset."""
+    shape: Preset = "tiny"
+    """Network: a preset, all of which are of the published kind."""
     steps: int = 8
     """Model calls of the samplers."""
     length: int = 1024

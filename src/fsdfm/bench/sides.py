@@ -82,15 +82,15 @@ class Side(Protocol):
 
 
 def shape(name: str) -> ModelConfig:
-    """The bundled model's configuration, or a preset's with the vocabulary it is used with.
+    """A preset's configuration with the vocabulary it is used with.
 
     Raises:
         ConfigError: another name.
     """
-    if name != "bundled" and name not in PRESETS:
-        raise ConfigError(f"The shape must be bundled or one of {', '.join(PRESETS)}, got {name}.")
-    vocab_size = {"bundled": 4096, "tiny": 8192, "small": 8192}.get(name, 50_257)
-    sizes: dict[str, Any] = PRESETS["tiny" if name == "bundled" else name]
+    if name not in PRESETS:
+        raise ConfigError(f"The shape must be one of {', '.join(PRESETS)}, got {name}.")
+    vocab_size = {"tiny": 4096, "small": 8192}.get(name, 50_257)
+    sizes: dict[str, Any] = PRESETS[name]
     return ModelConfig(vocab_size, **sizes, step_embedding="log2")
 
 

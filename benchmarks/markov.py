@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsdfm.app.device import pick_device
+from fsdfm.core.device import pick_device
 from fsdfm.flow.grid import late_grid
 from fsdfm.flow.loss import cross_entropy, kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state

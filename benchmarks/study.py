@@ -47,7 +47,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.files import write_whole
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats
@@ -59,7 +59,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.engine import Engine
-from fsdfm.model.pretrained import load_pretrained
+from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer

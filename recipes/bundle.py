@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 
 
 def main() -> None:

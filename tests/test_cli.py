@@ -19,10 +19,10 @@ from rich.console import Console
 from torch import nn
 
 import fsdfm
-from fsdfm.app import cli
-from fsdfm.app.generator import Snapshot
-from fsdfm.app.live import frame, printable, show
-from fsdfm.model.pretrained import save_pretrained
+from fsdfm.cli import main as cli
+from fsdfm.generate.generator import Snapshot
+from fsdfm.generate.live import frame, printable, show
+from fsdfm.model.io.pretrained import save_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer
 from fsdfm.text.tokenizer import train_bpe
 
@@ -58,7 +58,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; from fsdfm.app.cli import main; main(['--help'])\n"
+        "import sys; from fsdfm.cli.main import main; main(['--help'])\n"
         "try: main(['generate', '--help'])\n"
         "except SystemExit as e: assert e.code == 0\n"
         "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
@@ -237,7 +237,7 @@ def test_an_interrupt_is_one_line(run: Run, model: Path, monkeypatch: pytest.Mon
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fsdfm.app.generator.load", interrupted)
+    monkeypatch.setattr("fsdfm.generate.generator.load", interrupted)
     assert run("generate") == (130, "", "interrupted\n")
 
 
@@ -294,7 +294,7 @@ def test_a_published_checkpoint_converts_and_generates(run: Run, tmp_path: Path)
 def test_training_commands_pass_their_flags_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str, finished: bool, expected: int
 ) -> None:
-    training = importlib.import_module("fsdfm.app.training")
+    training = importlib.import_module("fsdfm.recipes.training")
     given: list[Any] = []
 
     def train(args: Any) -> bool:

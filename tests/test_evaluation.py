@@ -20,20 +20,20 @@ import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 from PIL import Image
 
-from fsdfm.app import evaluation
-from fsdfm.app.cells import Cell, Cells, hidden_positions
-from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.evaluation import Parts, evaluate
-from fsdfm.app.generator import Generator, load
-from fsdfm.app.heldout import Blocks, HeldOut
-from fsdfm.errors import FsdfmError
+from fsdfm.core.errors import FsdfmError
+from fsdfm.eval import evaluation
+from fsdfm.eval.cells import Cell, Cells, hidden_positions
+from fsdfm.eval.evaluation import Parts, evaluate
+from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.judge import CausalJudge, load_judge
 from fsdfm.eval.metrics import ngram_js_bits
 from fsdfm.eval.report import Report, Row, load_report
+from fsdfm.eval.settings import EvaluateArgs
 from fsdfm.eval.tables import section
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import UniformSource
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.generate.generator import Generator, load
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.text.packing import prepare
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -222,7 +222,8 @@ def without_times(path: Path) -> Any:
 WORKER = """
 import os, sys
 from pathlib import Path
-from fsdfm.app import cli, evaluation
+from fsdfm.cli import main as cli
+from fsdfm.eval import evaluation
 make = evaluation.Parts.make
 def logged(self, cell, group):
     with open(os.environ["MADE"] + os.environ.get("RANK", ""), "a") as file:

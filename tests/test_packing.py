@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text import corpus, packing
 from fsdfm.text.packing import PrepareSettings, TokenSplit, TokenStore, prepare
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe

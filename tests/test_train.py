@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsdfm.errors import CheckpointError, ConfigError, TrainingError
+from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
 from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial

@@ -21,15 +21,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdfm.app import cli
-from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
-from fsdfm.app.console import TrainingConsole
-from fsdfm.app.generator import load
-from fsdfm.app.training import distill, pretrain
-from fsdfm.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
-from fsdfm.model import pretrained as pretrained_module
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.cli import main as cli
+from fsdfm.cli.training import TrainingConsole
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.generate.generator import load
+from fsdfm.model.io import pretrained as pretrained_module
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
+from fsdfm.recipes.settings import DistillArgs, PretrainArgs, TrainArgs
+from fsdfm.recipes.training import distill, pretrain
 from fsdfm.text.packing import PrepareSettings, TokenStore, prepare
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.train import checkpoint as checkpoint_module
@@ -323,7 +323,7 @@ import dataclasses, json, os, pathlib, signal, sys, time
 import torch
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()  # its imports are slow
-from fsdfm.app import config, training
+from fsdfm.recipes import settings as config, training
 from fsdfm.model.transformer import PRESETS
 from fsdfm.train import loop
 

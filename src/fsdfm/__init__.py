@@ -12,11 +12,11 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from fsdfm import errors
-from fsdfm.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.core import errors
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 
 if TYPE_CHECKING:
-    from fsdfm.app.generator import Generation, Generator, Sample, Snapshot, load
+    from fsdfm.generate.generator import Generation, Generator, Sample, Snapshot, load
 
     __version__: str
 
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("fsdfm")
     if name in _GENERATOR:
-        return getattr(importlib.import_module("fsdfm.app.generator"), name)
+        return getattr(importlib.import_module("fsdfm.generate.generator"), name)
     raise AttributeError(f"module 'fsdfm' has no attribute {name!r}")
 
 

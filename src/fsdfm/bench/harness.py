@@ -23,7 +23,7 @@ import torch
 
 from fsdfm.bench.figures import Row, median
 from fsdfm.bench.sides import Job, dtype_of
-from fsdfm.errors import BenchError
+from fsdfm.core.errors import BenchError
 from fsdfm.model.transformer import ModelConfig
 
 PATIENCE_SECONDS = 3600.0

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fsdfm.bench import autoregressive, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import even_grid, latest_grid
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 
 fcntl: ModuleType | None
 try:

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line, tensor_bytes
-from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.eval.metrics import Score
 from fsdfm.eval.packaged import PACKAGED, own_name
 

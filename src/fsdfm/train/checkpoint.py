@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fsdfm.core.errors import CheckpointError
 from fsdfm.core.files import one_line, real
-from fsdfm.errors import CheckpointError
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
 

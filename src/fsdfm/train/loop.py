@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.core.files import one_line, write_whole
-from fsdfm.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule

@@ -19,16 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.device import hardware
-from fsdfm.app.generator import Generator, Sample
-from fsdfm.app.heldout import Blocks, HeldOut, read_texts
+from fsdfm.core.device import hardware
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import digest, tensor_bytes
-from fsdfm.errors import ConfigError
+from fsdfm.eval.heldout import Blocks, HeldOut, read_texts
 from fsdfm.eval.report import Record
+from fsdfm.eval.settings import EvaluateArgs
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.generate.generator import Generator, Sample
 from fsdfm.text.tokenizer import HALF
 
 GROUP = 4

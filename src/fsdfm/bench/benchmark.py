@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
+from tyro.conf import arg
 
-from fsdfm.app.config import BenchArgs
-from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import Progress, machine, measure, plan, specs_for, started
 from fsdfm.bench.sides import SIDES, Job, shape, sides_for
-from fsdfm.errors import ConfigError
+from fsdfm.core.device import hardware, pick_device, preferred_dtype
+from fsdfm.core.errors import ConfigError
 
 TRAINING_BATCH, TRAINING_LENGTH = 4, 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchArgs:
+    """Measure speed and memory on this machine, beside reference implementations.
+
+    Each side runs in a process of its own, in turn with the others. Sampling is compared with the
+    published sampler as the formulas have it, and with an autoregressive GPT-2 of the same size;
+    distillation and pretraining with plain loops. Weights are random: they do not change the speed.
+    """
+
+    shape: Literal["bundled", "tiny", "small", "0.17B", "1.3B", "1.7B"] = "bundled"
+    """Network: that of the bundled model, or a preset."""
+    steps: int = 8
+    """Model calls of the samplers."""
+    length: int = 1024
+    """Tokens of a text; training takes at most 256."""
+    batch_size: int = 1
+    """Texts made together."""
+    repeats: int = 3
+    """Timed runs of each side; the median is shown."""
+    device: Annotated[
+        str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else cpu)")
+    ] = None
+    """cuda, cuda:N or cpu."""
+    json: bool = False
+    """Print one JSON object with the machine and all figures."""
+
+    def checked(self) -> BenchArgs:
+        """The arguments.
+
+        Raises:
+            ConfigError: a value out of range.
+        """
+        for name in ("steps", "length", "batch_size", "repeats"):
+            if getattr(self, name) < 1:
+                flag = name.replace("_", "-")
+                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}.")
+        return self
 
 
 def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row]]:

@@ -21,19 +21,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fsdfm.app.cells import HUMAN, OTHERS, Cell, Cells, Text, samples_of
-from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.device import hardware, pick_device, preferred_dtype
-from fsdfm.app.generator import load
-from fsdfm.app.heldout import HeldOut
-from fsdfm.app.workers import Workers
+from fsdfm.core.device import hardware, pick_device, preferred_dtype
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest, one_line, write_whole
 from fsdfm.core.lock import locked
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.eval.cells import HUMAN, OTHERS, Cell, Cells, Text, samples_of
+from fsdfm.eval.heldout import HeldOut
 from fsdfm.eval.judge import Judge, load_judge, require_judge
 from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
 from fsdfm.eval.report import JUDGED, Opinion, Record, Report, Row
+from fsdfm.eval.settings import EvaluateArgs
+from fsdfm.eval.workers import Workers
+from fsdfm.generate.generator import load
 
 EVALUATION = 4
 """Part of every key: raise it when what a part holds, or how it is made, changes."""

@@ -12,14 +12,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fsdfm.app.config import TrainArgs
-from fsdfm.app.live import printable
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
+from fsdfm.generate.live import printable
 from fsdfm.model.transformer import FlowNetwork
+from fsdfm.recipes.settings import TrainArgs
 from fsdfm.text.tokenizer import Tokenizer
 
 PREVIEW_TOKENS = 96

@@ -21,15 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fsdfm.app.device import pick_device, pick_dtype
-from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.core.device import pick_device
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import MOVERS, STEP_RULES
+from fsdfm.generate.precision import pick_dtype
 from fsdfm.model.engine import Engine
-from fsdfm.model.pretrained import load_pretrained
+from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
-from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.packed import Packed, pack, packable, unpack
 from fsdfm.model.transformer import FlowNetwork, ModelConfig

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
 from fsdfm.model.transformer import Source
 

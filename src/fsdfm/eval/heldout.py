@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest
-from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import check_files, read_documents
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer

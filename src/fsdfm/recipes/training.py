@@ -12,21 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.app.config import AdaptArgs, DistillArgs, PretrainArgs, TrainArgs
-from fsdfm.app.console import TrainingConsole
-from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.cli.training import TrainingConsole
+from fsdfm.core.device import pick_device, preferred_dtype
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line, tensor_bytes, write_whole
 from fsdfm.core.lock import locked
-from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
-from fsdfm.model.causal_lm import adapt as adapt_causal_lm
-from fsdfm.model.causal_lm import chosen_layers, load_causal_lm
+from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
+from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
+from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.networks import config_to_dict
-from fsdfm.model.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.transformer import (
     PRESETS,
     FlowNetwork,
@@ -34,6 +33,7 @@ from fsdfm.model.transformer import (
     Transformer,
     student_from_teacher,
 )
+from fsdfm.recipes.settings import AdaptArgs, DistillArgs, PretrainArgs, TrainArgs
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.text.vocabulary import tokens_within

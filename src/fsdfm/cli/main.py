@@ -33,12 +33,12 @@ from rich.progress import (
 )
 from tyro.conf import Positional, arg
 
+from fsdfm.core.errors import BenchError, ConfigError, DataError, FsdfmError
 from fsdfm.core.files import one_line
-from fsdfm.errors import BenchError, ConfigError, DataError, FsdfmError
 
 if TYPE_CHECKING:
-    from fsdfm.app.generator import Generator, Options, Sample, Snapshot
     from fsdfm.bench.figures import Row
+    from fsdfm.generate.generator import Generator, Options, Sample, Snapshot
     from fsdfm.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -193,6 +193,20 @@ class ConvertArgs:
     """Heads of the attention, where the file lacks rotary_emb.inv_freq, which tells them."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareArgs:
+    """Put reports side by side and say which differences are real."""
+
+    reports: Positional[Annotated[tuple[Path, ...], arg(metavar="REPORT ...")]] = ()
+    """Directories of fsdfm evaluate, or their report.json; the first model is the baseline."""
+    baseline: Annotated[
+        str | None, arg(metavar="NAME", help_behavior_hint="(default: the first)")
+    ] = None
+    """Model to compare with, by its name in the reports."""
+    out: Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="(optional)")] = None
+    """Write the comparison to this Markdown file too."""
+
+
 class _Stopped(Exception):
     """Training was interrupted, saved its state and said so."""
 
@@ -203,7 +217,7 @@ def generate(args: GenerateArgs) -> None:
         args = replace(args, prompt=_prompt(args))
     terminal = Console()
     with _status("Loading the model"):
-        from fsdfm.app.generator import load
+        from fsdfm.generate.generator import load
 
         generator = load(args.model, device=args.device, precision=args.precision)
     if terminal.is_terminal and not terminal.is_dumb_terminal and not args.json:
@@ -238,7 +252,7 @@ def _prompt(args: GenerateArgs) -> str:
 
 
 def _generate_on_terminal(generator: Generator, args: GenerateArgs, terminal: Console) -> None:
-    from fsdfm.app.live import printable, show
+    from fsdfm.generate.live import printable, show
 
     if args.num_samples == 1:
         options = args.options()
@@ -294,7 +308,7 @@ def _tokenizer(name: str) -> Tokenizer:
 
     if name.endswith(".json") or (Path(name).is_file() and not name.endswith(".gguf")):
         return Tokenizer.from_file(name)
-    from fsdfm.model.causal_lm import load_tokenizer_json
+    from fsdfm.model.io.causal_lm import load_tokenizer_json
     from fsdfm.text.vocabulary import completed
 
     return completed(Tokenizer.from_json(load_tokenizer_json(name), name=name))
@@ -302,10 +316,10 @@ def _tokenizer(name: str) -> Tokenizer:
 
 def pretrain(argv: Sequence[str]) -> None:
     """Train a teacher."""
-    from fsdfm.app.config import PretrainArgs
+    from fsdfm.recipes.settings import PretrainArgs
 
     args = _parse(PretrainArgs, "pretrain", argv)
-    from fsdfm.app import training
+    from fsdfm.recipes import training
 
     if not training.pretrain(args):
         raise _Stopped
@@ -313,10 +327,10 @@ def pretrain(argv: Sequence[str]) -> None:
 
 def adapt(argv: Sequence[str]) -> None:
     """Make a flow model of a language model."""
-    from fsdfm.app.config import AdaptArgs
+    from fsdfm.recipes.settings import AdaptArgs
 
     args = _parse(AdaptArgs, "adapt", argv)
-    from fsdfm.app import training
+    from fsdfm.recipes import training
 
     if not training.adapt(args):
         raise _Stopped
@@ -324,10 +338,10 @@ def adapt(argv: Sequence[str]) -> None:
 
 def distill(argv: Sequence[str]) -> None:
     """Train a few-step student."""
-    from fsdfm.app.config import DistillArgs
+    from fsdfm.recipes.settings import DistillArgs
 
     args = _parse(DistillArgs, "distill", argv)
-    from fsdfm.app import training
+    from fsdfm.recipes import training
 
     if not training.distill(args):
         raise _Stopped
@@ -336,7 +350,7 @@ def distill(argv: Sequence[str]) -> None:
 def convert(args: ConvertArgs) -> None:
     """Convert a published checkpoint."""
     with _status("Converting"):
-        from fsdfm.model.convert import convert_published
+        from fsdfm.model.io.convert import convert_published
         from fsdfm.text.tokenizer import Tokenizer
 
         config = convert_published(
@@ -355,13 +369,12 @@ def convert(args: ConvertArgs) -> None:
 
 def evaluate(argv: Sequence[str]) -> None:
     """Judge models; a bar on a terminal, a line for every row elsewhere."""
-    from fsdfm.app.config import EvaluateArgs
+    from fsdfm.eval.settings import EvaluateArgs
 
     args = _parse(EvaluateArgs, "evaluate", argv)
     with _status("Loading"):
-        from fsdfm.app import evaluation
         from fsdfm.core.files import write_whole
-        from fsdfm.eval import plots
+        from fsdfm.eval import evaluation, plots
         from fsdfm.eval.tables import markdown, section
 
     plots.check()
@@ -386,8 +399,6 @@ def evaluate(argv: Sequence[str]) -> None:
 
 def compare(argv: Sequence[str]) -> None:
     """Put reports side by side."""
-    from fsdfm.app.config import CompareArgs
-
     args = _parse(CompareArgs, "compare", argv)
     from fsdfm.core.files import write_whole
     from fsdfm.eval.report import load_report
@@ -425,12 +436,11 @@ def compare(argv: Sequence[str]) -> None:
 
 def bench(argv: Sequence[str]) -> None:
     """Measure speed and memory; one table for each task."""
-    from fsdfm.app.config import BenchArgs
+    from fsdfm.bench.benchmark import BenchArgs
 
     args = _parse(BenchArgs, "bench", argv)
     with _work("Starting the sides") as progress:
-        from fsdfm.app import benchmark
-        from fsdfm.bench import autoregressive
+        from fsdfm.bench import autoregressive, benchmark
         from fsdfm.bench.sides import NO_AUTOREGRESSIVE
 
         machine, rows = benchmark.bench(args, progress)

@@ -63,7 +63,7 @@ from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
 from fsdfm.text.packing import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
-from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
     Joint,
@@ -72,6 +72,7 @@ from fsdfm.train.objective import (
     even_weights,
     published_weights,
 )
+from fsdfm.train.settings import TrainSettings
 
 TARGET_EVALUATIONS = {"rk4": 4, "rk2": 2, "semigroup": 2}
 JOINT_HEAD_COST = 0.6

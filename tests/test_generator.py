@@ -386,7 +386,7 @@ def test_an_option_that_there_is_not_is_refused_everywhere(generator: Generator)
             call(**wrong)
         assert str(caught.value) == "There is no option 'stpes': did you mean steps?"
     wrong = {"beams": 2}
-    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, length, num_samples"):
+    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, step, movers"):
         generator.stream(**wrong)
 
 

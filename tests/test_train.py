@@ -33,7 +33,7 @@ from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema
-from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
     Pretrain,
@@ -42,6 +42,7 @@ from fsdfm.train.objective import (
     stratified,
 )
 from fsdfm.train.optim import learning_rate, make_optimizer
+from fsdfm.train.settings import TrainSettings
 
 V, L, B = 11, 6, 4
 TIME_FIELDS = {"elapsed_seconds", "tokens_per_second"}

@@ -16,7 +16,8 @@ from fsdfm.core import errors
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 
 if TYPE_CHECKING:
-    from fsdfm.generate.generator import Generation, Generator, Sample, Snapshot, load
+    from fsdfm.generate.generator import Generator, load
+    from fsdfm.generate.results import Generation, Sample, Snapshot
 
     __version__: str
 
@@ -39,7 +40,7 @@ _GENERATOR = ("Generation", "Generator", "Sample", "Snapshot", "load")
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `fsdfm --help` does not wait for torch."""
+    """Import on first use, so that the help of the command line does not wait for torch."""
     if name == "__version__":
         return importlib.metadata.version("fsdfm")
     if name in _GENERATOR:

@@ -2,62 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-from tyro.conf import arg
 
 from fsdfm.bench.figures import Row
-from fsdfm.bench.harness import Progress, machine, measure, plan, specs_for, started
+from fsdfm.bench.harness import machine, measure, plan, specs_for, started
 from fsdfm.bench.sides import SIDES, Job, shape, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
+from fsdfm.core.options import AT_LEAST_1, check, option
+from fsdfm.core.progress import Progress
+from fsdfm.model.transformer import PRESETS
 
 TRAINING_BATCH, TRAINING_LENGTH = 4, 256
 
 
+BUNDLED = "bundled"
+SHAPES: Mapping[str, Any] = ChainMap(PRESETS, {BUNDLED: None})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class BenchArgs:
-    """Measure speed and memory on this machine, beside reference implementations.
+class BenchSettings:
+    """What is measured."""
 
-    Each side runs in a process of its own, in turn with the others. Sampling is compared with the
-    published sampler as the formulas have it, and with an autoregressive GPT-2 of the same size;
-    distillation and pretraining with plain loops. Weights are random: they do not change the speed.
-    """
-
-    shape: Literal["bundled", "tiny", "small", "0.17B", "1.3B", "1.7B"] = "bundled"
+    shape: str = option(BUNDLED, choices=SHAPES)
     """Network: that of the bundled model, or a preset."""
-    steps: int = 8
+    steps: int = option(8, within=AT_LEAST_1)
     """Model calls of the samplers."""
-    length: int = 1024
+    length: int = option(1024, within=AT_LEAST_1)
     """Tokens of a text; training takes at most 256."""
-    batch_size: int = 1
+    batch_size: int = option(1, within=AT_LEAST_1)
     """Texts made together."""
-    repeats: int = 3
+    repeats: int = option(3, within=AT_LEAST_1)
     """Timed runs of each side; the median is shown."""
-    device: Annotated[
-        str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else cpu)")
-    ] = None
+    device: str | None = option(None, unset="cuda, else cpu")
     """cuda, cuda:N or cpu."""
-    json: bool = False
-    """Print one JSON object with the machine and all figures."""
 
-    def checked(self) -> BenchArgs:
-        """The arguments.
-
-        Raises:
-            ConfigError: a value out of range.
-        """
-        for name in ("steps", "length", "batch_size", "repeats"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}.")
-        return self
+    def __post_init__(self) -> None:
+        check(self)
 
 
-def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row]]:
+def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list[Row]]:
     """Measure all sides of all tasks.
 
     Args:
@@ -70,12 +59,14 @@ def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row
     Raises:
         ConfigError: a value out of range, or no such device.
     """
-    args, config = args.checked(), shape(args.shape)
+    config = shape(args.shape)
     device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
-        raise ConfigError("bench runs on cuda or cpu: say --device cpu.")
+        raise ConfigError("bench runs on cuda or cpu: say device=cpu.", "device")
     if args.length > config.context_length:
-        raise ConfigError(f"--length must be at most {config.context_length}, got {args.length}.")
+        raise ConfigError(
+            f"length must be at most {config.context_length}, got {args.length}.", "length"
+        )
     dtype = preferred_dtype(device)
     jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in SIDES}
     jobs["sample"] = Job(args.batch_size, args.length, args.steps)

@@ -29,9 +29,10 @@ from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
-from fsdfm.train.loop import Task, TrainSettings, update
+from fsdfm.train.loop import Task, update
 from fsdfm.train.objective import Distill, Objective, Pretrain
 from fsdfm.train.optim import make_optimizer
+from fsdfm.train.settings import TrainSettings
 
 LEARNING_RATE = 1e-4
 FEW_TOKENS = 8

@@ -26,7 +26,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in DEVICE_TYPES:
-        raise ConfigError(f"device must be cpu, cuda, cuda:N or mps, got {str(name)!r}.")
+        raise ConfigError(f"device must be cpu, cuda, cuda:N or mps, got {str(name)!r}.", "device")
     if (device.index or 0) >= _count(device.type):
         raise ConfigError(f"This machine has no device {device}: leave it out, or choose cpu.")
     return device

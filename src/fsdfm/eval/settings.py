@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from tyro.conf import UseAppendAction, arg
+from typing import Any, Literal
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.core.options import AT_LEAST_1, NOT_NEGATIVE, Range, check, option
 
 TaskName = Literal["unconditional", "continuation", "infilling"]
 
-PAPER: dict[str, Any] = {
+PAPER: Mapping[str, Any] = {
     "steps": ("1", "2", "4", "8", "16", "1024"),
     "length": 1024,
     "judge": ("gpt2-large",),
@@ -22,7 +21,7 @@ PAPER: dict[str, Any] = {
     "temperatures": (1.0,),
 }
 """The FS-DFM paper's protocol (arXiv 2509.20624): ppl_mean and entropy_bits are its figures."""
-USUAL: dict[str, Any] = {
+USUAL: Mapping[str, Any] = {
     **PAPER,
     "steps": ("1", "2", "4", "8", "16"),
     "length": None,
@@ -30,129 +29,71 @@ USUAL: dict[str, Any] = {
     "tasks": ("unconditional",),
     "step": None,
 }
+PROTOCOLS = {"paper": PAPER}
+"""By the name of the preset; without one, USUAL."""
+OWN = "each model's own"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvaluateArgs:
-    """Judge the texts of one or more models at several budgets.
+class JudgeSettings:
+    """Which models to judge, at which settings, by whom. None is what the preset says."""
 
-    Writes report.md, report.json and plots. What is done is kept in OUT/parts, so a command that
-    was interrupted goes on where it stopped. Under torchrun samples are spread over the processes.
-    """
-
-    out: Path
+    out: Path = option()
     """Directory to write."""
-    model: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(metavar="DIR", help_behavior_hint="(repeatable; default: the bundled model)"),
-    ] = ()
+    model: tuple[str, ...] = option((), form="DIR", unset="the bundled model")
     """Model or run directory, or org/name on the Hugging Face Hub."""
-    steps: Annotated[
-        tuple[str, ...] | None,
-        arg(metavar="N[:SAMPLES] ...", help_behavior_hint="(default: 1 2 4 8 16)"),
-    ] = None
+    steps: tuple[str, ...] | None = option(None, form="N[:SAMPLES]", unset="1 2 4 8 16")
     """Budgets in model calls. 1024:4 asks for 4 samples only at that budget."""
-    num_samples: int = 16
+    num_samples: int = option(16, within=AT_LEAST_1)
     """Texts at each setting."""
-    length: Annotated[
-        int | None,
-        arg(metavar="INT", help_behavior_hint="(default: 1024, or the models' smallest context)"),
-    ] = None
+    length: int | None = option(
+        None, within=AT_LEAST_1, unset="1024, or the models' smallest context"
+    )
     """Tokens of a text."""
-    judge: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(metavar="NAME", help_behavior_hint="(repeatable; default: smollm2)"),
-    ] = ()
+    judge: tuple[str, ...] = option((), form="NAME", unset="smollm2")
     """smollm2 or gemma3, from packages (docs/evaluation.md); a directory that transformers can
     read, a .gguf file, or a name on the Hugging Face Hub."""
     judge_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the judge; auto: bfloat16 where the hardware multiplies it."""
-    heldout: Annotated[
-        Path | None,
-        arg(metavar="PATH", help_behavior_hint="(default: validation text of the bundled model)"),
-    ] = None
+    heldout: Path | None = option(None, unset="validation text of the bundled model")
     """Held-out text: a .txt or .jsonl file (also .gz, .zst), or a directory of fsdfm prepare, whose
     validation split is taken."""
-    reference: Annotated[
-        UseAppendAction[tuple[str, ...]],
-        arg(metavar="NAME=FILE", help_behavior_hint="(repeatable)"),
-    ] = ()
+    reference: tuple[str, ...] = option((), form="NAME=FILE", unset="none")
     """A further reference row, e.g. an autoregressive model's texts in a .jsonl."""
-    tasks: Annotated[
-        tuple[TaskName, ...] | None,
-        arg(
-            metavar="{unconditional,continuation,infilling} ...",
-            help_behavior_hint="(default: unconditional)",
-        ),
-    ] = None
+    tasks: tuple[TaskName, ...] | None = option(None, unset="unconditional")
     """What to generate: whole texts; continuations of held-out text from a quarter and a half of
     the length; held-out text with a quarter and a half of its tokens hidden."""
-    temperatures: Annotated[
-        tuple[float, ...] | None, arg(metavar="FLOAT ...", help_behavior_hint="(default: 1)")
-    ] = None
+    temperatures: tuple[float, ...] | None = option(None, within=NOT_NEGATIVE, unset="1")
     """Temperatures; several draw the frontier of quality against entropy."""
-    step: Annotated[
-        Literal["exact", "published", "euler"] | None,
-        arg(metavar="{exact,published,euler}", help_behavior_hint="(default: each model's own)"),
-    ] = None
+    step: str | None = option(None, unset=OWN)
     """Step rule of the sampler."""
-    grid: Annotated[
-        Literal["even", "late", "latest"] | None,
-        arg(metavar="{even,late,latest}", help_behavior_hint="(default: each model's own)"),
-    ] = None
-    """Times of the model calls: evenly spaced, long steps first, or nearly all in the first
-    (for joint heads)."""
-    draws: Annotated[
-        int | None, arg(metavar="K", help_behavior_hint="(default: each model's own)")
-    ] = None
+    grid: str | None = option(None, unset=OWN)
+    """Times of the model calls."""
+    draws: int | None = option(None, within=AT_LEAST_1, form="K", unset=OWN)
     """Groups in which the positions of a call are drawn, of models with a joint head."""
-    preset: Annotated[
-        Literal["paper"] | None, arg(metavar="{paper}", help_behavior_hint="(optional)")
-    ] = None
-    """paper: the protocol of the FS-DFM paper; flags that are given win over it."""
-    seed: int = 0
-    """Sample k of every row takes SEED + k."""
-    batch_size: int = 1
+    preset: str | None = option(None, choices=PROTOCOLS, unset="none")
+    """paper: the protocol of the FS-DFM paper; what is given wins over it."""
+    seed: int = option(0, within=Range(0, 2**32 - 1_000_001))
+    """Each sample of a row takes the next one."""
+    batch_size: int = option(1, within=AT_LEAST_1)
     """Texts made together; more pays on a GPU only."""
-    device: Annotated[
-        str | None, arg(metavar="DEVICE", help_behavior_hint="(default: cuda, else mps, else cpu)")
-    ] = None
+    device: str | None = option(None, unset="cuda, else mps, else cpu")
     """cuda, cuda:N, mps or cpu."""
-    precision: Annotated[
-        Literal["float32", "bfloat16", "int8"] | None,
-        arg(
-            metavar="{float32,bfloat16,int8}",
-            help_behavior_hint="(default: bfloat16 where it is fast)",
-        ),
-    ] = None
-    """Of the matrix products that write the texts; the judge's is --judge-dtype."""
+    precision: str | None = option(None, unset="bfloat16 where it is fast")
+    """Of the matrix products that write the texts; the judge has judge_dtype."""
 
-    def resolved(self) -> EvaluateArgs:
-        """With what was not said taken from the preset.
+    def __post_init__(self) -> None:
+        check(self)
+        if len(set(self.judge)) < len(self.judge):
+            raise ConfigError(f"judge names one twice: {' '.join(self.judge)}.", "judge")
+        self.budgets()
+        self.references()
 
-        Raises:
-            ConfigError: a value out of range.
-        """
-        preset = PAPER if self.preset == "paper" else USUAL
-        args = replace(self, **{k: v for k, v in preset.items() if getattr(self, k) in (None, ())})
-        for name in ("num_samples", "batch_size"):
-            if getattr(args, name) < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} must be at least 1, got {getattr(args, name)}.")
-        if args.draws is not None and args.draws < 1:
-            raise ConfigError(f"--draws must be at least 1, got {args.draws}.")
-        if args.length is not None and args.length < 1:
-            raise ConfigError(f"--length must be at least 1, got {args.length}.")
-        if not 0 <= args.seed < 2**32 - 1_000_000:
-            raise ConfigError(f"--seed must be at least 0 and below 4 billion, got {args.seed}.")
-        for temperature in args.temperatures or ():
-            if not 0.0 <= temperature < math.inf:
-                raise ConfigError(f"--temperatures must be at least 0, got {temperature:g}.")
-        if len(set(args.judge)) < len(args.judge):
-            raise ConfigError(f"judge names one twice: {' '.join(args.judge)}.")
-        args.budgets()
-        args.references()
-        return args
+    def resolved(self) -> JudgeSettings:
+        """With what was not said taken from the preset."""
+        preset = USUAL if self.preset is None else PROTOCOLS[self.preset]
+        unsaid = {k: v for k, v in preset.items() if getattr(self, k) in (None, ())}
+        return replace(self, **unsaid)
 
     def budgets(self) -> list[tuple[int, int]]:
         """(steps, samples) of each budget.
@@ -169,11 +110,12 @@ class EvaluateArgs:
                 pair = 0, 0
             if min(pair) < 1:
                 raise ConfigError(
-                    f"--steps takes whole numbers from 1, or N:SAMPLES like 1024:4, got {text!r}."
+                    f"steps takes whole numbers from 1, or N:SAMPLES like 1024:4, got {text!r}.",
+                    "steps",
                 )
             found.append(pair)
         if len({steps for steps, _ in found}) < len(found):
-            raise ConfigError(f"--steps names a budget twice: {' '.join(self.steps or ())}.")
+            raise ConfigError(f"steps names a budget twice: {' '.join(self.steps or ())}.", "steps")
         return found
 
     def references(self) -> list[tuple[str, str]]:
@@ -186,5 +128,7 @@ class EvaluateArgs:
         names = [name for name, _, _ in found]
         for text, (name, _, file) in zip(self.reference, found, strict=True):
             if not name or not file or names.count(name) > 1:
-                raise ConfigError(f"--reference takes NAME=FILE, each name once, got {text!r}.")
+                raise ConfigError(
+                    f"reference takes NAME=FILE, each name once, got {text!r}.", "reference"
+                )
         return [(name, file) for name, _, file in found]

@@ -488,7 +488,8 @@ def student_from_teacher(
         raise ConfigError(
             f"The teacher's joint head sees {teacher.config.neighbours} neighbours, not "
             f"{neighbours}: "
-            f"give --neighbours {teacher.config.neighbours}, or a teacher without such a head."
+            f"give neighbours={teacher.config.neighbours}, or a teacher without such a head.",
+            "neighbours",
         )
     student.load_state_dict(teacher.state_dict(), strict=False)
     return student

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,9 +22,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.core.errors import DataError
 from fsdfm.core.files import digest, file_digest, is_taken, one_line
 from fsdfm.core.lock import locked
+from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, Range, check, option
+from fsdfm.core.progress import Progress
 from fsdfm.text.corpus import Advance, check_files, read_documents
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
 from fsdfm.text.vocabulary import count_tokens, cut
@@ -39,43 +41,30 @@ VERIFIED_BYTES = 1_000_000_000
 """Prepared data up to this size is checked against its digests whenever it is opened: about a
 second. Of larger data only the ids that are read are checked."""
 
-Progress = Callable[[str, int, int], None]
-"""(phase, bytes done, bytes in all); phases are `split`, `tokenizer` and `tokens`."""
-
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
     """How documents become shards."""
 
-    vocab_size: int | None = None
-    """Entries of a tokenizer that is trained here, TRAINED_VOCABULARY if not given; or how many of
-    a given tokenizer's to keep, all if not given."""
-    validation_fraction: float = 0.02
+    vocab_size: int | None = option(
+        None, within=Range(SMALLEST_VOCABULARY), form="N", unset="8192, or all of the tokenizer"
+    )
+    """Entries of the byte-level BPE that is trained on the files; of a given tokenizer, how many to
+    keep: those that the files use most, and their parts."""
+    validation_fraction: float = option(0.02, within=Range(0, 1, above=True, below=True))
     """Chance that a document is held out for validation. Where chance leaves a split without a
     document (one book, say), this share of the text at its end is held out instead."""
-    seed: int = 0
-    """Of the choice of validation documents."""
-    shard_tokens: int = 1 << 27
+    seed: int = option(0, within=AT_LEAST_0)
+    """Decides which documents those are."""
+    shard_tokens: int = option(1 << 27, within=AT_LEAST_1)
     """Most tokens in one shard."""
-    tokenizer_bytes: int = 200_000_000
+    tokenizer_bytes: int = option(200_000_000, within=AT_LEAST_1)
     """Most text that a tokenizer is trained on: the first of the training text."""
     field: str = "text"
     """Field of a .jsonl file's objects that holds the text."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise ConfigError(
-                f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and the end of "
-                f"text), got {self.vocab_size}."
-            )
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ConfigError(
-                f"--validation-fraction must be between 0 and 1, got {self.validation_fraction}."
-            )
-        if self.shard_tokens < 1 or self.tokenizer_bytes < 1:
-            raise ConfigError("shard_tokens and tokenizer_bytes must be at least 1.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed must be at least 0, got {self.seed}.")
+        check(self)
 
 
 def prepare(
@@ -144,7 +133,7 @@ def _staging(out: Path) -> Iterator[Path]:
     staged = final.with_name(f".{final.name}.partial")
     try:
         if is_taken(final):
-            raise DataError(f"{out} exists already: choose another --out, or delete it.")
+            raise DataError(f"{out} exists already: choose another out, or delete it.", "out")
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(final.with_name(f".{final.name}.lock"), out), _removed_at_the_end(staged):
             staged.mkdir()
@@ -154,8 +143,9 @@ def _staging(out: Path) -> Iterator[Path]:
             staged.replace(final)
     except OSError as error:
         raise DataError(
-            f"Cannot write {out} ({one_line(error)}): choose another --out or free some "
-            f"space, then run the same command again."
+            f"Cannot write {out} ({one_line(error)}): choose another out or free some "
+            f"space, then run the same command again.",
+            "out",
         ) from None
 
 
@@ -419,7 +409,8 @@ class TokenSplit:
         if self.tokens < length:
             raise DataError(
                 f"The {self.name} split has {self.tokens:,} tokens, fewer than one block of "
-                f"{length:,}: prepare more text, or use a smaller --context-length."
+                f"{length:,}: prepare more text, or use a smaller context_length.",
+                "context_length",
             )
 
     def block(self, index: int, length: int) -> Tensor:
@@ -494,7 +485,7 @@ class TokenStore:
         Raises:
             DataError: missing, incomplete, damaged, or of another format.
         """
-        remedy = "make it with fsdfm prepare FILES --out DIR"
+        remedy = "make it with fsdfm prepare"
         try:
             manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
             tokenizer_json = (directory / "tokenizer.json").read_text(encoding="utf-8")

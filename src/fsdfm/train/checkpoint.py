@@ -69,7 +69,8 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot write checkpoint {path} ({one_line(error)}); free some space or choose "
-            f"another --out, then run the same command again."
+            f"another out, then run the same command again.",
+            "out",
         ) from None
     finally:
         with contextlib.suppress(OSError):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.files import one_line
 from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
 from fsdfm.model.transformer import Source
 
@@ -313,13 +314,9 @@ def _reading(name: str) -> Any:
             yield
     except ImportError as error:
         raise ConfigError(
-            f"{name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
+            f"{name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
         ) from None
     except Exception as error:  # the library and its readers raise many kinds
         raise CheckpointError(
-            f"Cannot read the language model {name} ({_one_line(error)})."
+            f"Cannot read the language model {name} ({one_line(error)})."
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

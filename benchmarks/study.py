@@ -61,7 +61,7 @@ from fsdfm.flow.target import TARGETS
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
-from fsdfm.text.packing import TokenStore
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (

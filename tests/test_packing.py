@@ -20,7 +20,9 @@ import torch
 
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text import corpus, packing
-from fsdfm.text.packing import PrepareSettings, TokenSplit, TokenStore, prepare
+from fsdfm.text import store as store_module
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
 
 TEXTS = [
@@ -343,7 +345,7 @@ def test_a_batch_is_a_pure_function_of_seed_and_step(counting: TokenSplit) -> No
 
     steps = [7, 0, 3, 7, 100, 0]
     once = {step: batch(step, 3) for step in steps}
-    packing._epoch.cache_clear()
+    store_module._epoch.cache_clear()
     for step in reversed(steps):
         assert torch.equal(batch(step, 3), once[step])
     assert once[0].shape == (3, 4)
@@ -579,7 +581,7 @@ def test_what_is_not_prepared_data_is_refused(
     write("train-00001.bin", bytes(changed))
     path = out / "train-00001.bin"
     assert f"{path} is damaged (its bytes have changed" in refusal(lambda: TokenStore.open(out))
-    monkeypatch.setattr(packing, "VERIFIED_BYTES", 1000)  # too much to read at each start
+    monkeypatch.setattr(store_module, "VERIFIED_BYTES", 1000)  # too much to read at each start
     store = TokenStore.open(out)
     message = refusal(lambda: store.train.block(0, store.train.tokens))
     assert message.startswith(

@@ -30,7 +30,8 @@ from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
-from fsdfm.text.packing import PrepareSettings, TokenStore, prepare
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train.objective import Pretrain

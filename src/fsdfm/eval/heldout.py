@@ -11,7 +11,7 @@ import numpy as np
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest
 from fsdfm.text.corpus import check_files, read_documents
-from fsdfm.text.packing import TokenStore
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
 

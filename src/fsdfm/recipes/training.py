@@ -40,7 +40,7 @@ from fsdfm.recipes.settings import (
     RunSettings,
 )
 from fsdfm.recipes.watch import Exporting, Plan, Watch, unwatched
-from fsdfm.text.packing import TokenStore
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task

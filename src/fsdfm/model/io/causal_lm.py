@@ -135,7 +135,9 @@ def spread_layers(count: int, wanted: int) -> tuple[int, ...]:
         ConfigError: wanted is out of range.
     """
     if not 1 <= wanted <= count:
-        raise ConfigError(f"layers must be from 1 to {count}, which the model has, got {wanted}.")
+        raise ConfigError(
+            f"layers must be from 1 to {count}, which the model has, got {wanted}.", "layers"
+        )
     last = min(LAST_KEPT, wanted // 3)
     first = min(FIRST_KEPT, wanted - last, max(1, wanted // 3))
     middle = wanted - first - last
@@ -156,13 +158,15 @@ def chosen_layers(count: int, layers: str | None) -> tuple[int, ...]:
         numbers = [int(part) for part in layers.split(",")]
     except ValueError:
         raise ConfigError(
-            f"layers must be a number of layers or a list like 0,1,5, got {layers!r}."
+            f"layers must be a number of layers or a list like 0,1,5, got {layers!r}.",
+            "layers",
         ) from None
     if "," not in layers:
         return spread_layers(count, numbers[0])
     if len(set(numbers)) < len(numbers) or not all(0 <= n < count for n in numbers):
         raise ConfigError(
-            f"layers must be different numbers from 0 to {count - 1}, got {layers!r}."
+            f"layers must be different numbers from 0 to {count - 1}, got {layers!r}.",
+            "layers",
         )
     return tuple(sorted(numbers))
 

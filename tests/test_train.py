@@ -997,7 +997,7 @@ def test_numbers_out_of_range_are_refused_by_name(name: str, values: list[float]
     for value in values:
         with pytest.raises(ConfigError, match=name.replace("_", "[-_]")) as caught:
             replace(SETTINGS, **{name: value})
-        assert str(value) in str(caught.value)
+        assert str(value).removesuffix(".0") in str(caught.value)
 
 
 def test_numbers_at_the_edge_of_their_range_are_taken() -> None:

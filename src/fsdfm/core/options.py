@@ -152,7 +152,7 @@ class Option:
             except (TypeError, ValueError):
                 self._refuse("a number", repr(value))
             if real not in self.rule.within:
-                self._refuse(self.rule.within.words(whole=False), f"{real:g}")
+                self._refuse(self.rule.within.words(whole=False), repr(real).removesuffix(".0"))
             return real
         return value
 

@@ -995,7 +995,7 @@ def test_lines_past_the_checkpoint_and_torn_ones_are_forgotten(tmp_path: Path) -
 )
 def test_numbers_out_of_range_are_refused_by_name(name: str, values: list[float]) -> None:
     for value in values:
-        with pytest.raises(ConfigError, match=name.replace("_", "[-_]")) as caught:
+        with pytest.raises(ConfigError, match=name) as caught:
             replace(SETTINGS, **{name: value})
         assert str(value).removesuffix(".0") in str(caught.value)
 

@@ -590,10 +590,7 @@ def test_bad_numbers_are_refused_before_anything_is_made(
     ]
     for run, args in runs:
         message = refusal(ConfigError, lambda a, run=run: run(replace(a, **{name: value})), args)
-        assert (
-            name in message
-            and (f"{value:g}" if isinstance(value, float) else str(value)) in message
-        )
+        assert name in message and str(value).removesuffix(".0") in message
     assert not (tmp_path / "run").exists()
 
 

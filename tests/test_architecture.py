@@ -110,3 +110,18 @@ def test_nobody_speaks_flags_but_the_command_line(path: Path) -> None:
     ]
     said = [flag for text in texts for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)]
     assert [flag for flag in said if flag not in PIPS] == []
+
+
+def test_contributing_names_files_and_registries_that_there_are() -> None:
+    root = Path(__file__).parents[1]
+    text = (root / "CONTRIBUTING.md").read_text()
+    rows = [line.split("|")[2:4] for line in text.splitlines() if line.startswith("| a")]
+    assert len(rows) == 10
+    for touch, test in rows:
+        files = re.findall(r"`([\w/]+\.py)`", touch)
+        files = [file for file in files if file != "cli/NAME.py"]
+        sources = "".join((PACKAGE / file).read_text() for file in files)
+        (place,) = re.findall(r"`(tests/\w+\.py)`", test)
+        assert (root / place).exists()
+        for name in re.findall(r"`([A-Z]\w+|[a-z_]+)`", touch):
+            assert re.search(rf"\b{name}\b", sources), (name, files)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import fsdfm
-from fsdfm.app.heldout import Blocks, HeldOut
+from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.statistics import student_quantile
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source

@@ -40,7 +40,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsdfm.app.device import pick_device
+from fsdfm.core.device import pick_device
 from fsdfm.flow.grid import late_grid
 from fsdfm.flow.loss import cross_entropy, kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state
@@ -49,8 +49,9 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
-from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
+from fsdfm.train.settings import TrainSettings
 
 STUDENTS = {
     # name: (step embedding, step weights, target, rule of its jumps)

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsdfm.app.generator import Generator, load
-from fsdfm.app.heldout import HeldOut
+from fsdfm.eval.heldout import HeldOut
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source, mixture_state
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.generate.generator import Generator, load
 from fsdfm.model import transformer
 from fsdfm.model.attention import attend
 from fsdfm.model.engine import Engine

@@ -17,11 +17,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
 from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SIDES, Job, runnable, shape, sides_for
-from fsdfm.errors import FsdfmError
+from fsdfm.core.device import hardware, pick_device, preferred_dtype
+from fsdfm.core.errors import FsdfmError
 from fsdfm.flow.step import STEP_RULES
 
 

@@ -47,7 +47,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fsdfm.app.device import pick_device, preferred_dtype
+from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.files import write_whole
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats
@@ -59,11 +59,11 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.engine import Engine
-from fsdfm.model.pretrained import load_pretrained
+from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
-from fsdfm.text.packing import TokenStore
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
-from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
     Joint,
@@ -72,6 +72,7 @@ from fsdfm.train.objective import (
     even_weights,
     published_weights,
 )
+from fsdfm.train.settings import TrainSettings
 
 TARGET_EVALUATIONS = {"rk4": 4, "rk2": 2, "semigroup": 2}
 JOINT_HEAD_COST = 0.6

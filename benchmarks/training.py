@@ -16,11 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
 from fsdfm.bench.sides import Job, sides_for
-from fsdfm.errors import FsdfmError
+from fsdfm.core.device import hardware, pick_device, preferred_dtype
+from fsdfm.core.errors import FsdfmError
 from fsdfm.model.transformer import ModelConfig
 
 HEAD_WIDTH, COND_SIZE = 64, 128

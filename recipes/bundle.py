@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 
 
 def main() -> None:

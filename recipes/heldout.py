@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from fsdfm.app.heldout import HeldOut
 from fsdfm.core.files import write_whole
+from fsdfm.eval.heldout import HeldOut
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from fsdfm.app import cli
+from fsdfm.cli import main as cli
 
 Run = Callable[..., tuple[int, str, str]]
 

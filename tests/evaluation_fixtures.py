@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fsdfm.model.pretrained import save_pretrained
+from fsdfm.model.io.pretrained import save_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer
 from fsdfm.text.tokenizer import train_bpe
 

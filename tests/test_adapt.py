@@ -24,18 +24,18 @@ from test_vocabulary import byte_fallback, without_some_bytes
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from fsdfm.app.config import AdaptArgs
-from fsdfm.app.console import TrainingConsole
-from fsdfm.app.generator import load
-from fsdfm.app.heldout import Blocks, HeldOut
-from fsdfm.app.training import adapt, objective_parts
-from fsdfm.errors import ConfigError
+from fsdfm.cli.training import TrainingConsole
+from fsdfm.core.errors import ConfigError
+from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.report import load_report
 from fsdfm.flow.loss import elbo_nats_per_token
+from fsdfm.generate.generator import load
 from fsdfm.model.causal import CausalNetwork
-from fsdfm.model.causal_lm import load_causal_lm
-from fsdfm.model.pretrained import load_pretrained
-from fsdfm.text.packing import TokenStore
+from fsdfm.model.io.causal_lm import load_causal_lm
+from fsdfm.model.io.pretrained import load_pretrained
+from fsdfm.recipes.settings import AdaptSettings
+from fsdfm.recipes.training import adapt, objective_parts
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import EOS, Tokenizer
 from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.objective import Pretrain
@@ -89,7 +89,7 @@ def prepared(run: Run, text: Path, out: Path, model: Path, *more: object) -> Pat
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A language model (lm), text, and data with the whole vocabulary (data) and a cut (cut)."""
-    from fsdfm.app import cli
+    from fsdfm.cli import main as cli
 
     directory = tmp_path_factory.mktemp("adapt")
     save_lm(directory / "lm")
@@ -104,7 +104,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def twin(place: Path) -> Path:
     """A finished run of two of the three layers, on the cut vocabulary."""
     values: dict[str, Any] = {**SMALL, "layers": "2", "learning_rate": 0.01, "ema_decay": 0.5}
-    args = AdaptArgs(model=str(place / "lm"), data=place / "cut", out=place / "twin", **values)
+    args = AdaptSettings(model=str(place / "lm"), data=place / "cut", out=place / "twin", **values)
     assert adapt(args)
     return place / "twin"
 
@@ -234,7 +234,9 @@ def test_it_starts_as_the_language_model_with_the_rows_of_the_cut(
     place: Path, tmp_path: Path
 ) -> None:
     values: dict[str, Any] = {**SMALL, "steps": 1, "learning_rate": 1e-12, "attention": "causal"}
-    args = AdaptArgs(model=str(place / "lm"), data=place / "cut", out=tmp_path / "run", **values)
+    args = AdaptSettings(
+        model=str(place / "lm"), data=place / "cut", out=tmp_path / "run", **values
+    )
     assert adapt(args)
     network = load_pretrained(tmp_path / "run").model
     small = Tokenizer.from_json(TokenStore.open(place / "cut").tokenizer_json)
@@ -263,7 +265,8 @@ def test_options_reach_the_network(
     changes: dict[str, Any], expected: dict[str, Any], place: Path, tmp_path: Path
 ) -> None:
     values: dict[str, Any] = {**SMALL, "steps": 1, **changes}
-    args = AdaptArgs(model=str(place / "lm"), data=place / "data", out=tmp_path / "r", **values)
+    values |= {"model": str(place / "lm"), "data": place / "data", "out": tmp_path / "r"}
+    args = AdaptSettings(**values)
     assert adapt(args)
     config = load_pretrained(tmp_path / "r").model.config
     assert {name: getattr(config, name) for name in expected} == expected
@@ -271,7 +274,8 @@ def test_options_reach_the_network(
 
 def test_layers_are_those_that_were_named(place: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {**SMALL, "steps": 1, "learning_rate": 1e-12, "layers": "2,0"}
-    args = AdaptArgs(model=str(place / "lm"), data=place / "data", out=tmp_path / "r", **values)
+    values |= {"model": str(place / "lm"), "data": place / "data", "out": tmp_path / "r"}
+    args = AdaptSettings(**values)
     assert adapt(args)
     blocks, theirs = load_pretrained(tmp_path / "r").model.blocks, make_lm().model.layers
     for block, number in zip(blocks, (0, 2), strict=True):
@@ -371,11 +375,11 @@ KILL = """
 import json, os, pathlib, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from fsdfm.app import config, training
+from fsdfm.recipes import settings, training
 from fsdfm.train import loop
 
 values = json.loads(sys.argv[1])
-args = config.AdaptArgs(**{k: pathlib.Path(v) if k in ("data", "out") else v
+args = settings.AdaptSettings(**{k: pathlib.Path(v) if k in ("data", "out") else v
                            for k, v in values.items()})
 from transformers import LlamaForCausalLM  # slow: once for all children
 metrics = args.out / "metrics.jsonl"
@@ -399,7 +403,9 @@ def test_a_run_killed_twice_ends_bit_identical_to_one_never_stopped(
 ) -> None:
     rhythm = {"steps": 16, "log_every": 2, "checkpoint_every": 3, "evaluate_every": 6}
     values: dict[str, Any] = {**SMALL, **rhythm, "layers": "2", "sample_every": 0}
-    args = AdaptArgs(model=str(place / "lm"), data=place / "cut", out=tmp_path / "run", **values)
+    args = AdaptSettings(
+        model=str(place / "lm"), data=place / "cut", out=tmp_path / "run", **values
+    )
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()}
     done = subprocess.run(
         [sys.executable, "-c", KILL, json.dumps(plain)], capture_output=True, text=True, timeout=300
@@ -590,7 +596,8 @@ def test_adapting_freezes_a_third_of_the_rows_and_pretraining_none(
 
     monkeypatch.setattr(Pretrain, "loss", watched)
     values: dict[str, Any] = {**SMALL, "steps": 1}
-    args = AdaptArgs(model=str(place / "lm"), data=place / "data", out=tmp_path / "r", **values)
+    values |= {"model": str(place / "lm"), "data": place / "data", "out": tmp_path / "r"}
+    args = AdaptSettings(**values)
     assert adapt(args)
     assert shares == [1 / 3]
     with pytest.raises(ConfigError, match="frozen-share"):

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig, CausalNetwork
-from fsdfm.model.pretrained import save_pretrained
+from fsdfm.model.io.pretrained import save_pretrained
 from fsdfm.study.autoregressive import STEP, TIME, Autoregressive, _Past
-from fsdfm.text.packing import PrepareSettings, TokenStore, prepare
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.next_token import NextToken
 

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fsdfm.app import benchmark
-from fsdfm.bench import autoregressive, harness, reference, sides
+from fsdfm.bench import autoregressive, benchmark, harness, reference, sides
 from fsdfm.bench.figures import Row, body_flops, head_flops, joint_flops, markdown, per_step
 from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
 from fsdfm.bench.sides import (
@@ -37,7 +36,7 @@ from fsdfm.bench.sides import (
     shape,
     sides_for,
 )
-from fsdfm.errors import BenchError
+from fsdfm.core.errors import BenchError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import path_loss
 from fsdfm.flow.path import UniformSource

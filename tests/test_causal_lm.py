@@ -15,9 +15,9 @@ from language_models import FAMILIES, make_lm, save_lm, save_tokenizer, tokenize
 from safetensors.torch import load, save_file
 from torch import Tensor
 
-from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model.causal import CausalNetwork
-from fsdfm.model.causal_lm import (
+from fsdfm.model.io.causal_lm import (
     CausalLm,
     adapt,
     chosen_layers,

@@ -19,10 +19,10 @@ from rich.console import Console
 from torch import nn
 
 import fsdfm
-from fsdfm.app import cli
-from fsdfm.app.generator import Snapshot
-from fsdfm.app.live import frame, printable, show
-from fsdfm.model.pretrained import save_pretrained
+from fsdfm.cli import main as cli
+from fsdfm.generate.live import frame, printable, show
+from fsdfm.generate.results import Snapshot
+from fsdfm.model.io.pretrained import save_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer
 from fsdfm.text.tokenizer import train_bpe
 
@@ -58,9 +58,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 def test_help_needs_no_torch() -> None:
     code = (
-        "import sys; from fsdfm.app.cli import main; main(['--help'])\n"
-        "try: main(['generate', '--help'])\n"
-        "except SystemExit as e: assert e.code == 0\n"
+        "import sys; from fsdfm.cli.main import main; main(['--help'])\n"
         "heavy = {'torch', 'numpy', 'tokenizers', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -68,10 +66,6 @@ def test_help_needs_no_torch() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for command in ("prepare", "pretrain", "distill", "generate", "convert", "bench"):
         assert f"fsdfm {command}" in done.stdout
-    flags = "steps length num-samples seed model temperature top-p step movers grid prompt"
-    flags += " precision json"
-    for flag in flags.split():
-        assert f"--{flag} " in done.stdout
 
 
 def test_the_module_runs_as_the_command() -> None:
@@ -88,6 +82,10 @@ def test_every_command_explains_itself(run: Run, command: str) -> None:
     code, out, err = run(command, "--help")
     assert (code, err) == (0, "")
     assert f"usage: fsdfm {command}" in out
+    if command == "generate":
+        flags = "steps length num-samples seed model temperature top-p step movers grid prompt"
+        for flag in (flags + " precision json").split():
+            assert f"--{flag} " in out
 
 
 def test_json_is_one_object_per_line_and_sample(run: Run, model: Path) -> None:
@@ -143,27 +141,27 @@ def test_texts_in_a_pipe_are_plain(run: Run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--steps 0", "steps must be a whole number >= 1, got 0."),
-        ("--length 0", "length must be a whole number >= 1, got 0."),
+        ("--steps 0", "--steps must be a whole number >= 1, got 0."),
+        ("--length 0", "--length must be a whole number >= 1, got 0."),
         (
             "--length 49",
-            "length=49 is more than this model's context of 48 tokens: ask for 48 at most.",
+            "--length 49 is more than this model's context of 48 tokens: ask for 48 at most.",
         ),
-        ("--num-samples 0", "num_samples must be a whole number >= 1, got 0."),
-        ("--batch-size -2", "batch_size must be a whole number >= 1, got -2."),
-        ("--seed -1", "seed must be a whole number >= 0, got -1."),
+        ("--num-samples 0", "--num-samples must be a whole number >= 1, got 0."),
+        ("--batch-size -2", "--batch-size must be a whole number >= 1, got -2."),
+        ("--seed -1", "--seed must be a whole number >= 0, got -1."),
         (
             "--seed 4294967296",
-            "seed must be at most 4294967295, and sample k takes seed + k: "
-            "got seed=4294967296 for 1 samples.",
+            "--seed must be at most 4294967295, and sample k takes --seed + k: "
+            "got --seed 4294967296 for 1 samples.",
         ),
-        ("--temperature -1", "temperature must be a finite number >= 0, got -1."),
-        ("--top-p 0", "top_p must be above 0 and at most 1, got 0."),
-        ("--device tpu", "device must be cpu, cuda, cuda:N or mps, got 'tpu'."),
+        ("--temperature -1", "--temperature must be a finite number >= 0, got -1."),
+        ("--top-p 0", "--top-p must be above 0 and at most 1, got 0."),
+        ("--device tpu", "--device must be cpu, cuda, cuda:N or mps, got 'tpu'."),
         (
             "--length 2 --prompt zzz",
-            "The prompt has 3 tokens, but with length=2 only 1 fit: "
-            "shorten it or raise the length.",
+            "The prompt has 3 tokens, but with --length 2 only 1 fit: "
+            "shorten it or raise the --length.",
         ),
     ],
 )
@@ -239,7 +237,7 @@ def test_an_interrupt_is_one_line(run: Run, model: Path, monkeypatch: pytest.Mon
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fsdfm.app.generator.load", interrupted)
+    monkeypatch.setattr("fsdfm.cli.generate.load", interrupted)
     assert run("generate") == (130, "", "interrupted\n")
 
 
@@ -296,11 +294,11 @@ def test_a_published_checkpoint_converts_and_generates(run: Run, tmp_path: Path)
 def test_training_commands_pass_their_flags_on(
     run: Run, monkeypatch: pytest.MonkeyPatch, command: str, finished: bool, expected: int
 ) -> None:
-    training = importlib.import_module("fsdfm.app.training")
+    training = importlib.import_module("fsdfm.recipes.training")
     given: list[Any] = []
 
-    def train(args: Any) -> bool:
-        given.append(args)
+    def train(settings: Any, watch: Any) -> bool:
+        given.append(settings)
         return finished
 
     monkeypatch.setattr(training, command, train)

@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fsdfm.errors import CheckpointError, ConfigError, FsdfmError
-from fsdfm.model.convert import GENERATION, convert_published, infer_config
-from fsdfm.model.pretrained import load_pretrained
+from fsdfm.core.errors import CheckpointError, ConfigError, FsdfmError
+from fsdfm.model.io.convert import GENERATION, convert_published, infer_config
+from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import ModelConfig
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published"

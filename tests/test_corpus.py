@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from fsdfm.errors import DataError
+from fsdfm.core.errors import DataError
 from fsdfm.text.corpus import PIECE_CHARACTERS, READ_BYTES, check_files, read_documents
 
 DOCUMENTS = ["It was the best\n\nof times,\n", "  naïve – 東京\t😀\r\nend", "a\u2028b\u0085c\x1d"]

@@ -20,20 +20,21 @@ import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 from PIL import Image
 
-from fsdfm.app import evaluation
-from fsdfm.app.cells import Cell, Cells, hidden_positions
-from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.evaluation import Parts, evaluate
-from fsdfm.app.generator import Generator, load
-from fsdfm.app.heldout import Blocks, HeldOut
-from fsdfm.errors import FsdfmError
+from fsdfm.core.errors import FsdfmError
+from fsdfm.eval import evaluation
+from fsdfm.eval.cells import Cell, Cells, hidden_positions
+from fsdfm.eval.evaluation import Parts
+from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.judge import CausalJudge, load_judge
 from fsdfm.eval.metrics import ngram_js_bits
 from fsdfm.eval.report import Report, Row, load_report
+from fsdfm.eval.settings import JudgeSettings
 from fsdfm.eval.tables import section
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import UniformSource
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.source import GeneratorSource, load_source
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.text.packing import prepare
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -52,7 +53,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def arguments(place: Path, out: Path, **changes: Any) -> EvaluateArgs:
+def arguments(place: Path, out: Path, **changes: Any) -> JudgeSettings:
     values: dict[str, Any] = {
         "out": out,
         "model": (str(place / "teacher"), str(place / "student")),
@@ -62,7 +63,11 @@ def arguments(place: Path, out: Path, **changes: Any) -> EvaluateArgs:
         "judge_dtype": "float32",
         "heldout": place / "heldout.jsonl",
     }
-    return EvaluateArgs(**values | changes)
+    return JudgeSettings(**values | changes)
+
+
+def evaluate(args: JudgeSettings, progress: Any = None) -> Any:
+    return evaluation.evaluate(args, load_source, progress)
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +125,9 @@ def test_the_grid_is_the_one_asked_for_else_the_models_own(
     for name in places:
         shutil.copytree(place / name.name, name)
     (places[1] / "generation.json").write_text('{"grid": "late"}')
-    generators = {name.name: load(name, device="cpu") for name in places}
+    sources = {p.name: GeneratorSource(load(p, device="cpu")) for p in places}
     args = arguments(place, tmp_path / "out", length=48, **changes).resolved()
-    cells = Cells(args, generators, HeldOut.open(place / "heldout.jsonl"))
+    cells = Cells(args, sources, HeldOut.open(place / "heldout.jsonl"))
     assert tuple(cells.models[name]["grid"] for name in ("teacher", "student")) == grids
     cell = next(c for c in cells.all() if (c.name, c.steps) == ("student", 3))
     assert cell.facts["grid"] == grids[1]
@@ -222,7 +227,8 @@ def without_times(path: Path) -> Any:
 WORKER = """
 import os, sys
 from pathlib import Path
-from fsdfm.app import cli, evaluation
+from fsdfm.cli import main as cli
+from fsdfm.eval import evaluation
 make = evaluation.Parts.make
 def logged(self, cell, group):
     with open(os.environ["MADE"] + os.environ.get("RANK", ""), "a") as file:
@@ -572,10 +578,10 @@ def test_an_autoregressive_models_texts_can_stand_beside(place: Path, tmp_path: 
 
 
 def test_the_papers_protocol_is_a_preset(place: Path) -> None:
-    args = EvaluateArgs(out=place, preset="paper", judge=("mine",)).resolved()
+    args = JudgeSettings(out=place, preset="paper", judge=("mine",)).resolved()
     assert args.length == 1024 and args.step == "published" and args.judge == ("mine",)
     assert args.budgets() == [(n, 16) for n in (1, 2, 4, 8, 16, 1024)]
-    assert EvaluateArgs(out=place).resolved().step is None
+    assert JudgeSettings(out=place).resolved().step is None
 
 
 Run = Callable[..., tuple[int, str, str]]
@@ -641,18 +647,18 @@ def test_a_later_judge_that_cannot_load_is_refused_before_anything_is_made(
         (("--steps", "0"), "--steps takes whole numbers"),
         (("--steps", "8:x"), "--steps takes whole numbers"),
         (("--steps", "2", "2:1"), "--steps names a budget twice"),
-        (("--num-samples", "0"), "--num-samples must be at least 1"),
-        (("--length", "0"), "--length must be at least 1"),
-        (("--seed", "-1"), "--seed must be at least 0"),
-        (("--temperatures", "nan"), "--temperatures must be at least 0"),
-        (("--temperatures", "-1"), "--temperatures must be at least 0"),
+        (("--num-samples", "0"), "--num-samples must be a whole number >= 1"),
+        (("--length", "0"), "--length must be a whole number >= 1"),
+        (("--seed", "-1"), "--seed must be a whole number from 0"),
+        (("--temperatures", "nan"), "--temperatures must be a finite number >= 0"),
+        (("--temperatures", "-1"), "--temperatures must be a finite number >= 0"),
         (("--out", "/dev/null/x"), "Cannot write /dev/null/x"),
         (("--length", "49"), "more than a model's context of 48"),
         (("--heldout", "nothing.txt"), "nothing.txt"),
         (("--reference", "GPT"), "NAME=FILE"),
         (("--reference", "human text=x.txt"), "Two rows would be called 'human text'"),
         (("--judge", "/no/judge"), "There is no directory /no/judge"),
-        (("--judge", "a", "--judge", "a"), "judge names one twice: a a"),
+        (("--judge", "a", "--judge", "a"), "--judge names one twice: a a"),
         (("--model", "/no/model"), "/no/model"),
         (("--tasks", "infilling", "--num-samples", "500"), "ask for at most"),
     ],
@@ -720,7 +726,8 @@ def test_no_character_is_cut_where_a_continuation_begins(place: Path, tmp_path: 
         length=38,  # a quarter is 9 tokens
         reference=(f"other={tmp_path / 'other.txt'}",),
     ).resolved()
-    cells = Cells(args, {"student": generator}, HeldOut.open(tmp_path / "heldout.jsonl"))
+    sources = {"student": GeneratorSource(generator)}
+    cells = Cells(args, sources, HeldOut.open(tmp_path / "heldout.jsonl"))
     seen = 0
     for cell in cells.all():
         if cell.name == "human text" or cell.name == "other":

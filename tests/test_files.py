@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
+from fsdfm.core.errors import CheckpointError, DataError
 from fsdfm.core.files import digest, file_digest, one_line, tensor_bytes, write_whole
-from fsdfm.errors import CheckpointError, DataError
 
 
 def names(directory: Path) -> set[str]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fsdfm
-from fsdfm.app.device import pick_device, preferred_dtype
-from fsdfm.app.generator import Generator
-from fsdfm.errors import CheckpointError, ConfigError, DataError
-from fsdfm.model.pretrained import save_pretrained
+from fsdfm.core.device import pick_device, preferred_dtype
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError
+from fsdfm.generate.generator import Generator
+from fsdfm.model.io.pretrained import save_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 
@@ -338,7 +338,7 @@ def test_load_gives_back_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) ->
 def test_an_installation_without_its_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsdfm.app.generator.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("fsdfm.generate.generator.resources.files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match="came without its bundled model"):
         fsdfm.load()
 
@@ -386,7 +386,7 @@ def test_an_option_that_there_is_not_is_refused_everywhere(generator: Generator)
             call(**wrong)
         assert str(caught.value) == "There is no option 'stpes': did you mean steps?"
     wrong = {"beams": 2}
-    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, length, num_samples"):
+    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, step, movers"):
         generator.stream(**wrong)
 
 

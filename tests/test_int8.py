@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsdfm.app import device as device_module
-from fsdfm.app.device import pick_dtype
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
+from fsdfm.generate import precision as device_module
+from fsdfm.generate.precision import pick_dtype
 from fsdfm.model import int8
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8, int8_linear

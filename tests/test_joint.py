@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import UniformSource
 from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, groups, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.engine import Engine
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import (
     ModelConfig,
     Transformer,

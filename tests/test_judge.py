@@ -12,7 +12,7 @@ import torch
 from evaluation_fixtures import PROSE, save_judge
 from torch.nn import functional as F
 
-from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.eval import judge as judging
 from fsdfm.eval.judge import CausalJudge, load_judge
 

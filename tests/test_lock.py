@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from fsdfm.core import lock
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.lock import locked
-from fsdfm.errors import ConfigError
 
 HOLD = """
 import pathlib, sys, time

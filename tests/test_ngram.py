@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from conftest import Run
 
-from fsdfm.app.heldout import read_texts
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.eval.heldout import read_texts
 from fsdfm.study.ngram import FALLBACK_DISCOUNTS, NgramModel, stages
-from fsdfm.text.packing import PrepareSettings, TokenStore, prepare
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
 EOS, A, B = 0, 1, 2

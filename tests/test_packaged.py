@@ -14,7 +14,7 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE
 
-from fsdfm.errors import CheckpointError, ConfigError, DataError
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError
 from fsdfm.eval import packaged
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.packaged import PACKAGED, cache_directory, own_name

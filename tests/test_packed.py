@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.packed import GROUP, Packed, pack, packable, unpack
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import ModelConfig, Transformer
 from fsdfm.text.tokenizer import train_bpe
 

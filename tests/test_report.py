@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fsdfm.app import cli
-from fsdfm.errors import DataError
+from fsdfm.cli import main as cli
+from fsdfm.core.errors import DataError
 from fsdfm.eval.report import Report, Row, load_report
 from fsdfm.eval.tables import Named, cell, comparison, differences, markdown, named_rows
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from test_report import FACTS, made
 
-from fsdfm.app import cli
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.cli import main as cli
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.eval.report import Opinion, Report, Row, load_report
 from fsdfm.eval.several import flattered, kinship, shared_judges, views
 from fsdfm.eval.tables import comparison, differences, markdown, named_rows, section, table

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
 
 GPT2 = Path(__file__).parents[2] / "shared" / "tokenizers" / "gpt2"

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fsdfm.errors import CheckpointError, ConfigError, TrainingError
+from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
 from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial
@@ -33,7 +33,7 @@ from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema
-from fsdfm.train.loop import Run, Task, TrainSettings
+from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
     Pretrain,
@@ -42,6 +42,7 @@ from fsdfm.train.objective import (
     stratified,
 )
 from fsdfm.train.optim import learning_rate, make_optimizer
+from fsdfm.train.settings import TrainSettings
 
 V, L, B = 11, 6, 4
 TIME_FIELDS = {"elapsed_seconds", "tokens_per_second"}
@@ -994,9 +995,9 @@ def test_lines_past_the_checkpoint_and_torn_ones_are_forgotten(tmp_path: Path) -
 )
 def test_numbers_out_of_range_are_refused_by_name(name: str, values: list[float]) -> None:
     for value in values:
-        with pytest.raises(ConfigError, match=name.replace("_", "[-_]")) as caught:
+        with pytest.raises(ConfigError, match=name) as caught:
             replace(SETTINGS, **{name: value})
-        assert str(value) in str(caught.value)
+        assert str(value).removesuffix(".0") in str(caught.value)
 
 
 def test_numbers_at_the_edge_of_their_range_are_taken() -> None:

@@ -21,16 +21,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdfm.app import cli
-from fsdfm.app.config import DistillArgs, PretrainArgs, TrainArgs
-from fsdfm.app.console import TrainingConsole
-from fsdfm.app.generator import load
-from fsdfm.app.training import distill, pretrain
-from fsdfm.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
-from fsdfm.model import pretrained as pretrained_module
-from fsdfm.model.pretrained import load_pretrained, save_pretrained
+from fsdfm.cli import main as cli
+from fsdfm.cli.training import TrainingConsole
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.generate.generator import load
+from fsdfm.model.io import pretrained as pretrained_module
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
-from fsdfm.text.packing import PrepareSettings, TokenStore, prepare
+from fsdfm.recipes import training
+from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train.objective import Pretrain
@@ -87,6 +88,14 @@ def make_model(data: Path, directory: Path, seed: int = 0, **changes: Any) -> Pa
     return directory
 
 
+def pretrain(settings: PretrainSettings) -> bool:
+    return training.pretrain(settings, TrainingConsole)
+
+
+def distill(settings: DistillSettings) -> bool:
+    return training.distill(settings, TrainingConsole)
+
+
 SMALL: dict[str, Any] = {
     "steps": 7,
     "batch_size": 2,
@@ -102,12 +111,12 @@ SMALL: dict[str, Any] = {
 }
 
 
-def pretrain_args(data: Path, out: Path, **changes: Any) -> PretrainArgs:
-    return PretrainArgs(**{**SMALL, "data": data, "out": out, **changes})
+def pretrain_args(data: Path, out: Path, **changes: Any) -> PretrainSettings:
+    return PretrainSettings(**{**SMALL, "data": data, "out": out, **changes})
 
 
-def distill_args(data: Path, out: Path, teacher: Path, **changes: Any) -> DistillArgs:
-    return DistillArgs(**{**SMALL, "data": data, "out": out, "teacher": teacher, **changes})
+def distill_args(data: Path, out: Path, teacher: Path, **changes: Any) -> DistillSettings:
+    return distill_settings(**{**SMALL, "data": data, "out": out, "teacher": teacher, **changes})
 
 
 def contents(directory: Path) -> dict[str, bytes]:
@@ -137,7 +146,7 @@ def assert_same_runs(a: Path, b: Path) -> None:
     assert {p.name for p in a.iterdir()} == {p.name for p in b.iterdir()} == RUN_FILES
 
 
-def refusal(kind: type[FsdfmError], command: Callable[[Any], bool], args: TrainArgs) -> str:
+def refusal(kind: type[FsdfmError], command: Callable[[Any], bool], args: RunSettings) -> str:
     """The message of the error that a command gives: one line."""
     with pytest.raises(kind) as caught:
         command(args)
@@ -217,7 +226,7 @@ def test_only_the_average_of_a_joint_head_forgets_its_start_sooner(
 def test_a_joint_head_needs_neighbours_and_draws_need_a_joint_head(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="--neighbours must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="neighbours must be a whole number >= 1, got 0"):
         distill(distill_args(data, tmp_path / "run", teacher, neighbours=0))
     with pytest.raises(ConfigError, match=r"no joint head.*leave draws=4 out"):
         load(teacher).generate(draws=4)
@@ -323,13 +332,13 @@ import dataclasses, json, os, pathlib, signal, sys, time
 import torch
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()  # its imports are slow
-from fsdfm.app import config, training
+from fsdfm.recipes import settings, training
 from fsdfm.model.transformer import PRESETS
 from fsdfm.train import loop
 
 for name, values, lines_at_death in json.loads(sys.argv[1]):
     PRESETS["tiny"] = json.loads(sys.argv[2])
-    kind = getattr(config, name.capitalize() + "Args")
+    kind = getattr(settings, name.capitalize() + "Settings")
     places = {k: pathlib.Path(v) for k, v in values.items() if k in ("data", "out", "teacher")}
     args = kind(**{**values, **places})
     metrics = args.out / "metrics.jsonl"
@@ -375,13 +384,15 @@ class Died(BaseException):
     """Stands for SIGKILL."""
 
 
-@pytest.mark.parametrize("where", ["app.training.save_pretrained", "train.loop.save_checkpoint"])
+@pytest.mark.parametrize(
+    "where", ["recipes.training.save_pretrained", "train.loop.save_checkpoint"]
+)
 def test_death_at_the_last_export_or_checkpoint_is_harmless(
     where: str, data: Path, tmp_path: Path
 ) -> None:
     assert pretrain(pretrain_args(data, tmp_path / "whole"))
     args, calls = pretrain_args(data, tmp_path / "run"), itertools.count(1)
-    real = save_pretrained if where.startswith("app") else checkpoint_module.save_checkpoint
+    real = save_pretrained if where.startswith("recipes") else checkpoint_module.save_checkpoint
 
     def die_third(*a: Any, **k: Any) -> None:
         if next(calls) == 3:
@@ -451,13 +462,33 @@ def test_places_may_change_when_a_run_goes_on(data: Path, teacher: Path, tmp_pat
     assert distill(replace(args, teacher=tmp_path / "teacher", device=None, **moved))
 
 
+def test_a_run_of_an_older_fsdfm_goes_on_though_settings_have_come(
+    data: Path, tmp_path: Path
+) -> None:
+    args = pretrain_args(data, tmp_path / "run")
+    assert pretrain(args)
+    facts = json.loads((args.out / "run.json").read_text())
+    del facts["settings"]["final_fraction"], facts["settings"]["ema_warmup"]
+    (args.out / "run.json").write_text(json.dumps(facts))
+    assert pretrain(args)
+
+
+def test_python_trains_without_a_console(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.pretrain(pretrain_args(data, tmp_path / "a"))
+    assert capsys.readouterr() == ("", "")
+    assert pretrain(pretrain_args(data, tmp_path / "b"))
+    assert_same_runs(tmp_path / "a", tmp_path / "b")
+
+
 # -------------------------------------------------------------------------------------- refusals
 
 
 @pytest.fixture(scope="module")
 def finished(
     data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[PretrainArgs, DistillArgs]:
+) -> tuple[PretrainSettings, DistillSettings]:
     place = tmp_path_factory.mktemp("finished")
     args = pretrain_args(data, place / "p", init=teacher, steps=1)
     student = distill_args(data, place / "d", teacher, steps=1)
@@ -478,18 +509,18 @@ def finished(
 def test_another_run_in_the_same_place_is_refused_with_what_differs(
     changes: dict[str, Any],
     named: list[str],
-    finished: tuple[PretrainArgs, DistillArgs],
+    finished: tuple[PretrainSettings, DistillSettings],
 ) -> None:
     args, _ = finished
     before = contents(args.out)
     message = refusal(ConfigError, pretrain, replace(args, **changes))
-    assert all(part in message for part in named) and "another --out" in message
+    assert all(part in message for part in named) and "another out" in message
     assert message.count("->") == len(named) and "other " not in message.split("(")[1].split(")")[0]
     assert contents(args.out) == before
 
 
 def test_other_data_other_weights_and_another_command_are_refused(
-    finished: tuple[PretrainArgs, DistillArgs], data: Path, tmp_path: Path
+    finished: tuple[PretrainSettings, DistillSettings], data: Path, tmp_path: Path
 ) -> None:
     args, student = finished
     tokenizer = Tokenizer.from_json(TokenStore.open(data).tokenizer_json)
@@ -515,7 +546,7 @@ def test_a_teacher_with_another_tokenizer_is_refused_with_the_flag_that_helps(
         (pretrain, pretrain_args(tmp_path / "data", tmp_path / "run", init=teacher)),
     ):
         message = refusal(ConfigError, run, args)
-        assert f"--tokenizer {teacher}/tokenizer.json" in message
+        assert f"tokenizer={teacher}/tokenizer.json" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -523,14 +554,14 @@ def test_settings_that_contradict_the_starting_model_are_refused(
     data: Path, teacher: Path, tmp_path: Path
 ) -> None:
     args = pretrain_args(data, tmp_path / "run", init=teacher)
-    assert "--source uniform" in refusal(ConfigError, pretrain, replace(args, source="mask"))
+    assert "source=uniform" in refusal(ConfigError, pretrain, replace(args, source="mask"))
     message = refusal(ConfigError, pretrain, replace(args, schedule_power=2.0))
-    assert "--schedule-power 1.0" in message
+    assert "schedule_power=1.0" in message
     student = distill_args(data, tmp_path / "run", teacher)
     message = refusal(ConfigError, distill, replace(student, context_length=LENGTH + 1))
-    assert "--context-length 17" in message
-    message = refusal(ConfigError, distill, replace(student, target="semigroup"))
-    assert "--target-rule exact" in message
+    assert "context_length=17" in message
+    message = refusal(ConfigError, lambda _: replace(student, target="semigroup"), student)
+    assert "target_rule=exact" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -558,8 +589,8 @@ def test_bad_numbers_are_refused_before_anything_is_made(
         (distill, distill_args(data, tmp_path / "run", teacher)),
     ]
     for run, args in runs:
-        message = refusal(ConfigError, run, replace(args, **{name: value}))
-        assert name.replace("_", "-") in message and str(value) in message
+        message = refusal(ConfigError, lambda a, run=run: run(replace(a, **{name: value})), args)
+        assert name in message and str(value).removesuffix(".0") in message
     assert not (tmp_path / "run").exists()
 
 
@@ -572,7 +603,7 @@ def test_a_corpus_shorter_than_one_block_is_refused(data: Path, tmp_path: Path) 
     ):
         args = pretrain_args(data, tmp_path / "run", context_length=length)
         message = refusal(DataError, pretrain, args)
-        assert split in message and "--context-length" in message
+        assert split in message and "context_length" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -595,7 +626,7 @@ def test_a_place_that_is_not_a_run_or_cannot_be_one_is_refused(data: Path, tmp_p
     assert "not empty" in message and [p.name for p in foreign.iterdir()] == ["thesis.tex"]
     file = foreign / "thesis.tex"
     for out in (file, file / "below", Path("/proc/fsdfm-run")):
-        assert "--out" in refusal(CheckpointError, pretrain, pretrain_args(data, out))
+        assert "another out" in refusal(CheckpointError, pretrain, pretrain_args(data, out))
     assert file.read_text() == "years of work"
 
 
@@ -719,7 +750,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_model_and_checkpoint(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pretrain, "loss", explode)
         message = refusal(TrainingError, pretrain, args)
-    assert "checkpoint is kept" in message and "--learning-rate" in message
+    assert "checkpoint is kept" in message and "learning_rate" in message
     after = contents(args.out)
     assert after.keys() == RUN_FILES
     for name in RUN_FILES - {"metrics.jsonl"}:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.model.rotary import Rotary, rotate
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_from_teacher
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.pre_tokenizers import ByteLevel
 
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
 from fsdfm.text.vocabulary import completed, count_tokens, cut, tokens_within
 

@@ -12,11 +12,12 @@ import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from fsdfm import errors
-from fsdfm.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.core import errors
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 
 if TYPE_CHECKING:
-    from fsdfm.app.generator import Generation, Generator, Sample, Snapshot, load
+    from fsdfm.generate.generator import Generator, load
+    from fsdfm.generate.results import Generation, Sample, Snapshot
 
     __version__: str
 
@@ -39,11 +40,11 @@ _GENERATOR = ("Generation", "Generator", "Sample", "Snapshot", "load")
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `fsdfm --help` does not wait for torch."""
+    """Import on first use, so that the help of the command line does not wait for torch."""
     if name == "__version__":
         return importlib.metadata.version("fsdfm")
     if name in _GENERATOR:
-        return getattr(importlib.import_module("fsdfm.app.generator"), name)
+        return getattr(importlib.import_module("fsdfm.generate.generator"), name)
     raise AttributeError(f"module 'fsdfm' has no attribute {name!r}")
 
 

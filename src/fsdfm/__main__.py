@@ -2,7 +2,7 @@
 
 import sys
 
-from fsdfm.app.cli import main
+from fsdfm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

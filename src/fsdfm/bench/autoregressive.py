@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.model.transformer import MLP_RATIO, ModelConfig
 
 FIRST_TOKEN = 0

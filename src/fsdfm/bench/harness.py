@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,7 +23,8 @@ import torch
 
 from fsdfm.bench.figures import Row, median
 from fsdfm.bench.sides import Job, dtype_of
-from fsdfm.errors import BenchError
+from fsdfm.core.errors import BenchError
+from fsdfm.core.progress import Progress
 from fsdfm.model.transformer import ModelConfig
 
 PATIENCE_SECONDS = 3600.0
@@ -40,9 +41,6 @@ MALLOC: dict[str, dict[str, str]] = {
     },
 }
 """Settings of glibc's malloc; tuned, it keeps large blocks instead of mapping them anew."""
-
-Progress = Callable[[str, int, int], None]
-"""(what is being done, requests done, requests in all)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.flow.grid import SMALLEST_EXPONENT
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Polynomial, Schedule
 from fsdfm.model import transformer
@@ -27,8 +28,6 @@ from fsdfm.model.transformer import Transformer
 
 Rule = Literal["exact", "published", "euler"]
 
-SMALLEST_EXPONENT = 10
-"""Step sizes of distillation are 2 ** 0 ... 2 ** -10."""
 BETAS, WEIGHT_DECAY, CLIP_NORM, EMA_DECAY = (0.9, 0.95), 0.03, 1.0, 0.9995
 LATEST_TIME = 1.0 - 1e-3
 """Of pretraining: the rate is singular at 1."""

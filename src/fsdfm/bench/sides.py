@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fsdfm.bench import autoregressive, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import even_grid, latest_grid
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
@@ -29,9 +29,10 @@ from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
-from fsdfm.train.loop import Task, TrainSettings, update
+from fsdfm.train.loop import Task, update
 from fsdfm.train.objective import Distill, Objective, Pretrain
 from fsdfm.train.optim import make_optimizer
+from fsdfm.train.settings import TrainSettings
 
 LEARNING_RATE = 1e-4
 FEW_TOKENS = 8

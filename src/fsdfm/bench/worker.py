@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fsdfm.bench.sides import Job, Side, build_side, synchronise
-from fsdfm.errors import FsdfmError
+from fsdfm.core.errors import FsdfmError
 from fsdfm.model.transformer import ModelConfig
 
 TOY = ModelConfig(64, 64, blocks=1, heads=1, cond_size=64, context_length=16)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fsdfm.errors import DataError, FsdfmError
+from fsdfm.core.errors import DataError, FsdfmError
 
 if TYPE_CHECKING:
     from torch import Tensor

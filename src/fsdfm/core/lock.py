@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 
 fcntl: ModuleType | None
 try:
@@ -58,7 +58,8 @@ def _taken(path: Path, place: Path) -> int:
             os.close(descriptor)
             who = f"process {owner}" if owner.isdecimal() else "another process"
             raise ConfigError(
-                f"{place} is being written by {who}: wait for it to end, or choose another out."
+                f"{place} is being written by {who}: wait for it to end, or choose another out.",
+                "out",
             ) from None
         except OSError:  # a file system without locks
             return descriptor

@@ -23,8 +23,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line, tensor_bytes
-from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.eval.metrics import Score
 from fsdfm.eval.packaged import PACKAGED, own_name
 
@@ -172,8 +172,10 @@ class CausalJudge:
             logits, hidden = self._forward(ids.to(self.device))
         except torch.OutOfMemoryError:
             raise ConfigError(
-                f"{self.device} has not enough memory for the judge: try --judge-dtype bfloat16, a "
-                "smaller judge, or --device cpu."
+                f"{self.device} has not enough memory for the judge: try judge_dtype=bfloat16, a "
+                "smaller judge, or the device cpu.",
+                "judge_dtype",
+                "device",
             ) from None
         for row, window in enumerate(batch):
             end = len(window.ids) - 1
@@ -189,8 +191,9 @@ class CausalJudge:
                 total += float(F.cross_entropy(some.float(), target, reduction="sum"))
             if not math.isfinite(total):
                 raise CheckpointError(
-                    f"Judge {self.name} gave a value that is not finite: try --judge-dtype float32 "
-                    "or another judge."
+                    f"Judge {self.name} gave a value that is not finite: try judge_dtype=float32 "
+                    "or another judge.",
+                    "judge_dtype",
                 )
             yield total, hidden[row, rows].float().cpu()
 

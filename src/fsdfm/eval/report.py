@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fsdfm.core.errors import DataError
 from fsdfm.core.files import write_whole
-from fsdfm.errors import DataError
 from fsdfm.eval.statistics import Estimate, Ratio, estimate, identity
 
 FORMAT, FORMAT_VERSION = "fsdfm-report", 1
@@ -26,7 +26,7 @@ FACTS = {"fsdfm", "torch", "machine", "length", "seed", "batch_size", "preset"} 
     "heldout",
     "models",
 }
-"""What a report says of all its rows; app/evaluation.py writes it. A report of several judges also
+"""What a report says of all its rows; evaluation.py writes it. A report of several judges also
 has `other_judges`, a list: the facts of those after the first."""
 
 Record = dict[str, float]

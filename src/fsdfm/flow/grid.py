@@ -8,6 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+SMALLEST_EXPONENT = 10
+"""Training shows the step sizes 2 ** 0 ... 2 ** -10; times are multiples of the smallest."""
+SMALLEST_STEP = 2.0**-SMALLEST_EXPONENT
+"""The smallest step size that a network is told; a grid may have smaller ones."""
+
 
 def even_grid(steps: int) -> Tensor:
     """0, 1/N, ..., 1 for a budget of N calls.

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.path import Source, mixture_state
 from fsdfm.flow.schedule import Polynomial, Schedule
 
@@ -236,7 +237,7 @@ def elbo_nats_per_token(
     source: Source,
     schedule: Schedule | None = None,
     *,
-    h: float = 1.0 / 1024,
+    h: float = SMALLEST_STEP,
     times: int = 16,
     seed: int = 0,
 ) -> Iterator[float]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.model.attention import attend
 from fsdfm.model.fused import modulated_rms, product_dtype, swiglu, turned
 from fsdfm.model.rotary import Rotary

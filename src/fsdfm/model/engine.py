@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.attention import attend
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import modulated_rms, turned
@@ -32,8 +33,6 @@ from fsdfm.model.transformer import (
     neighbourhood,
 )
 
-SMALLEST_STEP = 2.0**-10
-"""Training shows no smaller step; a grid may have some, and the network is told this one."""
 ROWS_AT_ONCE = 512
 """Positions that pass the blocks together on a CPU: more are no faster, and take more memory."""
 

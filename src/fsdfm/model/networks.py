@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.transformer import FlowNetwork, ModelConfig, Transformer
 

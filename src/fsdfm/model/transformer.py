@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.model.attention import attend
 from fsdfm.model.rotary import Rotary, rotate
 
@@ -488,7 +488,8 @@ def student_from_teacher(
         raise ConfigError(
             f"The teacher's joint head sees {teacher.config.neighbours} neighbours, not "
             f"{neighbours}: "
-            f"give --neighbours {teacher.config.neighbours}, or a teacher without such a head."
+            f"give neighbours={teacher.config.neighbours}, or a teacher without such a head.",
+            "neighbours",
         )
     student.load_state_dict(teacher.state_dict(), strict=False)
     # A joint head is trained beside a body that stays: so does an embedding that is the head, too.

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError, DataError
 
 HIGHEST_ORDER = 8
 """Text repeats so little beyond that higher orders add memory and nothing else."""

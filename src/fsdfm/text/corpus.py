@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import zstandard
 
+from fsdfm.core.errors import DataError
 from fsdfm.core.files import one_line
-from fsdfm.errors import DataError
 
 READ_BYTES = 1 << 20
 SUFFIXES = (".txt", ".jsonl")

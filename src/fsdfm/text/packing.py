@@ -6,76 +6,58 @@ little-endian token ids: all documents of the split, each followed by EOS.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from fsdfm.core.files import digest, file_digest, is_taken, one_line
+from fsdfm.core.errors import DataError
+from fsdfm.core.files import file_digest, is_taken, one_line
 from fsdfm.core.lock import locked
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, Range, check, option
+from fsdfm.core.progress import Progress
 from fsdfm.text.corpus import Advance, check_files, read_documents
+from fsdfm.text.store import FORMAT, FORMAT_VERSION, SPLITS
 from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
 from fsdfm.text.vocabulary import count_tokens, cut
 
-FORMAT, FORMAT_VERSION = "fsdfm-data", 1
-SPLITS = ("train", "validation")
 TRAINED_VOCABULARY = 8192
 """Entries of a tokenizer that is trained here by default."""
 BATCH_CHARACTERS = 1 << 22
 """Text that is tokenized at once."""
-VERIFIED_BYTES = 1_000_000_000
-"""Prepared data up to this size is checked against its digests whenever it is opened: about a
-second. Of larger data only the ids that are read are checked."""
-
-Progress = Callable[[str, int, int], None]
-"""(phase, bytes done, bytes in all); phases are `split`, `tokenizer` and `tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
 class PrepareSettings:
     """How documents become shards."""
 
-    vocab_size: int | None = None
-    """Entries of a tokenizer that is trained here, TRAINED_VOCABULARY if not given; or how many of
-    a given tokenizer's to keep, all if not given."""
-    validation_fraction: float = 0.02
+    vocab_size: int | None = option(
+        None, within=Range(SMALLEST_VOCABULARY), form="N", unset="8192, or all of the tokenizer"
+    )
+    """Entries of the byte-level BPE that is trained on the files; of a given tokenizer, how many to
+    keep: those that the files use most, and their parts."""
+    validation_fraction: float = option(0.02, within=Range(0, 1, above=True, below=True))
     """Chance that a document is held out for validation. Where chance leaves a split without a
     document (one book, say), this share of the text at its end is held out instead."""
-    seed: int = 0
-    """Of the choice of validation documents."""
-    shard_tokens: int = 1 << 27
+    seed: int = option(0, within=AT_LEAST_0)
+    """Decides which documents those are."""
+    shard_tokens: int = option(1 << 27, within=AT_LEAST_1)
     """Most tokens in one shard."""
-    tokenizer_bytes: int = 200_000_000
+    tokenizer_bytes: int = option(200_000_000, within=AT_LEAST_1)
     """Most text that a tokenizer is trained on: the first of the training text."""
     field: str = "text"
     """Field of a .jsonl file's objects that holds the text."""
 
     def __post_init__(self) -> None:
-        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
-            raise ConfigError(
-                f"--vocab-size must be at least {SMALLEST_VOCABULARY} (256 bytes and the end of "
-                f"text), got {self.vocab_size}."
-            )
-        if not 0.0 < self.validation_fraction < 1.0:
-            raise ConfigError(
-                f"--validation-fraction must be between 0 and 1, got {self.validation_fraction}."
-            )
-        if self.shard_tokens < 1 or self.tokenizer_bytes < 1:
-            raise ConfigError("shard_tokens and tokenizer_bytes must be at least 1.")
-        if self.seed < 0:
-            raise ConfigError(f"--seed must be at least 0, got {self.seed}.")
+        check(self)
 
 
 def prepare(
@@ -144,7 +126,7 @@ def _staging(out: Path) -> Iterator[Path]:
     staged = final.with_name(f".{final.name}.partial")
     try:
         if is_taken(final):
-            raise DataError(f"{out} exists already: choose another --out, or delete it.")
+            raise DataError(f"{out} exists already: choose another out, or delete it.", "out")
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(final.with_name(f".{final.name}.lock"), out), _removed_at_the_end(staged):
             staged.mkdir()
@@ -154,8 +136,9 @@ def _staging(out: Path) -> Iterator[Path]:
             staged.replace(final)
     except OSError as error:
         raise DataError(
-            f"Cannot write {out} ({one_line(error)}): choose another --out or free some "
-            f"space, then run the same command again."
+            f"Cannot write {out} ({one_line(error)}): choose another out or free some "
+            f"space, then run the same command again.",
+            "out",
         ) from None
 
 
@@ -393,155 +376,3 @@ def _unless_blank(document: Iterator[str]) -> Iterator[str]:
             yield from held
             yield from document
             return
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSplit:
-    """One logical stream of tokens over memory-mapped shards."""
-
-    name: str
-    shards: tuple[NDArray[Any], ...]
-    vocab_size: int
-    paths: tuple[Path, ...]
-    """Files of the shards, to name in errors."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the stream."""
-        return sum(len(shard) for shard in self.shards)
-
-    def blocks(self, length: int) -> int:
-        """Whole blocks of `length` tokens."""
-        return self.tokens // length
-
-    def require(self, length: int) -> None:
-        """Raises DataError unless the split holds at least one block of `length` tokens."""
-        if self.tokens < length:
-            raise DataError(
-                f"The {self.name} split has {self.tokens:,} tokens, fewer than one block of "
-                f"{length:,}: prepare more text, or use a smaller --context-length."
-            )
-
-    def block(self, index: int, length: int) -> Tensor:
-        """Block number `index` in file order, int64, shape (length,).
-
-        Raises:
-            DataError: a shard is damaged.
-        """
-        return torch.from_numpy(self._read(index * length, length))
-
-    def batch(self, step: int, *, batch_size: int, length: int, seed: int) -> Tensor:
-        """Batch number `step`: a pure function of (seed, step).
-
-        Every epoch visits each block once, in an order of its own, with the block borders shifted
-        by an amount of its own.
-
-        Args:
-            step: counts batches from 0.
-            batch_size: blocks in a batch.
-            length: tokens in a block.
-            seed: of order and shift.
-
-        Returns:
-            int64, shape (batch_size, length).
-
-        Raises:
-            DataError: the split is shorter than one block, or a shard is damaged.
-        """
-        self.require(length)
-        count, rows = self.blocks(length), []
-        for index in range(step * batch_size, (step + 1) * batch_size):
-            epoch, place = divmod(index, count)
-            shift, order = _epoch(seed, epoch, count, self.tokens - count * length)
-            rows.append(self._read(shift + int(order[place]) * length, length))
-        return torch.from_numpy(np.stack(rows))
-
-    def _read(self, start: int, length: int) -> NDArray[np.int64]:
-        """Tokens [start, start + length) of the stream, over shard borders."""
-        parts: list[NDArray[Any]] = []
-        for shard, path in zip(self.shards, self.paths, strict=True):
-            part = shard[max(start, 0) : max(start + length, 0)]
-            if len(part) and (largest := int(part.max())) >= self.vocab_size:
-                raise DataError(
-                    f"{path} is damaged (a token has id {largest}, the vocabulary ends at "
-                    f"{self.vocab_size - 1}): prepare the data again."
-                )
-            parts.append(part)
-            start -= len(shard)
-        return np.concatenate(parts).astype(np.int64)
-
-
-@functools.lru_cache(maxsize=2)
-def _epoch(seed: int, epoch: int, blocks: int, slack: int) -> tuple[int, NDArray[np.int64]]:
-    """Shift of the block borders in [0, slack], and the order of the blocks."""
-    generator = np.random.default_rng([seed, epoch])
-    return int(generator.integers(slack + 1)), generator.permutation(blocks)
-
-
-@dataclass(frozen=True, slots=True)
-class TokenStore:
-    """A prepared directory, open for reading."""
-
-    manifest: dict[str, Any]
-    tokenizer_json: str
-    train: TokenSplit
-    validation: TokenSplit
-
-    @classmethod
-    def open(cls, directory: Path) -> TokenStore:
-        """Open what `prepare` wrote.
-
-        Raises:
-            DataError: missing, incomplete, damaged, or of another format.
-        """
-        remedy = "make it with fsdfm prepare FILES --out DIR"
-        try:
-            manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-            tokenizer_json = (directory / "tokenizer.json").read_text(encoding="utf-8")
-        except FileNotFoundError as error:
-            raise DataError(f"{error.filename} is missing: {remedy}.") from None
-        except (OSError, ValueError) as error:
-            raise DataError(f"{directory} is not prepared data ({error}): {remedy}.") from None
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-            raise DataError(f"{directory} is not prepared data: {remedy}.")
-        if manifest.get("format_version") != FORMAT_VERSION:
-            raise DataError(
-                f"{directory} has data format {manifest.get('format_version')}, this version reads "
-                f"{FORMAT_VERSION}: prepare it again."
-            )
-        try:
-            # Of the text as written: another version of the library may lay it out differently.
-            if digest([tokenizer_json]) != manifest["tokenizer_sha256"]:
-                raise DataError(
-                    f"{directory}: tokenizer.json is not the one of its tokens: prepare it again."
-                )
-            splits = [_open_split(directory, manifest, name) for name in SPLITS]
-            size = sum(shard.nbytes for split in splits for shard in split.shards)
-            if size <= VERIFIED_BYTES:
-                _verify(directory, manifest)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            raise DataError(f"{directory} is damaged ({error}): prepare it again.") from None
-        return cls(manifest, tokenizer_json, *splits)
-
-
-def _open_split(directory: Path, manifest: dict[str, Any], name: str) -> TokenSplit:
-    dtype: np.dtype[Any] = np.dtype({"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
-    shards, paths = [], []
-    for shard in manifest["splits"][name]["shards"]:
-        path = directory / shard["file"]
-        if not path.exists() or path.stat().st_size != shard["tokens"] * dtype.itemsize:
-            raise DataError(f"{path} is missing or has the wrong size: prepare the data again.")
-        shards.append(np.memmap(path, dtype=dtype, mode="r"))
-        paths.append(path)
-    return TokenSplit(name, tuple(shards), int(manifest["vocab_size"]), tuple(paths))
-
-
-def _verify(directory: Path, manifest: dict[str, Any]) -> None:
-    """Raises DataError where a shard is not the one that was written."""
-    for name in SPLITS:
-        for shard in manifest["splits"][name]["shards"]:
-            if file_digest(directory / shard["file"]) != shard["sha256"]:
-                raise DataError(
-                    f"{directory / shard['file']} is damaged (its bytes have changed since it was "
-                    "prepared): prepare the data again."
-                )

@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest, one_line
-from fsdfm.errors import ConfigError, DataError
 
 EOS = "<|endoftext|>"
 """The token that ends every document, in tokenizers that are trained here."""

@@ -16,7 +16,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers.pre_tokenizers import ByteLevel
 
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text.tokenizer import Tokenizer
 
 TEXTS_AT_ONCE = 1 << 22

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fsdfm.core.errors import CheckpointError
 from fsdfm.core.files import one_line, real
-from fsdfm.errors import CheckpointError
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
 
@@ -69,7 +69,8 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot write checkpoint {path} ({one_line(error)}); free some space or choose "
-            f"another --out, then run the same command again."
+            f"another out, then run the same command again.",
+            "out",
         ) from None
     finally:
         with contextlib.suppress(OSError):

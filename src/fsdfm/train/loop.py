@@ -17,80 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fsdfm.core.errors import CheckpointError, TrainingError
 from fsdfm.core.files import one_line, write_whole
-from fsdfm.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.objective import Objective
-from fsdfm.train.optim import OPTIMIZERS, learning_rate, make_optimizer
+from fsdfm.train.optim import learning_rate, make_optimizer
+from fsdfm.train.settings import TrainSettings
 
 Watched = TypeVar("Watched", bound=nn.Module, contravariant=True)
-
-
-@dataclass(frozen=True, slots=True)
-class TrainSettings:
-    """Numbers of one run. The same settings, data and start give the same weights."""
-
-    steps: int
-    """Updates of the whole run."""
-    batch_size: int
-    """Sequences in one forward pass."""
-    learning_rate: float
-    """Peak learning rate."""
-    accumulate: int = 1
-    """Forward passes for one update."""
-    warmup_steps: int = 100
-    """Updates of linear warm-up."""
-    final_fraction: float = 0.1
-    """Learning rate at the end, as a fraction of the peak."""
-    optimizer: str = "adamw"
-    """One of OPTIMIZERS."""
-    weight_decay: float = 0.03
-    """On matrices."""
-    clip_norm: float = 1.0
-    """Longest gradient."""
-    ema_decay: float = 0.9995
-    """Of the moving average that is evaluated, saved and, in distillation, followed."""
-    ema_warmup: bool = True
-    """Whether the average forgets the start sooner: right for random weights, not for trained."""
-    seed: int = 0
-    """Of initial weights, batches and noise."""
-    log_every: int = 10
-    """Updates between lines of metrics.jsonl."""
-    evaluate_every: int = 500
-    """Updates between validations (and printed samples)."""
-    checkpoint_every: int = 250
-    """Updates between checkpoints."""
-    validation_sequences: int = 32
-    """Sequences that the validation ELBO is measured on."""
-
-    def __post_init__(self) -> None:
-        counts = ("steps", "batch_size", "accumulate", "log_every", "evaluate_every")
-        for name in (*counts, "checkpoint_every", "validation_sequences"):
-            if getattr(self, name) < 1:
-                flag = name.replace("_", "-")
-                raise ConfigError(f"--{flag} must be at least 1, got {getattr(self, name)}.")
-        if self.optimizer not in OPTIMIZERS:
-            raise ConfigError(
-                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer}."
-            )
-        if not 0.0 < self.learning_rate < math.inf:
-            raise ConfigError(f"--learning-rate must be positive, got {self.learning_rate}.")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"--warmup-steps must be at least 0, got {self.warmup_steps}.")
-        if not 0.0 <= self.final_fraction <= 1.0:
-            raise ConfigError(f"final_fraction must be in [0, 1], got {self.final_fraction}.")
-        if not 0.0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"--weight-decay must be at least 0, got {self.weight_decay}.")
-        if not self.clip_norm > 0.0:
-            raise ConfigError(f"--clip-norm must be positive, got {self.clip_norm}.")
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise ConfigError(f"--ema-decay must be in [0, 1), got {self.ema_decay}.")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"--seed must be in [0, 2 ** 63), got {self.seed}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +142,10 @@ class Run(Generic[Module]):
         kept = "its last checkpoint is kept" if self.checkpoint.exists() else "nothing was saved"
         raise TrainingError(
             f"The loss or its gradient was not finite before step {step}; {kept}. "
-            f"Try a lower --learning-rate or a longer --warmup-steps in a new --out."
+            f"Try a lower learning_rate or a longer warmup_steps in a new out.",
+            "learning_rate",
+            "warmup_steps",
+            "out",
         )
 
     def _log(self, state: TrainState[Module], clock: _Clock) -> float:
@@ -263,8 +204,8 @@ class Run(Generic[Module]):
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise CheckpointError(
-                f"Cannot write {self.directory / 'metrics.jsonl'} ({error}); free some space, "
-                f"then run the same command again."
+                f"Cannot write {self.directory / 'metrics.jsonl'} ({one_line(error)}); free some "
+                f"space, then run the same command again."
             ) from None
 
     def _forget_metrics_after(self, step: int) -> None:

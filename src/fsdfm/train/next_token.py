@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.loss import RowLoss, cross_entropy, mean_over_rows
-from fsdfm.train.objective import SMALLEST_EXPONENT, Network
+from fsdfm.train.objective import Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class NextToken:
     def nats(self, model: Network, x_1: Tensor) -> Tensor:
         """-ln p of a token of the data, (B, L), on average; scalar."""
         times = torch.ones(len(x_1), device=x_1.device)
-        hidden = model.body(x_1, times, times * 2.0**-SMALLEST_EXPONENT).flatten(0, 1)
+        hidden = model.body(x_1, times, times * SMALLEST_STEP).flatten(0, 1)
         data = x_1.flatten()
 
         def loss(rows: slice) -> RowLoss:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fsdfm.flow.grid import SMALLEST_EXPONENT
 from fsdfm.flow.loss import (
     LATEST_TIME,
     Divergence,
@@ -29,9 +30,6 @@ from fsdfm.flow.sampler import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import PUBLISHED, StepRule
 from fsdfm.flow.target import Jumper, TargetRule, rk4_target
-
-SMALLEST_EXPONENT = 10
-"""Step sizes are 2 ** 0 ... 2 ** -10; times are multiples of the smallest."""
 
 
 class Network(FlowModel, TrainableModel, Protocol):

@@ -1,9 +1,8 @@
-"""What a training run shows in the terminal, and when it exports its model."""
+"""What a training run shows in the terminal, and how a run is started."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -12,15 +11,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fsdfm.app.config import TrainArgs
-from fsdfm.app.live import printable
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
+from fsdfm.generate.live import printable
 from fsdfm.model.transformer import FlowNetwork
-from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.recipes.watch import Plan
 
 PREVIEW_TOKENS = 96
 
@@ -29,24 +27,12 @@ class TrainingConsole:
     """A progress bar with rate and ETA on a terminal, plain lines elsewhere.
 
     Args:
-        args: settings of the run.
-        tokenizer: to print samples.
-        generation: steps and rule of the printed samples.
-        tokens_per_step: tokens of one update, for the rate.
+        plan: of the run; printed samples are drawn as generation.json will say.
     """
 
-    export: Callable[[FlowNetwork], None]
-    """Writes the model directory; called before every checkpoint."""
-
-    def __init__(
-        self,
-        args: TrainArgs,
-        tokenizer: Tokenizer,
-        generation: dict[str, Any],
-        tokens_per_step: int,
-    ) -> None:
-        self.args, self.tokenizer, self.generation = args, tokenizer, generation
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, plan: Plan) -> None:
+        self.args, self.tokenizer, self.generation = plan.settings, plan.tokenizer, plan.generation
+        self.tokens_per_step = plan.tokens_per_update
         self.console = Console(stderr=True)
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -57,7 +43,7 @@ class TrainingConsole:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        self.bar = self.progress.add_task("loss ...", total=args.steps, rate="")
+        self.bar = self.progress.add_task("loss ...", total=self.args.steps, rate="")
         self.first_step: int | None = None
         self.started = 0.0
         self.step = 0
@@ -75,6 +61,8 @@ class TrainingConsole:
         trace: TracebackType | None,
     ) -> None:
         self.progress.stop()
+        if error is None:
+            self.summary(self.step >= self.args.steps)
 
     def advanced(self, step: int, steps: int, loss: float | None) -> None:
         """Move the bar; without a terminal, print a line with every tenth logged loss."""
@@ -103,8 +91,7 @@ class TrainingConsole:
             self.say(printable(self._preview(ema)), style="dim")
 
     def saved(self, ema: FlowNetwork) -> None:
-        """Write the model directory, which is never older than the checkpoint."""
-        self.export(ema)
+        """Nothing to say."""
 
     def summary(self, finished: bool) -> None:
         """Say what there is now and how to go on."""

@@ -8,12 +8,9 @@ from pathlib import Path
 
 import torch
 
-from fsdfm.errors import ConfigError
-from fsdfm.model.int8 import has_int8
+from fsdfm.core.errors import ConfigError
 
 DEVICE_TYPES = ("cuda", "mps", "cpu")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
-"""Formats of the matrix products of generation, by name."""
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:
@@ -29,7 +26,7 @@ def pick_device(name: str | torch.device | None = None) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in DEVICE_TYPES:
-        raise ConfigError(f"device must be cpu, cuda, cuda:N or mps, got {str(name)!r}.")
+        raise ConfigError(f"device must be cpu, cuda, cuda:N or mps, got {str(name)!r}.", "device")
     if (device.index or 0) >= _count(device.type):
         raise ConfigError(f"This machine has no device {device}: leave it out, or choose cpu.")
     return device
@@ -46,26 +43,6 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     else:
         fast = device.type == "cpu" and _multiplies_bf16()
     return torch.bfloat16 if fast else torch.float32
-
-
-def pick_dtype(precision: str | None, device: torch.device) -> torch.dtype:
-    """The format asked for by name, or the preferred one.
-
-    Raises:
-        ConfigError: no such format, or one that this device is not fast in and has no fallback for.
-    """
-    if precision is None:
-        return preferred_dtype(device)
-    if precision not in PRECISIONS:
-        raise ConfigError(
-            f"precision must be one of {', '.join(PRECISIONS)}, got {str(precision)!r}."
-        )
-    if precision == "int8" and not (device.type == "cpu" and has_int8()):
-        raise ConfigError(
-            "precision int8 needs a CPU with AVX512-VNNI or AMX, and oneDNN in PyTorch: "
-            "leave it out."
-        )
-    return PRECISIONS[precision]
 
 
 def hardware(device: torch.device) -> str:

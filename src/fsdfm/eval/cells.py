@@ -6,29 +6,22 @@ is written down in `facts`, so that they can be kept and found again.
 
 from __future__ import annotations
 
-import json
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.device import hardware
-from fsdfm.app.generator import Generator, Sample
-from fsdfm.app.heldout import Blocks, HeldOut, read_texts
-from fsdfm.core.files import digest, tensor_bytes
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.files import digest
+from fsdfm.eval.heldout import Blocks, HeldOut, read_texts
 from fsdfm.eval.report import Record
-from fsdfm.flow.loss import elbo_nats_per_token
-from fsdfm.flow.path import make_source
-from fsdfm.flow.schedule import Polynomial
+from fsdfm.eval.settings import JudgeSettings
+from fsdfm.eval.source import Sample, TextSource
 from fsdfm.text.tokenizer import HALF
 
 GROUP = 4
@@ -85,7 +78,7 @@ class Cells:
 
     Args:
         args: settings, resolved.
-        generators: models by name.
+        sources: models by name.
         heldout: held-out text.
 
     Raises:
@@ -93,36 +86,38 @@ class Cells:
     """
 
     def __init__(
-        self, args: EvaluateArgs, generators: dict[str, Generator], heldout: HeldOut
+        self, args: JudgeSettings, sources: Mapping[str, TextSource], heldout: HeldOut
     ) -> None:
-        self.args, self.generators, self.heldout = args, generators, heldout
-        context = min(g.config.context_length for g in generators.values())
+        self.args, self.sources, self.heldout = args, sources, heldout
+        context = min(s.context_length for s in sources.values())
         self.length = min(1024, context) if args.length is None else args.length
         if self.length > context:
             raise ConfigError(
-                f"--length {self.length} is more than a model's context of {context} tokens."
+                f"length={self.length} is more than a model's context of {context} tokens.",
+                "length",
             )
         self.blocks = {
-            name: Blocks.cut(heldout, g.tokenizer, self.length, args.seed)
-            for name, g in generators.items()
+            name: Blocks.cut(heldout, s.tokenizer, self.length, args.seed)
+            for name, s in sources.items()
         }
-        self.first = next(iter(generators))
+        self.first = next(iter(sources))
         self.most = max(count for _, count in args.budgets())
         short = min(len(blocks.human) for blocks in self.blocks.values())
         if self.most > short and set(args.tasks or ()) - {"unconditional"}:
             raise ConfigError(
                 f"The held-out text gives {short} prompts of {self.length} tokens: ask for at most "
-                f"{short} samples, or give more text with --heldout."
+                f"{short} samples, or give more text as heldout.",
+                "heldout",
             )
         taken = [HUMAN, SHUFFLED, RANDOM, OTHERS]
-        for name in [*generators, *(name for name, _ in args.references())]:
+        for name in [*sources, *(name for name, _ in args.references())]:
             if name in taken:
                 raise ConfigError(
                     f"Two rows would be called {name!r}: rename the model or reference."
                 )
             taken.append(name)
         self.given = {name: read_texts(Path(file)) for name, file in args.references()}
-        self.models = {name: self._model_facts(name) for name in generators}
+        self.models = {name: self._model_facts(name) for name in sources}
         self.shared = {
             "length": self.length,
             "seed": args.seed,
@@ -141,9 +136,9 @@ class Cells:
         for task in self.args.tasks or ():
             for share in SHARES if task != "unconditional" else ("",):
                 yield from self._references(task, share)
-                for name in self.generators:
+                for name in self.sources:
                     yield from self._generated(name, task, share)
-        for name in self.generators:
+        for name in self.sources:
             yield self._likelihood(name)
 
     # -- references
@@ -170,7 +165,7 @@ class Cells:
         return Cell(name, "reference", task, count, make, self.shared | known | facts)
 
     def _human(self, name: str, task: str, blocks: list[list[int]], prefix: int) -> Cell:
-        tokenizer = self.generators[self.first].tokenizer
+        tokenizer = self.sources[self.first].tokenizer
 
         def make(group: range) -> list[Text]:
             texts = []
@@ -183,7 +178,7 @@ class Cells:
         return self._reference(name, task, min(self.most, len(blocks)), make)
 
     def _shuffled(self, group: range) -> list[Text]:
-        tokenizer, texts = self.generators[self.first].tokenizer, []
+        tokenizer, texts = self.sources[self.first].tokenizer, []
         for i in group:
             words = tokenizer.decode(self.blocks[self.first].human[i]).split()
             random.Random(f"{self.args.seed} {i}").shuffle(words)
@@ -191,7 +186,7 @@ class Cells:
         return texts
 
     def _noise(self, group: range) -> list[Text]:
-        tokenizer, texts = self.generators[self.first].tokenizer, []
+        tokenizer, texts = self.sources[self.first].tokenizer, []
         for i in group:
             chance = np.random.default_rng([self.args.seed, i])
             ids = chance.integers(tokenizer.vocab_size, size=self.length).tolist()
@@ -200,7 +195,7 @@ class Cells:
 
     def _told(self, name: str, task: str, texts: list[str]) -> Cell:
         """Texts from a file, cut to the length of the others."""
-        tokenizer = self.generators[self.first].tokenizer
+        tokenizer = self.sources[self.first].tokenizer
 
         def make(group: range) -> list[Text]:
             rows = [tokenizer.encode(texts[i]) for i in group]
@@ -216,24 +211,20 @@ class Cells:
     # -- models
 
     def _model_facts(self, name: str) -> dict[str, Any]:
-        generator, paper = self.generators[name], self.args.preset == "paper"
-        config, defaults = generator.config, generator.defaults
-        return {
-            "parameters": sum(p.numel() for p in generator.model.parameters()),
-            "weights_sha256": _digest(generator),
-            "tokenizer": generator.tokenizer.fingerprint,
-            "source": config.source,
-            "step_embedding": config.step_embedding,
-            "device": hardware(generator.device),
-            "dtype": str(generator.dtype).removeprefix("torch."),
+        source, paper = self.sources[name], self.args.preset == "paper"
+        defaults = source.defaults
+        draws = self.args.draws or (1 if paper else defaults["draws"])
+        return source.facts | {
             "step": self.args.step or defaults["step"],
             "movers": "independent" if paper else defaults["movers"],
             "grid": self.args.grid or ("even" if paper else defaults["grid"]),
-            "draws": (self.args.draws or (1 if paper else defaults["draws"]))
-            if config.neighbours
-            else 1,
+            "draws": draws if source.joint else 1,
             "top_p": 1.0 if paper else defaults["top_p"],
         }
+
+    def drawing(self, name: str) -> dict[str, Any]:
+        """How a model's texts are drawn at every budget and temperature."""
+        return {k: self.models[name][k] for k in ("step", "movers", "grid", "draws", "top_p")}
 
     def _generated(self, name: str, task: str, share: str) -> Iterator[Cell]:
         make = {
@@ -248,7 +239,7 @@ class Cells:
                     "steps": steps,
                     "temperature": temperature,
                     "batch_size": self.args.batch_size,
-                    **{key: facts[key] for key in ("step", "movers", "grid", "draws", "top_p")},
+                    **self.drawing(name),
                 }
                 yield Cell(
                     name,
@@ -263,45 +254,45 @@ class Cells:
 
     def _write(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
         """Whole texts."""
-        generator = self.generators[name]
+        source = self.sources[name]
 
         def make(group: range) -> list[Text]:
             seed, count = self.args.seed + group.start, len(group)
-            found = generator.generate(**options, length=self.length, num_samples=count, seed=seed)
-            return [Text(s.text, s.token_ids, cost(s)) for s in found.samples]
+            found = source.generate(**options, length=self.length, num_samples=count, seed=seed)
+            return [Text(s.text, s.token_ids, cost(s)) for s in found]
 
         return make
 
     def _continue(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
         """What follows the first part of held-out blocks; only that is judged."""
-        generator, prefix = self.generators[name], int(share * self.length)
+        source, prefix = self.sources[name], int(share * self.length)
 
         def make(group: range) -> list[Text]:
             given = [self.blocks[name].human[i] for i in group]
-            cuts = [generator.tokenizer.character_cut(ids, prefix) for ids in given]
+            cuts = [source.tokenizer.character_cut(ids, prefix) for ids in given]
             frozen = [[i < cut for i in range(self.length)] for cut in cuts]
             seed = self.args.seed + group.start
-            found = generator.fill(given, frozen, **options, seed=seed)
+            found = source.fill(given, frozen, **options, seed=seed)
             texts = []
-            for sample, cut in zip(found.samples, cuts, strict=True):
+            for sample, cut in zip(found, cuts, strict=True):
                 ids = sample.token_ids
-                before = _whole(generator.decode(ids[:cut]))
-                texts.append(Text(generator.decode(ids[cut:]), ids[cut:], cost(sample), before))
+                before = _whole(source.decode(ids[:cut]))
+                texts.append(Text(source.decode(ids[cut:]), ids[cut:], cost(sample), before))
             return texts
 
         return make
 
     def _infill(self, name: str, share: float, options: Any) -> Callable[[range], list[Text]]:
         """Held-out blocks with a random share hidden; the whole text is judged."""
-        generator = self.generators[name]
+        source = self.sources[name]
 
         def make(group: range) -> list[Text]:
             given = [self.blocks[name].human[i] for i in group]
             hidden = [hidden_positions(self.length, share, self.args.seed, i) for i in group]
             frozen, seed = [(~mask).tolist() for mask in hidden], self.args.seed + group.start
-            found = generator.fill(given, frozen, **options, seed=seed)
+            found = source.fill(given, frozen, **options, seed=seed)
             texts = []
-            for sample, original, mask in zip(found.samples, given, hidden, strict=True):
+            for sample, original, mask in zip(found, given, hidden, strict=True):
                 right = int((np.equal(sample.token_ids, original) & mask).sum())
                 record = cost(sample) | {"right_tokens": right, "hidden_tokens": int(mask.sum())}
                 texts.append(Text(sample.text, sample.token_ids, record))
@@ -311,51 +302,22 @@ class Cells:
 
     def _likelihood(self, name: str) -> Cell:
         """The ELBO of held-out blocks; nothing is generated or judged."""
-        generator, blocks = self.generators[name], self.blocks[name].human
-        source = make_source(
-            generator.config.source,
-            generator.config.vocab_size,
-            absorbing=generator.config.absorbing,
-        )
-        schedule = Polynomial(generator.config.schedule_power)
+        source, blocks = self.sources[name], self.blocks[name].human
 
         def make(group: range) -> list[Text]:
             texts = []
             for i in group:
-                x_1 = torch.tensor([blocks[i]], device=generator.device)
-                seed = self.args.seed + i
-                model = _Precise(generator)
-                found = list(elbo_nats_per_token(model, x_1, source, schedule, seed=seed))
                 record: Record = {
-                    "elbo_nats": self.length * sum(found) / len(found),
+                    "elbo_nats": self.length * source.bound_nats(blocks[i], self.args.seed + i),
                     "elbo_tokens": self.length,
-                    "elbo_bytes": len(_whole(generator.decode(blocks[i])).encode()),
+                    "elbo_bytes": len(_whole(source.decode(blocks[i])).encode()),
                 }
                 texts.append(Text("", [], record))
             return texts
 
-        # Not the step rule and its like: the bound does not depend on them.
-        names = ("weights_sha256", "tokenizer", "device", "dtype")
-        facts = self.shared | {n: self.models[name][n] for n in names} | {"task": "likelihood"}
-        facts["dtype"] = str(generator.engine.dtype).removeprefix("torch.")
+        facts = self.shared | source.bound_facts | {"task": "likelihood"}
         count = min(self.most, len(blocks))
         return Cell(name, "model", "likelihood", count, make, facts, judged=False)
-
-
-@dataclass(frozen=True, slots=True)
-class _Precise:
-    """A generator's network for the bound: the body in its format, logits in float32."""
-
-    generator: Generator
-
-    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """See `TrainableModel`."""
-        with self.generator.autocast():
-            return self.generator.model.body(x_t, t, h).float()
-
-    def head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """See `TrainableModel`."""
-        return self.generator.model.head_parameters()
 
 
 def _whole(text: str) -> str:
@@ -382,12 +344,6 @@ def cost(sample: Sample) -> Record:
 
 def _title(task: str, share: str) -> str:
     return f"{task}, {share}" if share else task
-
-
-def _digest(generator: Generator) -> str:
-    """Of the weights and what they mean."""
-    config = json.dumps(generator.config.to_dict(), sort_keys=True)
-    return digest(chain([config], tensor_bytes(generator.model.parameters())))
 
 
 def samples_of(texts: Sequence[Text]) -> dict[str, list[Any]]:

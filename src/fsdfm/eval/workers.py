@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch
 
-from fsdfm.errors import ConfigError
+from fsdfm.core.errors import ConfigError
 
 PATIENCE = timedelta(days=7)
 """How long a process waits for the others; torchrun ends them all when one fails."""

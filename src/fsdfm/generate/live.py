@@ -11,7 +11,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from fsdfm.app.generator import Snapshot
+from fsdfm.generate.results import Snapshot
 
 MASKED = "░"
 NOISE, SETTLED, CHANGED = "dim", "", "bold green"

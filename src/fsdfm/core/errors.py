@@ -8,15 +8,25 @@
     |-- TrainingError     training that cannot go on (the loss is not finite)
     `-- BenchError        a measurement that cannot go on (a side's process died)
 
-Every message is one line that says what is wrong and what to do. Only the command line turns these
-into exit codes; anything else that escapes is a bug of ours and keeps its traceback.
+Every message is one line that says what is wrong and what to do, and calls options by the names of
+their fields. Only the command line turns these into flags and exit codes; anything else that
+escapes is a bug of ours and keeps its traceback.
 """
 
 from __future__ import annotations
 
 
 class FsdfmError(Exception):
-    """Base of every error that is the user's to mend."""
+    """Base of every error that is the user's to mend.
+
+    Args:
+        message: one line.
+        fields: names of options, as the message calls them.
+    """
+
+    def __init__(self, message: str, *fields: str) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class ConfigError(FsdfmError, ValueError):

@@ -20,9 +20,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import is_taken, one_line
-from fsdfm.errors import CheckpointError, ConfigError
-from fsdfm.model.pretrained import build, save_pretrained, vocabulary_size
+from fsdfm.model.io.pretrained import build, save_pretrained, vocabulary_size
 from fsdfm.model.rotary import Rotary
 from fsdfm.model.transformer import PRESETS, ModelConfig, Source
 

@@ -1,4 +1,4 @@
-"""`fsdfm baseline`: texts of plain language models, as reference rows beside a few-step model."""
+"""Texts of plain language models, as reference rows beside a few-step model."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fsdfm.app.config import AutoregressiveArgs, BaselineArgs, NgramArgs
-from fsdfm.app.heldout import HeldOut
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import write_whole
-from fsdfm.errors import ConfigError, DataError
-from fsdfm.model.pretrained import load_pretrained
+from fsdfm.core.options import AT_LEAST_1, SEED, Range, check, option
+from fsdfm.eval.heldout import HeldOut
+from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.study.ngram import NgramModel, stages
-from fsdfm.text.packing import TokenSplit, TokenStore
+from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
 Progress = Callable[[str, int, int], None]
@@ -28,6 +29,42 @@ Tick = Callable[[str], None]
 """Told the kind of work that was just done."""
 DRAWN = 50
 """Drawing a token takes about as long as 50 tokens take in one stage of the fit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaselineSettings:
+    """What all kinds of baseline share."""
+
+    data: Path = option()
+    """Directory that `fsdfm prepare` wrote; the model sees its training split."""
+    out: Path = option(form="FILE.jsonl")
+    """File of texts to write, one JSON object a line: text, tokens, seed. It replaces one that is
+    there."""
+    num_samples: int = option(16, within=AT_LEAST_1)
+    """Texts to draw."""
+    length: int = option(1024, within=AT_LEAST_1)
+    """Tokens of a text."""
+    seed: int = option(0, within=SEED)
+    """Seed of the first text; text k takes SEED + k."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NgramSettings(BaselineSettings):
+    """An n-gram model with modified Kneser-Ney smoothing."""
+
+    order: int = option(4, within=Range(1, 8))
+    """Tokens of the longest n-gram: each token is drawn given ORDER - 1 before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AutoregressiveSettings(BaselineSettings):
+    """A network of fsdfm adapt with attention causal."""
+
+    model: str = option(form="DIR")
+    """The run or model directory."""
 
 
 class Baseline(Protocol):
@@ -42,7 +79,7 @@ class Baseline(Protocol):
         ...
 
 
-def ngram(args: NgramArgs, progress: Progress) -> str:
+def ngram(args: NgramSettings, progress: Progress) -> str:
     """Fit an n-gram model to a prepared directory, and write texts of it.
 
     Args:
@@ -56,7 +93,6 @@ def ngram(args: NgramArgs, progress: Progress) -> str:
         ConfigError: a value out of range.
         DataError: no such data, or a file that cannot be written.
     """
-    args.check()
     store = TokenStore.open(args.data)
     tokenizer = Tokenizer.from_json(store.tokenizer_json)
     check_writable(args.out)
@@ -83,7 +119,7 @@ def ngram(args: NgramArgs, progress: Progress) -> str:
     )
 
 
-def autoregressive(args: AutoregressiveArgs, progress: Progress) -> str:
+def autoregressive(args: AutoregressiveSettings, progress: Progress) -> str:
     """Draw texts of an autoregressive network, and write them.
 
     Args:
@@ -98,7 +134,6 @@ def autoregressive(args: AutoregressiveArgs, progress: Progress) -> str:
         CheckpointError: no such model.
         DataError: no such data, or a file that cannot be written.
     """
-    args.check()
     store = TokenStore.open(args.data)
     tokenizer = Tokenizer.from_json(store.tokenizer_json)
     loaded = load_pretrained(args.model)
@@ -133,7 +168,7 @@ def heldout_bits_per_byte(data: Path, store: TokenStore, model: Baseline) -> flo
     return nats / math.log(2) / text_bytes
 
 
-def write_texts(args: BaselineArgs, tokenizer: Tokenizer, model: Baseline, tick: Tick) -> None:
+def write_texts(args: BaselineSettings, tokenizer: Tokenizer, model: Baseline, tick: Tick) -> None:
     """Draw texts and write them, all or none, as lines {"text", "tokens", "seed"}.
 
     Raises:
@@ -147,7 +182,7 @@ def write_texts(args: BaselineArgs, tokenizer: Tokenizer, model: Baseline, tick:
 
 
 def _write(
-    args: BaselineArgs, tokenizer: Tokenizer, seeds: Iterable[int], texts: Iterable[list[int]]
+    args: BaselineSettings, tokenizer: Tokenizer, seeds: Iterable[int], texts: Iterable[list[int]]
 ) -> None:
     lines = []
     for seed, ids in zip(seeds, texts, strict=True):

@@ -12,7 +12,7 @@ import importlib.metadata
 import io
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fsdfm.app.cells import HUMAN, OTHERS, Cell, Cells, Text, samples_of
-from fsdfm.app.config import EvaluateArgs
-from fsdfm.app.device import hardware, pick_device, preferred_dtype
-from fsdfm.app.generator import load
-from fsdfm.app.heldout import HeldOut
-from fsdfm.app.workers import Workers
+from fsdfm.core.device import pick_device, preferred_dtype
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest, one_line, write_whole
 from fsdfm.core.lock import locked
-from fsdfm.errors import ConfigError, DataError
+from fsdfm.core.progress import Progress
+from fsdfm.eval.cells import HUMAN, OTHERS, Cell, Cells, Text, samples_of
+from fsdfm.eval.heldout import HeldOut
 from fsdfm.eval.judge import Judge, load_judge, require_judge
 from fsdfm.eval.mauve import mauve
 from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, repetition
 from fsdfm.eval.report import JUDGED, Opinion, Record, Report, Row
+from fsdfm.eval.settings import JudgeSettings
+from fsdfm.eval.source import Load
+from fsdfm.eval.workers import Workers
 
 EVALUATION = 4
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
@@ -41,9 +42,6 @@ FEWEST_SEGMENTS = 80
 """MAUVE of fewer feature vectors (8 clusters) is noise."""
 EXCERPT = 400
 """Characters of the first sample that a report shows."""
-
-Progress = Callable[[str, int, int], None]
-"""(what was done, samples done, samples to do in all, both in this process and call)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +136,12 @@ def judged(judge: Judge, texts: list[Text]) -> tuple[list[Record], NDArray[np.fl
     return records, np.concatenate(features) if features else np.zeros((0, 0), np.float32)
 
 
-def evaluate(args: EvaluateArgs, progress: Progress | None = None) -> Report | None:
+def evaluate(args: JudgeSettings, load: Load, progress: Progress | None = None) -> Report | None:
     """Judge models and write report.json.
 
     Args:
         args: what to judge, and how.
+        load: how a model is loaded, e.g. `fsdfm.generate.source.load_source`.
         progress: told of every group that had to be made.
 
     Returns:
@@ -158,7 +157,7 @@ def evaluate(args: EvaluateArgs, progress: Progress | None = None) -> Report | N
         with _undisturbed(device):
             for name in args.judge:
                 require_judge(name)
-            cells = _prepare(args, device)
+            cells = _prepare(args, device, load)
             planned = list(cells.all())
             work = [(cell, group) for cell in planned for group in cell.groups(cells.group)]
             mine = [pair for number, pair in enumerate(work) if workers.mine(number)]
@@ -177,12 +176,14 @@ def _claim(out: Path) -> Path:
     try:
         (out / "parts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(f"Cannot write {out} ({one_line(error)}): choose another --out.") from None
+        raise DataError(
+            f"Cannot write {out} ({one_line(error)}): choose another out.", "out"
+        ) from None
     return out / "parts"
 
 
 def _judges(
-    args: EvaluateArgs,
+    args: JudgeSettings,
     device: torch.device,
     folder: Path,
     work: list[tuple[Cell, range]],
@@ -226,7 +227,7 @@ def _alone(folder: Path, out: Path, workers: Workers) -> Iterator[None]:
                 stack.enter_context(locked(folder / ".lock", out))
             except OSError as error:
                 raise DataError(
-                    f"Cannot write {folder} ({one_line(error)}): choose another out."
+                    f"Cannot write {folder} ({one_line(error)}): choose another out.", "out"
                 ) from None
         yield
 
@@ -236,24 +237,24 @@ def _make(parts: Parts, cell: Cell, group: range) -> None:
         parts.make(cell, group)
     except torch.OutOfMemoryError:
         raise ConfigError(
-            f"Not enough memory for {cell.label}: take a smaller --batch-size or --length, or "
-            "--device cpu."
+            f"Not enough memory for {cell.label}: take a smaller batch_size or length, or the "
+            "device cpu.",
+            "batch_size",
+            "length",
+            "device",
         ) from None
 
 
-def _prepare(args: EvaluateArgs, device: torch.device) -> Cells:
+def _prepare(args: JudgeSettings, device: torch.device, load: Load) -> Cells:
     """What can be refused is refused here, before anything is made."""
     heldout = HeldOut.open(args.heldout)
-    generators = {
-        name: load(place, device=device, precision=args.precision)
-        for name, place in _names(args.model)
-    }
-    cells = Cells(args, generators, heldout)
+    sources = {name: load(place, device, args.precision) for name, place in _names(args.model)}
+    cells = Cells(args, sources, heldout)
     for name in args.judge:
         require_judge(name)
-    for generator in generators.values():  # the first call is slow, and must not be timed
-        size = args.batch_size
-        generator.generate(steps=1, length=cells.length, num_samples=size, batch_size=size)
+    for name, source in sources.items():  # the first call is slow, and must not be timed
+        options = cells.drawing(name) | {"num_samples": args.batch_size}
+        source.generate(steps=1, length=cells.length, batch_size=args.batch_size, **options)
     return cells
 
 
@@ -359,13 +360,13 @@ def _facts(cells: Cells, judges: list[Parts]) -> dict[str, Any]:
     args = cells.args
     first, *others = (parts.facts for parts in judges)
     descent = {
-        name: {"ancestors": list(generator.ancestors)} if generator.ancestors else {}
-        for name, generator in cells.generators.items()
+        name: {"ancestors": list(source.ancestors)} if source.ancestors else {}
+        for name, source in cells.sources.items()
     }
     return {
         "fsdfm": importlib.metadata.version("fsdfm"),
         "torch": torch.__version__,
-        "machine": hardware(cells.generators[cells.first].device),
+        "machine": cells.models[cells.first]["device"],
         "length": cells.length,
         "seed": args.seed,
         "batch_size": args.batch_size,

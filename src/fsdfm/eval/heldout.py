@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest
-from fsdfm.errors import ConfigError, DataError
 from fsdfm.text.corpus import check_files, read_documents
-from fsdfm.text.packing import TokenStore
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
 
@@ -82,7 +82,9 @@ class Blocks:
         if count < 2:
             raise ConfigError(
                 f"The held-out text ({heldout.name}) has {len(stream):,} tokens, fewer than two "
-                f"blocks of {length:,}: take a smaller --length or more text with --heldout."
+                f"blocks of {length:,}: take a smaller length or more text as heldout.",
+                "length",
+                "heldout",
             )
         order = np.random.default_rng(seed).permutation(count).tolist()
         blocks = [stream[i * length : (i + 1) * length] for i in order]

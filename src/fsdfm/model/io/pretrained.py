@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
-from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.packed import Packed, pack, packable, unpack
 from fsdfm.model.transformer import FlowNetwork, ModelConfig
@@ -107,28 +107,9 @@ def save_pretrained(
     }
     if bits:
         metadata["packed"] = json.dumps(_pack(tensors, model, bits))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _move_committed(directory)
-        staged = directory / STAGED
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        save_file(tensors, staged / WEIGHTS, metadata)
-        (staged / CONFIG).write_text(json.dumps(header, indent=2) + "\n", encoding="utf-8")
-        (staged / TOKENIZER).write_text(tokenizer_json, encoding="utf-8")
-        (staged / GENERATION).write_text(
-            json.dumps(dict(generation or {}), indent=2) + "\n", encoding="utf-8"
-        )
-        # The library makes the weights readable by their owner alone; follow the umask instead.
-        shutil.copymode(staged / CONFIG, staged / WEIGHTS)
-        for path in (*(staged / name for name in FILES), staged):
-            _sync(path)
-        staged.rename(directory / COMMITTED)
-        _sync(directory)
-        _move_committed(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(directory / STAGED, ignore_errors=True)
-        raise CheckpointError(f"Cannot save a model in {directory}: {one_line(error)}.") from error
+    generated = json.dumps(dict(generation or {}), indent=2) + "\n"
+    texts = {CONFIG: json.dumps(header, indent=2) + "\n", TOKENIZER: tokenizer_json}
+    _commit(directory, tensors, metadata, texts | {GENERATION: generated})
 
 
 def load_pretrained(
@@ -222,6 +203,34 @@ def vocabulary_size(tokenizer_json: str, where: str) -> int:
             f"{where} is not a tokenizer of the tokenizers library: {one_line(error)}."
         ) from error
     return max(vocabulary.values(), default=-1) + 1
+
+
+def _commit(
+    directory: Path,
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str],
+    texts: Mapping[str, str],
+) -> None:
+    """Stage weights and texts, then bring them into place as one."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _move_committed(directory)
+        staged = directory / STAGED
+        shutil.rmtree(staged, ignore_errors=True)
+        staged.mkdir()
+        save_file(tensors, staged / WEIGHTS, metadata)
+        for name, text in texts.items():
+            (staged / name).write_text(text, encoding="utf-8")
+        # The library makes the weights readable by their owner alone; follow the umask instead.
+        shutil.copymode(staged / CONFIG, staged / WEIGHTS)
+        for path in (*(staged / name for name in FILES), staged):
+            _sync(path)
+        staged.rename(directory / COMMITTED)
+        _sync(directory)
+        _move_committed(directory)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(directory / STAGED, ignore_errors=True)
+        raise CheckpointError(f"Cannot save a model in {directory}: {one_line(error)}.") from error
 
 
 def _to_save(model: FlowNetwork, dtype: torch.dtype | None) -> dict[str, Tensor]:

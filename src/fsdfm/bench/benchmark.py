@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fsdfm.app.config import BenchArgs
-from fsdfm.app.device import hardware, pick_device, preferred_dtype
 from fsdfm.bench.figures import Row
-from fsdfm.bench.harness import Progress, machine, measure, plan, specs_for, started
+from fsdfm.bench.harness import machine, measure, plan, specs_for, started
 from fsdfm.bench.sides import SIDES, Job, shape, sides_for
-from fsdfm.errors import ConfigError
+from fsdfm.core.device import hardware, pick_device, preferred_dtype
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.options import AT_LEAST_1, check, option
+from fsdfm.core.progress import Progress
+from fsdfm.model.transformer import PRESETS
 
 TRAINING_BATCH, TRAINING_LENGTH = 4, 256
 
 
-def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row]]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSettings:
+    """What is measured."""
+
+    shape: str = option("tiny", choices=PRESETS)
+    """Network: a preset, all of which are of the published kind."""
+    steps: int = option(8, within=AT_LEAST_1)
+    """Model calls of the samplers."""
+    length: int = option(1024, within=AT_LEAST_1)
+    """Tokens of a text; training takes at most 256."""
+    batch_size: int = option(1, within=AT_LEAST_1)
+    """Texts made together."""
+    repeats: int = option(3, within=AT_LEAST_1)
+    """Timed runs of each side; the median is shown."""
+    device: str | None = option(None, unset="cuda, else cpu")
+    """cuda, cuda:N or cpu."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list[Row]]:
     """Measure all sides of all tasks.
 
     Args:
@@ -30,12 +54,14 @@ def bench(args: BenchArgs, progress: Progress) -> tuple[dict[str, Any], list[Row
     Raises:
         ConfigError: a value out of range, or no such device.
     """
-    args, config = args.checked(), shape(args.shape)
+    config = shape(args.shape)
     device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
-        raise ConfigError("bench runs on cuda or cpu: say --device cpu.")
+        raise ConfigError("bench runs on cuda or cpu: say device=cpu.", "device")
     if args.length > config.context_length:
-        raise ConfigError(f"--length must be at most {config.context_length}, got {args.length}.")
+        raise ConfigError(
+            f"length must be at most {config.context_length}, got {args.length}.", "length"
+        )
     dtype = preferred_dtype(device)
     jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in SIDES}
     jobs["sample"] = Job(args.batch_size, args.length, args.steps)

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.files import one_line
 from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
 from fsdfm.model.transformer import Source
 
@@ -139,7 +140,9 @@ def spread_layers(count: int, wanted: int) -> tuple[int, ...]:
         ConfigError: wanted is out of range.
     """
     if not 1 <= wanted <= count:
-        raise ConfigError(f"layers must be from 1 to {count}, which the model has, got {wanted}.")
+        raise ConfigError(
+            f"layers must be from 1 to {count}, which the model has, got {wanted}.", "layers"
+        )
     last = min(LAST_KEPT, wanted // 3)
     first = min(FIRST_KEPT, wanted - last, max(1, wanted // 3))
     middle = wanted - first - last
@@ -160,13 +163,15 @@ def chosen_layers(count: int, layers: str | None) -> tuple[int, ...]:
         numbers = [int(part) for part in layers.split(",")]
     except ValueError:
         raise ConfigError(
-            f"layers must be a number of layers or a list like 0,1,5, got {layers!r}."
+            f"layers must be a number of layers or a list like 0,1,5, got {layers!r}.",
+            "layers",
         ) from None
     if "," not in layers:
         return spread_layers(count, numbers[0])
     if len(set(numbers)) < len(numbers) or not all(0 <= n < count for n in numbers):
         raise ConfigError(
-            f"layers must be different numbers from 0 to {count - 1}, got {layers!r}."
+            f"layers must be different numbers from 0 to {count - 1}, got {layers!r}.",
+            "layers",
         )
     return tuple(sorted(numbers))
 
@@ -318,13 +323,9 @@ def _reading(name: str) -> Any:
             yield
     except ImportError as error:
         raise ConfigError(
-            f"{name} needs another library ({_one_line(error)}): pip install 'fsdfm[eval]'."
+            f"{name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
         ) from None
     except Exception as error:  # the library and its readers raise many kinds
         raise CheckpointError(
-            f"Cannot read the language model {name} ({_one_line(error)})."
+            f"Cannot read the language model {name} ({one_line(error)})."
         ) from None
-
-
-def _one_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200].rstrip(". ") or type(error).__name__

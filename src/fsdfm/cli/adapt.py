@@ -1,0 +1,25 @@
+"""`fsdfm adapt`: make a flow model of a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fsdfm.cli.console import Stopped
+from fsdfm.cli.flags import Flags, parse
+from fsdfm.cli.training import TrainingConsole
+from fsdfm.recipes import training
+from fsdfm.recipes.settings import AdaptSettings
+
+ABOUT = """\
+Make a flow model of a causal language model, and train it on prepared text.
+
+Prepare the text with the model's own tokenizer: fsdfm prepare FILES --tokenizer MODEL --out DATA;
+with --vocab-size there, the vocabulary is cut to what the text uses."""
+POSITIONAL = ("model",)
+
+
+def run(argv: Sequence[str]) -> None:
+    """Train, with a bar or lines."""
+    (given,) = parse("adapt", ABOUT, argv, Flags(of=AdaptSettings, positional=POSITIONAL))
+    if not training.adapt(AdaptSettings(**given), TrainingConsole):
+        raise Stopped

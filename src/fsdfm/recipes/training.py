@@ -1,0 +1,291 @@
+"""Pretraining, adapting, distilling: where text, flow, model and training meet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdfm.core.device import pick_device, preferred_dtype
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.files import digest, tensor_bytes
+from fsdfm.flow.loss import POSITION_LOSSES
+from fsdfm.flow.path import make_source
+from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.flow.target import TARGETS
+from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
+from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
+from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
+from fsdfm.model.networks import config_to_dict
+from fsdfm.model.transformer import (
+    PRESETS,
+    FlowNetwork,
+    ModelConfig,
+    Transformer,
+    student_from_teacher,
+)
+from fsdfm.recipes.directory import claimed
+from fsdfm.recipes.settings import (
+    ADAPT_LENGTH,
+    JOINT,
+    AdaptSettings,
+    DistillSettings,
+    PretrainSettings,
+    RunSettings,
+)
+from fsdfm.recipes.watch import Exporting, Plan, Watch, unwatched
+from fsdfm.text.store import TokenStore
+from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.text.vocabulary import tokens_within
+from fsdfm.train.loop import Run, Task
+from fsdfm.train.next_token import NextToken
+from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
+
+CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
+"""Settings that may differ when a run goes on: places, which are compared by content instead."""
+PLAIN = {"steps": 64, "step": "exact"}
+"""How a model that was not distilled is sampled."""
+
+
+def pretrain(settings: PretrainSettings, watch: Watch = unwatched) -> bool:
+    """Train a flow model.
+
+    Args:
+        settings: the numbers.
+        watch: who is told of it.
+
+    Returns:
+        Whether the run is finished (False: interrupted, and saved).
+
+    Raises:
+        FsdfmError: settings, data, checkpoint or training went wrong.
+    """
+    store = TokenStore.open(settings.data)
+    torch.manual_seed(settings.seed)
+    ancestors: tuple[str, ...] = ()
+    if settings.init is not None:
+        start = _start(settings, settings.init, store)
+        model, ancestors = start.model, start.ancestors
+        length = settings.context_length or model.config.context_length
+    else:
+        length = settings.context_length or 1024
+        model = _fresh(settings, store, length)
+    if length > model.config.context_length:
+        model = _with_context(model, length)
+    source, schedule = objective_parts(model.config)
+    loss = POSITION_LOSSES[settings.loss]
+    objective = Pretrain(source, schedule, loss, settings.frozen_share)
+    return _train(settings, store, model, objective, length, PLAIN, ancestors, watch)
+
+
+def _fresh(settings: PretrainSettings, store: TokenStore, length: int) -> FlowNetwork:
+    """A network of the preset's shape."""
+    return Transformer(
+        ModelConfig.from_dict(
+            {
+                "vocab_size": Tokenizer.from_json(store.tokenizer_json).vocab_size,
+                "context_length": length,
+                "source": settings.source,
+                "schedule_power": settings.schedule_power,
+                **PRESETS[settings.preset],
+            }
+        )
+    )
+
+
+def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrained:
+    """The model to go on from.
+
+    Raises:
+        ConfigError: settings or data that contradict it.
+    """
+    start = load_pretrained(init)
+    _same_tokenizer(start, init, store, settings.data)
+    config = start.model.config
+    if config.source != settings.source:
+        raise ConfigError(
+            f"{init} has a {config.source} source: add source={config.source}.", "source"
+        )
+    if config.schedule_power != settings.schedule_power:
+        power = config.schedule_power
+        raise ConfigError(
+            f"{init} has schedule power {power}: add schedule_power={power}.", "schedule_power"
+        )
+    return start
+
+
+def adapt(settings: AdaptSettings, watch: Watch = unwatched) -> bool:
+    """Make a flow model of a causal language model; see `pretrain`.
+
+    Raises:
+        FsdfmError: settings, model, data, checkpoint or training went wrong.
+    """
+    store = TokenStore.open(settings.data)
+    tokenizer = Tokenizer.from_json(store.tokenizer_json)
+    lm = load_causal_lm(settings.model)
+    theirs = Tokenizer.from_json(lm.tokenizer_json, name=settings.model)
+    token_ids = tokens_within(tokenizer, theirs)
+    if token_ids is None:
+        raise ConfigError(
+            f"{settings.data} was not prepared with the tokenizer of {settings.model} or a cut of "
+            f"it: prepare it again with tokenizer={settings.model}.",
+            "tokenizer",
+        )
+    torch.manual_seed(settings.seed)
+    length = settings.context_length or ADAPT_LENGTH
+    model = adapt_causal_lm(
+        lm,
+        token_ids=token_ids,
+        start_id=tokenizer.eos_id if settings.shift == "left" else None,
+        layers=chosen_layers(len(lm.model.model.layers), settings.layers),
+        source=settings.source,
+        context_length=length,
+        attention=settings.attention,
+        schedule_power=settings.schedule_power,
+    )
+    ancestors = (lm.name,)
+    del lm
+    source, schedule = objective_parts(model.config)
+    loss = POSITION_LOSSES[settings.loss]
+    objective: Objective = Pretrain(source, schedule, loss, settings.frozen_share)
+    if settings.attention == "causal":
+        objective = NextToken(model.config.vocab_size)
+    return _train(settings, store, model, objective, length, PLAIN, ancestors, watch)
+
+
+def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
+    """Train a few-step student; see `pretrain`.
+
+    Raises:
+        FsdfmError: settings, data, checkpoint or training went wrong.
+    """
+    store = TokenStore.open(settings.data)
+    teacher = load_pretrained(settings.teacher)
+    _same_tokenizer(teacher, settings.teacher, store, settings.data)
+    torch.manual_seed(settings.seed)
+    joint = settings.target == JOINT
+    embedding = teacher.model.config.step_embedding if joint else settings.step_embedding
+    model = student_from_teacher(teacher.model, embedding, settings.neighbours if joint else 0)
+    config = model.config
+    length = settings.context_length or config.context_length
+    if length > config.context_length:
+        raise ConfigError(
+            f"context_length={length} is more than the teacher's {config.context_length}.",
+            "context_length",
+        )
+    generation: dict[str, Any] = {"steps": 8, "step": settings.target_rule, "grid": settings.grid}
+    if joint:
+        generation |= {"step": "exact", "draws": settings.draws}
+    objective = _student_objective(settings, config)
+    return _train(settings, store, model, objective, length, generation, teacher.ancestors, watch)
+
+
+def _student_objective(settings: DistillSettings, config: ModelConfig) -> Objective:
+    source, schedule = objective_parts(config)
+    loss = POSITION_LOSSES[settings.loss]
+    if settings.target == JOINT:
+        return Joint(source, schedule, loss)
+    return Distill(
+        source,
+        schedule,
+        TARGETS[settings.target],
+        STEP_RULES[settings.target_rule],
+        STEP_WEIGHTS[settings.step_weights](),
+        loss,
+    )
+
+
+def _train(
+    settings: RunSettings,
+    store: TokenStore,
+    model: FlowNetwork,
+    objective: Objective,
+    length: int,
+    generation: dict[str, Any],
+    ancestors: tuple[str, ...],
+    watch: Watch,
+) -> bool:
+    """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
+    store.train.require(length)
+    store.validation.require(length)
+    device = pick_device(settings.device)
+    facts = {
+        "format": "fsdfm-run",
+        "command": type(settings).__name__.removesuffix("Settings").lower(),
+        "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
+        "model": config_to_dict(model.config),
+        "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
+        "start_sha256": digest(tensor_bytes(model.parameters())),
+    }
+    source, schedule = objective_parts(model.config)
+    count = min(settings.validation_sequences, store.validation.blocks(length))
+    task = Task(
+        objective=objective,
+        source=source,
+        schedule=schedule,
+        batch=_batches(store, settings.batch_size, length, settings.seed),
+        validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
+        device=device,
+        autocast=preferred_dtype(device),
+        likelihood=objective.nats if isinstance(objective, NextToken) else None,
+    )
+    plan = Plan(
+        settings,
+        Tokenizer.from_json(store.tokenizer_json),
+        generation,
+        settings.batch_size * settings.accumulate * length,
+    )
+
+    def export(ema: FlowNetwork) -> None:
+        save_pretrained(
+            settings.out,
+            ema,
+            tokenizer_json=store.tokenizer_json,
+            generation=generation,
+            ancestors=ancestors,
+        )
+
+    with claimed(settings.out, facts), watch(plan) as watcher:
+        run = Run(settings.out, settings, task, Exporting(export, watcher))
+        return run.train(model.to(device))
+
+
+def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
+    """The source and schedule that a network was built for."""
+    return make_source(config.source, config.vocab_size, absorbing=config.absorbing), Polynomial(
+        config.schedule_power
+    )
+
+
+def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Callable[[int], Tensor]:
+    def batch(index: int) -> Tensor:
+        return store.train.batch(index, batch_size=batch_size, length=length, seed=seed)
+
+    return batch
+
+
+def _with_context(model: FlowNetwork, length: int) -> FlowNetwork:
+    """The same weights, for longer sequences; rotary positions need no new ones."""
+    longer = type(model)(replace(model.config, context_length=length))
+    longer.load_state_dict(model.state_dict())
+    return longer
+
+
+def _same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Path) -> None:
+    """Raises ConfigError unless a model and a data directory speak the same token ids."""
+    ours, theirs = (
+        Tokenizer.from_json(text).fingerprint
+        for text in (start.tokenizer_json, store.tokenizer_json)
+    )
+    if ours != theirs:
+        raise ConfigError(
+            f"{where} and {data} have different tokenizers: prepare the data again with "
+            f"tokenizer={where}/tokenizer.json.",
+            "tokenizer",
+        )

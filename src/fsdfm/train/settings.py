@@ -1,0 +1,59 @@
+"""The numbers that the training loop reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsdfm.core.options import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    Range,
+    check,
+    option,
+)
+from fsdfm.train.optim import OPTIMIZERS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """Numbers of one run. The same settings, data and start give the same weights."""
+
+    steps: int = option(within=AT_LEAST_1)
+    """Updates of the whole run."""
+    learning_rate: float = option(within=POSITIVE)
+    """Peak learning rate, after the warm-up."""
+    batch_size: int = option(16, within=AT_LEAST_1)
+    """Sequences in one forward pass."""
+    accumulate: int = option(1, within=AT_LEAST_1)
+    """Forward passes for one update."""
+    warmup_steps: int = option(100, within=AT_LEAST_0)
+    """Updates of linear warm-up; a cosine down to final_fraction of the peak follows."""
+    final_fraction: float = option(0.1, within=Range(0, 1))
+    """Learning rate at the end, as a fraction of the peak."""
+    optimizer: str = option("adamw", choices=OPTIMIZERS)
+    """muon: on the matrices of the blocks, AdamW on the rest; pays with many tokens an update."""
+    weight_decay: float = option(0.03, within=NOT_NEGATIVE)
+    """On matrices."""
+    clip_norm: float = option(1.0, within=Range(0, above=True))
+    """Gradients longer than this are shortened to it."""
+    ema_decay: float = option(0.9995, within=Range(0, 1, below=True))
+    """Decay of the moving average of the weights, which is what is evaluated, saved as the model
+    and, in distillation, followed."""
+    ema_warmup: bool = True
+    """Whether the average forgets the start sooner: right for random weights, not for trained."""
+    seed: int = option(0, within=SEED)
+    """Of weights, batches and noise: the same seed, data and settings give the same model."""
+    log_every: int = option(10, within=AT_LEAST_1)
+    """Updates between two lines of metrics.jsonl."""
+    evaluate_every: int = option(500, within=AT_LEAST_1)
+    """Updates between two validations."""
+    checkpoint_every: int = option(250, within=AT_LEAST_1)
+    """Updates between two checkpoints."""
+    validation_sequences: int = option(32, within=AT_LEAST_1)
+    """Sequences for the validation ELBO."""
+
+    def __post_init__(self) -> None:
+        check(self)

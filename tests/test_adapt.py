@@ -177,7 +177,7 @@ def test_a_cut_without_room_is_refused_and_nothing_is_left(
     argv = ("prepare", place / "text.jsonl", "--tokenizer", place / "lm", "--out", tmp_path / "d")
     code, out, err = run(*argv, "--vocab-size", 100)
     assert code == 2 and not out and err.count("\n") == 1
-    assert "--vocab-size must be at least 257" in err and "got 100" in err
+    assert "--vocab-size must be a whole number >= 257" in err and "got 100" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -600,5 +600,5 @@ def test_adapting_freezes_a_third_of_the_rows_and_pretraining_none(
     args = AdaptSettings(**values)
     assert adapt(args)
     assert shares == [1 / 3]
-    with pytest.raises(ConfigError, match="frozen-share"):
+    with pytest.raises(ConfigError, match="frozen_share"):
         replace(args, frozen_share=2.0).settings()

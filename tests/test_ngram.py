@@ -316,11 +316,11 @@ def test_text_k_of_a_seed_is_the_first_text_of_seed_plus_k(
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--order 0", "order must be from 1 to 8, got 0."),
-        ("--order 9", "order must be from 1 to 8, got 9."),
-        ("--length 0", "length must be at least 1, got 0."),
-        ("--num-samples 0", "num_samples must be at least 1, got 0."),
-        ("--seed -1", "seed must be at least 0, got -1."),
+        ("--order 0", "--order must be a whole number from 1 to 8, got 0."),
+        ("--order 9", "--order must be a whole number from 1 to 8, got 9."),
+        ("--length 0", "--length must be a whole number >= 1, got 0."),
+        ("--num-samples 0", "--num-samples must be a whole number >= 1, got 0."),
+        ("--seed -1", f"--seed must be a whole number from 0 to {2**63 - 1}, got -1."),
     ],
 )
 def test_bad_numbers_are_one_line(
@@ -339,8 +339,7 @@ def test_places_that_cannot_be_read_or_written_are_one_line(
     assert run("baseline", "ngram", "--data", missing, "--out", tmp_path / "x.jsonl") == (
         2,
         "",
-        f"error: {missing / 'manifest.json'} is missing: make it with fsdfm prepare FILES "
-        "--out DIR.\n",
+        f"error: {missing / 'manifest.json'} is missing: make it with fsdfm prepare.\n",
     )
     folder, file = tmp_path / "folder.jsonl", tmp_path / "file"
     folder.mkdir()

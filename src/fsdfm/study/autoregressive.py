@@ -1,7 +1,7 @@
 """A causal twin drawn token by token: what the same hours of training would have given.
 
-A network of the same layers, vocabulary and data, trained to predict the next token (`fsdfm adapt
---attention causal`), is the honest rival of a flow model made from the same language model.
+A network of the same layers, vocabulary and data, trained to predict the next token (attention
+causal), is the honest rival of a flow model made from the same language model.
 
 Shapes: B sequences, L positions, V tokens.
 """
@@ -38,9 +38,7 @@ class Autoregressive:
 
     def __init__(self, model: FlowNetwork) -> None:
         if not isinstance(model, CausalNetwork) or model.config.attention != "causal":
-            raise ConfigError(
-                "The model is not autoregressive: make one with attention causal (fsdfm adapt)."
-            )
+            raise ConfigError("The model is not autoregressive: adapt one with attention=causal.")
         if model.config.start_id is None:
             raise ConfigError("The model has no start token: adapt with shift left.")
         self.model, self.config, self.start = model, model.config, model.config.start_id

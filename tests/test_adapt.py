@@ -365,6 +365,8 @@ def test_every_kind_of_student_comes_of_it(
     assert not changed if target == "joint" else changed == before.keys()
     if target == "joint":
         assert after["joint.out.weight"].any()
+    generation = json.loads((tmp_path / "r" / "generation.json").read_text())
+    assert generation["grid"] == "even"  # a late one would reveal most of a text in its first call
     sample = load(tmp_path / "r", device="cpu").generate(length=LENGTH, steps=3).samples[0]
     assert max(sample.token_ids) < 270
 

@@ -179,7 +179,9 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
             f"context_length={length} is more than the teacher's {config.context_length}.",
             "context_length",
         )
-    generation: dict[str, Any] = {"steps": 8, "step": settings.target_rule, "grid": settings.grid}
+    # A late grid reveals most of a text in its first call, and what is revealed stays.
+    grid = "even" if config.absorbing else settings.grid
+    generation: dict[str, Any] = {"steps": 8, "step": settings.target_rule, "grid": grid}
     if joint:
         generation |= {"step": "exact", "draws": settings.draws}
     objective = _student_objective(settings, config)

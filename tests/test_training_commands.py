@@ -36,6 +36,7 @@ from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train.objective import Pretrain
 
 LENGTH = 16
+Command = Callable[..., tuple[int, str, str]]
 TINY = {"hidden_size": 16, "blocks": 1, "heads": 2, "cond_size": 8}
 RUN_FILES = {
     "checkpoint.safetensors",
@@ -183,7 +184,7 @@ def test_a_student_starts_from_its_teacher_and_remembers_how_to_be_sampled(
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])
 def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
-    source: str, data: Path, tmp_path: Path
+    source: str, data: Path, tmp_path: Path, run: Command
 ) -> None:
     start = make_model(data, tmp_path / "teacher", source=source)
     out = tmp_path / "run"
@@ -199,6 +200,14 @@ def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
     assert generator.generate(length=LENGTH, steps=2).samples[0].nfe == 2
     few, many = (generator.generate(length=LENGTH, steps=1, draws=k).texts for k in (1, 4))
     assert few != many
+    for draws in (8, None):  # asked for, or the directory's default
+        with pytest.raises(ConfigError, match=r"step published .* draws=8.*Take draws=1") as caught:
+            generator.generate(length=LENGTH, step="published", draws=draws)
+        assert "\n" not in str(caught.value)
+    assert generator.generate(length=LENGTH, step="published", draws=1).texts
+    run()  # what the training said
+    code, printed, said = run("generate", "--model", out, "--step", "published", "--draws", 8)
+    assert code == 2 and not printed and said.count("\n") == 1 and "cannot go with draws=8" in said
 
 
 @pytest.mark.parametrize(("target", "warms_up"), [("joint", True), ("rk4", False)])

@@ -123,6 +123,8 @@ class Cells:
             taken.append(name)
         self.given = {name: read_texts(Path(file)) for name, file in args.references()}
         self.models = {name: self._model_facts(name) for name in generators}
+        for name, facts in self.models.items() if args.tasks else ():  # refused before other rows
+            generators[name].batches(step=facts["step"], draws=facts["draws"], length=self.length)
         self.shared = {
             "length": self.length,
             "seed": args.seed,

@@ -22,6 +22,7 @@ from fsdfm.errors import ConfigError
 from fsdfm.flow.grid import even_grid, latest_grid
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
+from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
@@ -176,13 +177,14 @@ class OurSampler(_Sampler):
         config = self.config
         noise = Noise(range(seed * job.batch, (seed + 1) * job.batch))
         source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        posterior = Grouped(engine, self.draws) if config.neighbours else INDEPENDENT
         states = sample(
             engine,
             noise.start(source, job.length).to(self.device),
             self.grid(job.steps),
             noise,
             vocab_size=config.vocab_size,
-            drawing=Drawing(STEP_RULES[job.rule], draws=self.draws),
+            drawing=Drawing(STEP_RULES[job.rule], posterior=posterior),
         )
         (last,) = deque(states, maxlen=1)
         last.x.tolist()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.flow.path import Source
-from fsdfm.flow.sampler import FlowModel
+from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import StepRule, advance, sharpen
 

@@ -368,6 +368,8 @@ class FlowNetwork(nn.Module):
 
         Returns:
             (N, D), ready for `head`; the rows themselves, without a joint head.
+
+        Always to be asked: a joint head is trained on rows that are told nothing, too.
         """
         if not self.config.neighbours:
             return rows

@@ -25,7 +25,7 @@ from fsdfm.flow.loss import (
     path_loss,
 )
 from fsdfm.flow.path import Source, mixture_state
-from fsdfm.flow.sampler import FlowModel
+from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import PUBLISHED, StepRule
 from fsdfm.flow.target import Jumper, TargetRule, rk4_target

@@ -205,6 +205,37 @@ def test_training_asks_for_positions_that_are_not_known_and_shows_data() -> None
     assert 0.1 < float(known.float().mean()) < 0.6
 
 
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_prompts_and_the_rims_of_gaps_are_known_and_shown_in_a_part_of_the_rows(
+    share: float,
+) -> None:
+    """As `fill` gives them: data in the state too, left and right of a gap at once."""
+    states: list[Tensor] = []
+
+    class Seen(Listening):
+        def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            states.append(torch.where(t[:, None] == 0.0, x_t, 0))  # at 0 the path shows no data
+            return super().body(x_t, t, h)
+
+        def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+            self.calls.append((at, x, known))
+            return rows
+
+    def nothing(logits: Tensor, *_: Tensor) -> Tensor:
+        return 0.0 * logits.sum(-1)
+
+    model, x_1 = Seen(), torch.full((4000, 12), 7)  # no token of the source
+    objective = Joint(UniformSource(5), Polynomial(), nothing, 0.9, share)
+    objective.loss(model, model, x_1, torch.Generator().manual_seed(1))
+    shown, ((_, _, known),) = states[0] == 7, model.calls
+    rows = float(shown.any(1).float().mean())
+    assert not (shown & ~known).any() and (known & ~shown).any()
+    assert (rows == 0.0) if share == 0.0 else (0.25 < rows < 0.4)
+    around = shown[:, 0] & shown[:, -1] & ~known.all(1)
+    alone = shown[:, 0] & ~shown[:, -1]
+    assert bool(around.any()) == bool(alone.any()) == (share > 0.0)
+
+
 def test_what_is_known_follows_the_groups_and_is_nothing_in_a_part_of_the_rows() -> None:
     known = known_at_random(4000, 32, torch.Generator().manual_seed(0))
     nothing = (~known.any(1)).float().mean()

@@ -24,7 +24,7 @@ from fsdfm.flow.loss import (
     mean_over_rows,
     path_loss,
 )
-from fsdfm.flow.path import MaskSource, Source, make_source
+from fsdfm.flow.path import Batch, MaskSource, Source, make_source
 from fsdfm.flow.schedule import Polynomial
 
 P_1 = torch.tensor([0.55, 0.25, 0.15, 0.05], dtype=torch.float64)
@@ -124,6 +124,9 @@ class Linear:
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         return self.hidden.view(*x_t.shape, -1)
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
@@ -274,7 +277,7 @@ def test_path_loss_is_the_mean_of_the_position_losses_with_the_rate_of_each_sequ
     x_1 = torch.randint(vocab_size, (batch, length), generator=generator)
     t = f64(0.1, 0.6, LATEST_TIME)
     loss = POSITION_LOSSES[name]
-    value = path_loss(model, x_t, x_1, t, t, vocab_size, schedule, loss)
+    value = path_loss(model, Batch(x_t, x_1, t, t), vocab_size, schedule, loss)
     logits = F.linear(model.hidden, model.weight, model.bias)[:, :vocab_size].detach()
     total = 0.0
     for k, (b, _) in enumerate(itertools.product(range(batch), range(length))):
@@ -308,6 +311,9 @@ class OneToken:
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         rows = torch.arange(len(t))[:, None]
         return self.posterior(t)[rows, x_t].clamp_min(1e-300).log()
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         return torch.eye(VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)

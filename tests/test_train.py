@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fsdfm.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
-from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource, make_source
+from fsdfm.flow.path import SOURCES, Batch, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS, Jumper, Target
@@ -337,7 +337,7 @@ def test_rows_with_the_smallest_step_take_the_path_loss_and_never_ask_the_averag
     parts = objective.loss(model, ema, batch(0), generator(2))
     assert parts.keys() == {"loss", "path_loss"} and not ema.seen
     ((x_t, t, h),) = model.seen
-    expected = path_loss(model, x_t, batch(0), t.double(), h.double(), V, Polynomial())
+    expected = path_loss(model, Batch(x_t, batch(0), t.double(), h.double()), V, Polynomial())
     torch.testing.assert_close(parts["loss"], expected)
     assert (h == 2.0**-10).all()
 

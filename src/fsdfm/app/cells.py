@@ -355,6 +355,10 @@ class _Precise:
         with self.generator.autocast():
             return self.generator.model.body(x_t, t, h).float()
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """See `JointHead`; in float32, as the head."""
+        return self.generator.model.told(rows, at, x, known)
+
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """See `TrainableModel`."""
         return self.generator.model.head_parameters()

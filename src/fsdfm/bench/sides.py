@@ -25,7 +25,7 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.flow.step import STEP_RULES
+from fsdfm.flow.step import EXACT, STEP_RULES
 from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.train.checkpoint import TrainState
@@ -153,6 +153,10 @@ class OurSampler(_Sampler):
 
     draws = 1
 
+    def rule(self, job: Job) -> str:
+        """Name of its step rule."""
+        return job.rule
+
     def grid(self, steps: int) -> Tensor:
         """Times of its calls."""
         return even_grid(steps)
@@ -184,7 +188,7 @@ class OurSampler(_Sampler):
             self.grid(job.steps),
             noise,
             vocab_size=config.vocab_size,
-            drawing=Drawing(STEP_RULES[job.rule], posterior=posterior),
+            drawing=Drawing(STEP_RULES[self.rule(job)], posterior=posterior),
         )
         (last,) = deque(states, maxlen=1)
         last.x.tolist()
@@ -201,6 +205,10 @@ class JointSampler(OurSampler):
     """The same with a joint head, as `fsdfm generate` draws from one: in groups, latest grid."""
 
     draws = DRAWS
+
+    def rule(self, job: Job) -> str:
+        """Exact: the published rule cannot draw in groups."""
+        return EXACT.name
 
     def grid(self, steps: int) -> Tensor:
         """More positions move in a call than on an even one."""

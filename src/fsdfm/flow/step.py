@@ -174,25 +174,26 @@ def sharpen(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Ten
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """One token per row by inverse CDF, in two levels: a block of tokens, then one within it.
 
-    Sums are float64: in float32 the tail of a peaked distribution over a large vocabulary is
-    rounded away, which lowers the effective temperature. A token of weight 0 is never drawn.
+    Sums are in the format of u. For texts that is float64: in float32 the tail of a peaked
+    distribution over a large vocabulary is rounded away, which lowers the effective temperature.
+    A token of weight 0 is never drawn in either.
 
     Args:
         weights: non-negative, not all zero in any row, shape (N, V); need not be normalised.
-        u: uniform in [0, 1), float64, shape (N,).
+        u: uniform in [0, 1), float64 or float32, shape (N,); 1 counts as just below.
 
     Returns:
         Token ids, int64, shape (N,).
     """
     whole = weights.shape[1] // DRAW_BLOCK * DRAW_BLOCK
     blocks = weights[:, :whole].reshape(len(weights), whole // DRAW_BLOCK, DRAW_BLOCK)
-    blocks = blocks.sum(-1, dtype=torch.float64)
-    tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    blocks = blocks.sum(-1, dtype=u.dtype)
+    tail = weights[:, whole:].sum(-1, keepdim=True, dtype=u.dtype)
     block, rest = _invert(torch.cat((blocks, tail), -1), u)
     # The columns of the block that was drawn; those past the end get no weight.
     column = block[:, None] * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=u.device)
     inside = column < weights.shape[1]
-    within = weights.gather(1, column.clamp_max(weights.shape[1] - 1)).double()
+    within = weights.gather(1, column.clamp_max(weights.shape[1] - 1)).to(u.dtype)
     token, _ = _invert(torch.where(inside, within, 0.0), rest)
     return block * DRAW_BLOCK + token
 

@@ -279,8 +279,8 @@ def neighbourhood(x: Tensor, known: Tensor, rows: Tensor, radius: int) -> tuple[
         Past the ends of a sequence nothing is.
     """
     length = x.shape[1]
-    steps = torch.arange(-radius, radius + 1, device=x.device)
-    place = rows[:, None] % length + steps[steps != 0]
+    left = torch.arange(-radius, 0, device=x.device)
+    place = rows[:, None] % length + torch.cat((left, -left.flip(0)))
     inside = (place >= 0) & (place < length)
     index = rows[:, None] // length * length + place.clamp(0, length - 1)
     return x.flatten()[index], known.flatten()[index] & inside

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fsdfm.core.files import one_line, write_whole
 from fsdfm.errors import CheckpointError, ConfigError, TrainingError
+from fsdfm.flow.host import send
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
@@ -279,10 +280,10 @@ class Run(Generic[Module]):
 def update(state: TrainState[Module], settings: TrainSettings, task: Task) -> Tensor:
     """One update of weights and average; returns whether loss and gradient were finite."""
     state.model.train()
-    healthy = torch.tensor(True, device=task.device)
+    healthy = torch.ones((), dtype=torch.bool, device=task.device)
     for micro in range(settings.accumulate):
-        x_1 = task.batch(state.step * settings.accumulate + micro).to(task.device)
-        generator = _generator(task.device, settings.seed, state.step, micro)
+        x_1 = send(task.batch(state.step * settings.accumulate + micro), task.device)
+        generator = _generator(settings.seed, state.step, micro)
         with _autocast(task):
             parts = task.objective.loss(
                 state.model,  # type: ignore[arg-type]
@@ -328,10 +329,10 @@ class _Clock:
         return (step - self.first_step) / (time.perf_counter() - self.started)
 
 
-def _generator(device: torch.device, *entropy: int) -> torch.Generator:
-    """Randomness of one forward pass: a function of (seed, step, pass) alone."""
+def _generator(*entropy: int) -> torch.Generator:
+    """Randomness of one forward pass, on the CPU: a function of (seed, step, pass) alone."""
     (word,) = np.random.SeedSequence(entropy).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(word >> np.uint64(1)))
+    return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
 def _autocast(task: Task) -> torch.autocast:

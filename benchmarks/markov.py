@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fsdfm.app.device import pick_device
-from fsdfm.flow.grid import late_grid
+from fsdfm.flow.grid import Late
 from fsdfm.flow.loss import cross_entropy, kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state
 from fsdfm.flow.posterior import FlowModel, Sequences
@@ -401,7 +401,7 @@ def judge(model: FlowModel, setting: Setting, args: argparse.Namespace, chain: C
     *_, last = sample(
         Sequences(model),
         noise.start(UniformSource(chain.symbols), args.length).to(device),
-        late_grid(setting.steps, setting.power),
+        Late(setting.power)(setting.steps),
         noise,
         vocab_size=chain.symbols,
         drawing=Drawing(STEP_RULES[args.rule], temperature=setting.temperature),
@@ -421,7 +421,7 @@ def judge_perfect_student(
     source, length = UniformSource(chain.symbols), args.length
     x = OneStream(count, args.seed).start(source, length)
     noise = OneStream(count * length, args.seed + 1)
-    for t, then in itertools.pairwise(late_grid(setting.steps, setting.power).tolist()):
+    for t, then in itertools.pairwise(Late(setting.power)(setting.steps).tolist()):
         *_, last = sample(
             Sequences(ExactPosterior(chain)),
             x.repeat_interleave(length, dim=0),

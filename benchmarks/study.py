@@ -51,7 +51,7 @@ from fsdfm.app.device import pick_device, preferred_dtype
 from fsdfm.core.files import write_whole
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats
-from fsdfm.flow.grid import late_grid
+from fsdfm.flow.grid import Late
 from fsdfm.flow.loss import POSITION_LOSSES, cross_entropy, kl
 from fsdfm.flow.path import SOURCES, make_source
 from fsdfm.flow.posterior import Grouped, Sampled, Sequences
@@ -475,7 +475,7 @@ def drawn(
     posterior = Grouped(sampled, recipe.draws)
     drawing = Drawing(STEP_RULES[recipe.sampler], posterior=posterior, temperature=temperature)
     draft = partial(sample, sampled, vocab_size=source.vocab_size, drawing=drawing)
-    grid = late_grid(steps, recipe.power)
+    grid = Late(recipe.power)(steps)
     rows = []
     for noise in noises:
         *_, last = draft(noise.start(source, language.sample_length), grid, noise)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fsdfm.bench import autoregressive, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.errors import ConfigError
-from fsdfm.flow.grid import even_grid, latest_grid
+from fsdfm.flow.grid import GRIDS, even_grid
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
 from fsdfm.flow.posterior import INDEPENDENT, Grouped
@@ -212,7 +212,7 @@ class JointSampler(OurSampler):
 
     def grid(self, steps: int) -> Tensor:
         """More positions move in a call than on an even one."""
-        return latest_grid(steps)
+        return GRIDS["latest"](steps)
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")

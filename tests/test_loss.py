@@ -384,11 +384,35 @@ def test_elbo_times_are_stratified_and_clipped_and_the_step_is_shown() -> None:
     first = list(elbo_nats_per_token(Watched(origin), x_1, origin, times=50, h=0.25, seed=7))
     again = list(elbo_nats_per_token(Watched(origin), x_1, origin, times=50, h=0.25, seed=7))
     assert first == again
-    times = torch.stack([t for t, _ in seen[:50]])
+    times = torch.stack([t for t, _ in seen[:50]]).double()
     assert times.max() <= LATEST_TIME + 1e-7
-    cells = (times.double() * 2000).flatten().sort().values.floor()
-    assert torch.equal(cells[:-3], torch.arange(1997.0).double())  # the others are clipped
-    # A sequence is not tied to one part of its cells.
+    # Every sequence has one time in each of 50 parts, and within a part they spread evenly: no gap
+    # of 40 places is longer than twice the mean one (multiples of the golden ratio).
+    assert torch.equal(
+        (times * 50 + 1e-5).floor(), torch.arange(50.0).double()[:, None].expand(50, 40)
+    )
+    gaps = (times * 50 % 1.0)[:49].sort(1).values.diff()
+    assert gaps.max() < 2 / 40
+    # A sequence is not tied to one place in its parts.
     parts = (times * 50 % 1.0).mean(0)
     assert (parts - 0.5).abs().max() < 4.5 / math.sqrt(12 * 50)
     assert all((h == 0.25).all() for _, h in seen)
+
+
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+def test_the_bound_does_not_depend_on_the_batch_size(source: str) -> None:
+    origin = make_source(source, VOCAB)
+    x_1 = torch.multinomial(P_1, 12 * 20, True, generator=torch.Generator().manual_seed(8))
+    x_1 = x_1.view(12, 20)
+
+    def bound(size: int, seed: int = 0) -> float:
+        batches = [(i, x_1[i : i + size]) for i in range(0, 12, size)]
+        found = [
+            len(x)
+            * sum(elbo_nats_per_token(OneToken(origin), x, origin, times=4, first=i, seed=seed))
+            for i, x in batches
+        ]
+        return sum(found) / (4 * 12)
+
+    assert bound(1) == pytest.approx(bound(12), rel=1e-5) == pytest.approx(bound(5), rel=1e-5)
+    assert abs(bound(12, seed=1) - bound(12)) > 1e-3

@@ -14,13 +14,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fsdfm.flow.host import send
-from fsdfm.flow.path import Batch, Source, on_the_path
+from fsdfm.flow.host import seeded, send
+from fsdfm.flow.path import Batch, Source, mixed, shown
 from fsdfm.flow.posterior import JointHead
 from fsdfm.flow.schedule import Polynomial, Schedule
 
 LATEST_TIME = 1.0 - 1e-3
 """Times are clipped here: the rate is singular at 1."""
+
+GOLDEN = (5.0**0.5 - 1.0) / 2.0
+"""Multiples of it fill [0, 1) evenly, however many there are."""
 
 CPU_CHUNK, OTHER_CHUNK = 2**25, 2**28
 """Logits that exist at a time on a CPU, and on any other device."""
@@ -241,10 +244,17 @@ def elbo_nats_per_token(
     h: float = 1.0 / 1024,
     times: int = 16,
     seed: int = 0,
+    first: int = 0,
 ) -> Iterator[float]:
     """Upper bound on the negative log-likelihood, one estimate for each time.
 
-    The mean of what is yielded is the estimate; the times are stratified over [0, 1).
+    The mean of what is yielded is the estimate. A sequence's noise depends on the seed and on its
+    number alone, so batches of any size give the same. Its times are one in each of `times` equal
+    parts of [0, 1), at a place in them that differs between sequences as evenly as can be.
+
+    What is left of chance is the hidden positions near 1, which are few and count 1 / (1 - t) each:
+    over seeds the standard deviation is about 13 nats / sqrt(times x tokens) for text, so .01
+    nats cost 1.7 M tokens forward.
 
     Args:
         model: the posterior.
@@ -253,7 +263,8 @@ def elbo_nats_per_token(
         schedule: kappa; linear if not given.
         h: step size shown to a step-aware network.
         times: number of times, and of model calls.
-        seed: of the noise.
+        seed: of the noise, at least 0.
+        first: number of the first sequence; the others follow.
 
     Yields:
         Nats a token at one time.
@@ -261,16 +272,19 @@ def elbo_nats_per_token(
     Source: Discrete Flow Matching, arXiv 2407.15595; the bound holds up to the clip at 0.999.
     """
     schedule = schedule or Polynomial()
-    generator = torch.Generator().manual_seed(seed)
-    batch = len(x_1)
+    length, numbers = x_1.shape[1], range(first, first + len(x_1))
+    generators = [seeded(seed, number) for number in numbers]
+    places = torch.rand(times, dtype=torch.float64, generator=seeded(seed))
+    shifts = torch.tensor([number * GOLDEN % 1.0 for number in numbers], dtype=torch.float64)
     for k in range(times):
-        # Shuffled and jittered: midpoints in order would tie each sequence to its own times.
-        jitter = torch.rand(batch, dtype=torch.float64, generator=generator)
-        order = torch.randperm(batch, generator=generator)
-        t = ((k + (order + jitter) / batch) / times).clamp_max(LATEST_TIME)
-        some = on_the_path(x_1, t, torch.full_like(t, h), source, schedule, generator)
-        share = len(some.places) / x_1.numel()
-        loss = path_loss(model, some, source.vocab_size, schedule) if share else 0.0
+        t = ((k + (places[k] + shifts) % 1.0) / times).clamp_max(LATEST_TIME)
+        x_0 = torch.stack([source.draw((length,), g) for g in generators])
+        data = torch.cat(
+            [shown(t[i : i + 1], length, schedule, g) for i, g in enumerate(generators)]
+        )
+        batch = mixed(x_0, x_1, data, t, torch.full_like(t, h), source)
+        share = len(batch.places) / x_1.numel()
+        loss = path_loss(model, batch, source.vocab_size, schedule) if share else 0.0
         yield share * float(loss)
 
 

@@ -185,6 +185,15 @@ def on_the_path(
         generator: source of randomness, on the CPU.
     """
     x_0 = source.draw(tuple(x_1.shape), generator)
-    data = shown(t, x_1.shape[1], schedule, generator)
+    return mixed(x_0, x_1, shown(t, x_1.shape[1], schedule, generator), t, h, source)
+
+
+def mixed(x_0: Tensor, x_1: Tensor, data: Tensor, t: Tensor, h: Tensor, source: Source) -> Batch:
+    """Sequences that show data where `data`, bool, (B, L), says so, and x_0 elsewhere.
+
+    Args:
+        x_0: int64, shape (B, L), on the CPU as `data`.
+        x_1, t, h, source: see `on_the_path`.
+    """
     x_t = torch.where(send(data, x_1.device), x_1, send(x_0, x_1.device))
     return Batch(x_t, x_1, t, h, ~data if source.absorbing else None)

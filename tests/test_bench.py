@@ -576,10 +576,10 @@ def test_bench_prints_every_side(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--steps 0", "--steps must be at least 1, got 0."),
-        ("--repeats 0", "--repeats must be at least 1, got 0."),
+        ("--steps 0", "--steps must be a whole number >= 1, got 0."),
+        ("--repeats 0", "--repeats must be a whole number >= 1, got 0."),
         ("--length 1025", "--length must be at most 1024, got 1025."),
-        ("--device tpu", "device must be cpu, cuda, cuda:N or mps, got 'tpu'."),
+        ("--device tpu", "--device must be cpu, cuda, cuda:N or mps, got 'tpu'."),
     ],
 )
 def test_bad_values_are_one_line(run: Run, argv: str, message: str) -> None:

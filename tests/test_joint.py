@@ -70,7 +70,7 @@ def test_a_new_joint_head_tells_nothing_and_a_trained_one_listens_to_what_is_kno
 
 
 def test_a_joint_head_of_another_reach_gives_one_line() -> None:
-    with pytest.raises(ConfigError, match="sees 2 neighbours, not 3: give --neighbours 2"):
+    with pytest.raises(ConfigError, match="sees 2 neighbours, not 3: give neighbours=2"):
         student_from_teacher(network(2), "none", neighbours=3)
 
 

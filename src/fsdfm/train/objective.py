@@ -245,15 +245,8 @@ class Joint:
         with torch.no_grad():  # the body is the teacher's: only what the head adds is learned
             hidden = hidden_rows(model, batch).index_select(0, at)
         rows = model.told(hidden, at, x_1, send(known, x_1.device))
-        loss = mean_over_positions(
-            model,
-            rows,
-            batch,
-            places,
-            self.source.vocab_size,
-            self.schedule,
-            self.position_loss,
-        )
+        g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
+        loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
         return {"loss": loss}
 
 

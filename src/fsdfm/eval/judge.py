@@ -6,15 +6,11 @@ the judge's own.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,14 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fsdfm.core.errors import CheckpointError, ConfigError
-from fsdfm.core.files import digest, one_line, tensor_bytes
+from fsdfm.core.files import digest, tensor_bytes
+from fsdfm.core.packaged import locate, own_name, reading
 from fsdfm.eval.metrics import Score
-from fsdfm.eval.packaged import PACKAGED, own_name
 
-CHOICES = (
-    f"{', '.join(PACKAGED)}, a directory that transformers can read, a .gguf file, or a name on "
-    "the Hugging Face Hub"
-)
 DOCUMENT_START = "<|endoftext|>"
 SEGMENT_TOKENS = 128
 """Judge tokens that one feature vector is the mean of."""
@@ -224,15 +216,15 @@ def load_judge(name: str, *, device: torch.device, dtype: torch.dtype) -> Causal
         CheckpointError: no such model, or it cannot be read.
         DataError: a packaged judge cannot be put together on the disk.
     """
-    place, options = _locate(name)
-    where = {"gguf_file": options["gguf_file"]} if "gguf_file" in options else {}
-    with _reading(name):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    place, gguf = locate(name)
+    with reading(name):
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-        with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
-            tokenizer = AutoTokenizer.from_pretrained(place, **where)
-            model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **options)
-            model = model.to(device).eval().requires_grad_(False)
+        where = {} if gguf is None else {"gguf_file": gguf}
+        how = {} if gguf is None else {"quantization_config": GgufConfig(dequantize=True)}
+        tokenizer = AutoTokenizer.from_pretrained(place, **where)
+        model: Any = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, **where, **how)
+        model = model.to(device).eval().requires_grad_(False)
         if model.get_output_embeddings() is None:
             raise ValueError("it has no output layer")
     return CausalJudge(model, tokenizer, name)
@@ -244,50 +236,12 @@ def require_judge(name: str) -> None:
     Args:
         name: as for `load_judge`, which says what is raised.
     """
-    place, options = _locate(name)
-    if not options:
-        with _reading(name):
+    place, gguf = locate(name)
+    if gguf is None:
+        with reading(name):
             from transformers import AutoConfig
 
             AutoConfig.from_pretrained(place)
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Iterator[None]:
-    """The library silent, and its errors as ours."""
-    try:
-        from transformers.utils import logging
-
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        yield
-    except ImportError as error:
-        raise ConfigError(
-            f"Judge {name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
-        ) from None
-    except Exception as error:  # the library and its readers raise many kinds
-        raise CheckpointError(
-            f"Cannot load judge {name} ({one_line(error)}): give {CHOICES}."
-        ) from None
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Directory or Hub name, and the options that a GGUF file needs."""
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("Judging needs more libraries: pip install 'fsdfm[eval]'.")
-    file = PACKAGED[name].file(name) if name in PACKAGED else Path(name)
-    if file.suffix != ".gguf":
-        if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-            raise CheckpointError(f"There is no directory {name}: give {CHOICES}.")
-        return name, {}
-    if not file.is_file():
-        raise CheckpointError(f"There is no file {file}.")
-    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("Reading a .gguf judge needs more libraries: pip install 'fsdfm[eval]'.")
-    from transformers import GgufConfig
-
-    options = {"gguf_file": file.name, "quantization_config": GgufConfig(dequantize=True)}
-    return str(file.parent), options
 
 
 def _windows(text: int, ids: list[int], scored: int, window: int) -> Iterator[_Window]:

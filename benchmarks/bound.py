@@ -26,32 +26,37 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 
 
-def bound(name: str, args: argparse.Namespace) -> dict[str, object]:
-    """One row: bits a byte with its interval, nats a token."""
+def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], list[int]]:
+    """The bound of every sequence in nats a token, and its UTF-8 bytes.
+
+    Args:
+        name: of a model directory, or `bundled`.
+        args: text, length, sequences, times.
+    """
     generator = fsdfm.load(None if name == "bundled" else name)
     config = generator.config
     blocks = Blocks.cut(HeldOut.open(args.text), generator.tokenizer, args.length, seed=0)
     chosen = (blocks.human + blocks.others)[: args.sequences]
     source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
-    schedule = Polynomial(config.schedule_power)
-    bits, nats = [], []
+    schedule, nats = Polynomial(config.schedule_power), []
     for seed, ids in enumerate(chosen):
+        x_1 = torch.tensor([ids])
         with generator.autocast():
             found = elbo_nats_per_token(
-                generator.model,
-                torch.tensor([ids]),
-                source,
-                schedule,
-                times=args.times,
-                seed=seed,
+                generator.model, x_1, source, schedule, times=args.times, seed=seed
             )
-            mean = statistics.fmean(found)
-        nats.append(mean)
-        size = len(generator.decode(ids).encode())
-        bits.append(mean * len(ids) / math.log(2.0) / size)
+            nats.append(statistics.fmean(found))
+    return nats, [len(generator.decode(ids).encode()) for ids in chosen]
+
+
+def bound(name: str, args: argparse.Namespace) -> dict[str, object]:
+    """One row: bits a byte with its interval, nats a token."""
+    nats, sizes = nats_by_sequence(name, args)
+    pairs = zip(nats, sizes, strict=True)
+    bits = [each * args.length / math.log(2.0) / size for each, size in pairs]
     spread = statistics.stdev(bits) / math.sqrt(len(bits))
     return {
-        "model": name,
+        "model": Path(name).name,
         "text": "bundled" if args.text is None else args.text.name,
         "length": args.length,
         "sequences": len(bits),

@@ -35,7 +35,7 @@ def bound(name: str, args: argparse.Namespace) -> dict[str, object]:
     source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
     schedule = Polynomial(config.schedule_power)
     bits, nats = [], []
-    for seed, ids in enumerate(chosen):
+    for number, ids in enumerate(chosen):
         with generator.autocast():
             found = elbo_nats_per_token(
                 generator.model,
@@ -43,7 +43,7 @@ def bound(name: str, args: argparse.Namespace) -> dict[str, object]:
                 source,
                 schedule,
                 times=args.times,
-                seed=seed,
+                first=number,
             )
             mean = statistics.fmean(found)
         nats.append(mean)

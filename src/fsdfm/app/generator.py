@@ -25,6 +25,7 @@ from fsdfm.app.device import pick_device, pick_dtype
 from fsdfm.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
+from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import MOVERS, STEP_RULES
@@ -437,7 +438,8 @@ class Generator:
                 f"This model has no joint head, so its positions are drawn on their own: leave "
                 f"draws={draws} out, or use a model of fsdfm distill --target joint."
             )
-        return replace(_drawing(options), draws=draws)
+        posterior = Grouped(self.engine, draws) if self.config.neighbours else INDEPENDENT
+        return replace(_drawing(options), posterior=posterior)
 
     def _encode(self, prompt: Any, length: int) -> Tensor:
         """The prompt's tokens, int64, at least one fewer than length."""

@@ -20,6 +20,7 @@ from fsdfm.core.device import pick_device
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
+from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.options import DEFAULTS, Options, split
@@ -291,6 +292,7 @@ class Generator:
                 f"draws={sampling.draws} out, or use a model that was distilled to one.",
                 "draws",
             )
+        posterior = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
         prompt, shape = self._encode(wanted.prompt, length), (num_samples, length)
         return _Request(
             steps=sampling.steps,
@@ -299,7 +301,7 @@ class Generator:
             num_samples=num_samples,
             seed=seed,
             batch_size=wanted.batch_size,
-            drawing=sampling.drawing(),
+            drawing=sampling.drawing(posterior),
             fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))).expand(*shape),
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, check, known, option
 from fsdfm.flow.grid import GRIDS
+from fsdfm.flow.posterior import INDEPENDENT, Posterior
 from fsdfm.flow.sampler import Drawing
 from fsdfm.flow.step import MOVERS, STEP_RULES
 
@@ -44,14 +45,21 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         check(self)
 
-    def drawing(self) -> Drawing:
-        """How the sampler is to draw."""
+    def drawing(self, posterior: Posterior = INDEPENDENT) -> Drawing:
+        """How the sampler is to draw.
+
+        Args:
+            posterior: how the movers of a call are drawn; `draws` is for the caller to see to.
+
+        Raises:
+            ConfigError: a step rule that cannot go with the posterior.
+        """
         return Drawing(
             rule=STEP_RULES[self.step],
             movers=MOVERS[self.movers],
             temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
             top_p=self.top_p,
-            draws=self.draws,
+            posterior=posterior,
         )
 
 

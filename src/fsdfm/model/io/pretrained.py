@@ -129,7 +129,7 @@ def load_pretrained(
         ConfigError: the device cannot be used.
     """
     directory = _resolve(directory_or_hub_id)
-    config, ancestors = _read_config(directory)
+    config, ancestors = read_config(directory)
     state, metadata = _read_weights(_find(directory, WEIGHTS))
     _check_metadata(metadata, (config, ancestors), directory)
     model = build(config, state, str(_find(directory, WEIGHTS)))
@@ -277,7 +277,12 @@ def _check_metadata(
         )
 
 
-def _read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+def read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Shape and conventions of a model directory, and its ancestors; no weights are read.
+
+    Raises:
+        CheckpointError: no model directory, or one that is foreign, newer or damaged.
+    """
     path = _find(directory, CONFIG)
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG}.")

@@ -75,13 +75,7 @@ class Pretrain:
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """See `Objective`."""
-        t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
-        x_0 = self.source.draw(tuple(x_1.shape), generator)
-        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
-        frozen = None
-        if self.frozen_share > 0.0:
-            frozen = frozen_at_random(x_1.shape[0], x_1.shape[1], self.frozen_share, generator)
-            x_t = torch.where(frozen, x_1, x_t)
+        t, x_t, rows = self.state(x_1, generator)
         loss = path_loss(
             model,
             x_t,
@@ -91,9 +85,22 @@ class Pretrain:
             self.source.vocab_size,
             self.schedule,
             self.position_loss,
-            rows=open_positions(x_t, self.source, frozen),
+            rows=rows,
         )
         return {"loss": loss}
+
+    def state(
+        self, x_1: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the network is shown of data (B, L): t (B,), x_t (B, L), and the rows that count."""
+        t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
+        x_0 = self.source.draw(tuple(x_1.shape), generator)
+        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
+        frozen = None
+        if self.frozen_share > 0.0:
+            frozen = frozen_at_random(x_1.shape[0], x_1.shape[1], self.frozen_share, generator)
+            x_t = torch.where(frozen, x_1, x_t)
+        return t, x_t, open_positions(x_t, self.source, frozen)
 
 
 def frozen_at_random(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:

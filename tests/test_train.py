@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
-from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, cross_entropy, path_loss
+from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
 from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
@@ -35,7 +35,6 @@ from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
-    TIMES,
     Distill,
     Pretrain,
     even_weights,
@@ -281,41 +280,6 @@ def test_pretraining_times_are_stratified_and_clipped() -> None:
     low = t.sort().values[: count - 10].double() * count
     assert ((low - torch.arange(count - 10) - 0.5).abs() <= 0.501).all()
     assert (h == 2.0**-10).all()
-
-
-@pytest.mark.parametrize("name", TIMES)
-def test_weights_of_times_average_1_and_keep_the_mean_of_any_loss(name: str) -> None:
-    times, count = TIMES[name], 200_000
-    t = times.place(stratified(count, generator()))
-    assert float(t.min()) >= 0.0 and float(t.max()) < 1.0
-    weight = 1.0 / times.density(t)
-    assert float(weight.min()) >= 0.8 and float(weight.max()) <= 2.0
-    # Stratified: off by no more than the integrand's variation in a stratum, 5 times 1 / count.
-    assert float(weight.mean()) == pytest.approx(1.0, abs=5 / count)
-    for loss, mean in ((t**2, 1 / 3), (1.0 - t, 0.5), (torch.exp(-3.0 * t), (1 - math.e**-3) / 3)):
-        assert float((weight * loss).mean()) == pytest.approx(mean, abs=5 / count)
-
-
-def test_middle_times_are_more_often_in_the_middle() -> None:
-    t = TIMES["middle"].place(stratified(200_000, generator()))
-    # Of the density 1/2 + 3 t (1 - t), as its CDF t / 2 + (3 t^2 - 2 t^3) / 2 has it.
-    for edge in (0.1, 0.25, 0.5, 0.8):
-        share = edge / 2 + (3 * edge**2 - 2 * edge**3) / 2
-        assert float((t < edge).double().mean()) == pytest.approx(share, abs=1e-5)
-
-
-@pytest.mark.parametrize("source", [UniformSource(V), MaskSource(V, absorbing=True)])
-def test_the_loss_has_the_same_mean_however_times_are_drawn(source: Any) -> None:
-    model, x_1 = Toy(rows=V + 1), batch(0).repeat(500, 1)
-    losses = torch.empty(2, 40, dtype=torch.float64)
-    for k, name in enumerate(("even", "middle")):
-        objective = Pretrain(source, Polynomial(), cross_entropy, times=name)
-        draw = generator(5)
-        with torch.no_grad():
-            for i in range(losses.shape[1]):
-                losses[k, i] = objective.loss(model, model, x_1, draw)["loss"]
-    error = (losses.var(1).sum() / losses.shape[1]).sqrt()
-    assert abs(losses[0].mean() - losses[1].mean()) < 4.5 * error < 0.02 * losses.mean()
 
 
 def test_step_size_weights_are_as_stated() -> None:

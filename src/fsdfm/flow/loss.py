@@ -307,7 +307,6 @@ def path_loss(
     position_loss: PositionLoss = generalized_kl,
     *,
     rows: Tensor | None = None,
-    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean loss of a batch on the path.
 
@@ -320,26 +319,18 @@ def path_loss(
         schedule: kappa.
         position_loss: generalized KL, or cross-entropy.
         rows: which of the B L positions count, int64, (N,); all if not given.
-        weights: what each sequence's losses are multiplied by, (B,); 1 if not given.
 
     Returns:
         Scalar, nats for each token that counts; 0 where none does.
     """
     hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
     g = schedule.rate(t.double()).float().repeat_interleave(x_t.shape[1])
-    w = torch.ones_like(t) if weights is None else weights
-    w = w.float().repeat_interleave(x_t.shape[1])
     at, data = x_t.flatten(), x_1.flatten()
     if rows is not None:
-        hidden, g, w, at, data = (x.index_select(0, rows) for x in (hidden, g, w, at, data))
+        hidden, g, at, data = (x.index_select(0, rows) for x in (hidden, g, at, data))
 
     def loss(part: slice) -> RowLoss:
-        here, there, rate, weight = at[part], data[part], g[part], w[part]
-
-        def nats(logits: Tensor, piece: slice) -> Tensor:
-            found = position_loss(logits, here[piece], there[piece], rate[piece])
-            return found * weight[piece]
-
-        return nats
+        here, there, rate = at[part], data[part], g[part]
+        return lambda logits, piece: position_loss(logits, here[piece], there[piece], rate[piece])
 
     return mean_over_rows(model, hidden, loss, vocab_size)

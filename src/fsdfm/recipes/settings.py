@@ -17,7 +17,7 @@ from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.causal import Attention
 from fsdfm.model.transformer import PRESETS, Source
-from fsdfm.train.objective import STEP_WEIGHTS, TIMES
+from fsdfm.train.objective import STEP_WEIGHTS
 from fsdfm.train.settings import TrainSettings
 
 ADAPT_LENGTH = 256
@@ -54,9 +54,6 @@ class FlowSettings(RunSettings):
     """Where x_0 comes from."""
     schedule_power: float = option(1.0, within=Range(1, below=True))
     """n in kappa_t = t ** n."""
-    times: str = option("even", choices=TIMES)
-    """How often each time is seen: middle draws those near 1/2 more often, and weighs each the
-    less, so that the mean loss is the same."""
     frozen_share: float = option(within=Range(0, 1))
     """Of the sequences, those in which a beginning, an end or a gap is given and not learned, as
     prompts and gaps will be."""

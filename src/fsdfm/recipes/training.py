@@ -80,7 +80,7 @@ def pretrain(settings: PretrainSettings, watch: Watch = unwatched) -> bool:
         model = _with_context(model, length)
     source, schedule = objective_parts(model.config)
     loss = POSITION_LOSSES[settings.loss]
-    objective = Pretrain(source, schedule, loss, settings.frozen_share, settings.times)
+    objective = Pretrain(source, schedule, loss, settings.frozen_share)
     return _train(settings, store, model, objective, length, PLAIN, ancestors, watch)
 
 
@@ -153,7 +153,7 @@ def adapt(settings: AdaptSettings, watch: Watch = unwatched) -> bool:
     del lm
     source, schedule = objective_parts(model.config)
     loss = POSITION_LOSSES[settings.loss]
-    objective: Objective = Pretrain(source, schedule, loss, settings.frozen_share, settings.times)
+    objective: Objective = Pretrain(source, schedule, loss, settings.frozen_share)
     if settings.attention == "causal":
         objective = NextToken(model.config.vocab_size)
     return _train(settings, store, model, objective, length, PLAIN, ancestors, watch)

@@ -5,7 +5,6 @@ Shapes: B sequences, L positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -63,39 +62,14 @@ def stratified(count: int, generator: torch.Generator) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
-    """How times are drawn; the loss at each is divided by its density, so its mean stays."""
-
-    place: Callable[[Tensor], Tensor]
-    """Uniform numbers in [0, 1), (B,) -> times in [0, 1), (B,), both float64."""
-    density: Callable[[Tensor], Tensor]
-    """Of times, (B,) -> (B,); positive over [0, 1), symmetric about 1/2."""
-
-
-def _middle_place(u: Tensor) -> Tensor:
-    """Half of the times uniform, half from the density 6 t (1 - t), whose CDF is 3 t^2 - 2 t^3."""
-    return torch.where(u < 0.5, 2.0 * u, 0.5 - torch.sin(torch.asin(3.0 - 4.0 * u) / 3.0))
-
-
-TIMES: dict[str, Times] = {
-    "even": Times(lambda u: u, torch.ones_like),
-    # At most twice the weight at the ends: without its even half, one time near them would outweigh
-    # a whole batch.
-    "middle": Times(_middle_place, lambda t: 0.5 + 3.0 * t * (1.0 - t)),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Pretrain:
-    """Path loss at times in [0, 1), stratified over the batch: the DFM teacher."""
+    """Path loss at times uniform over [0, 1), stratified over the batch: the DFM teacher."""
 
     source: Source
     schedule: Schedule
     position_loss: PositionLoss = generalized_kl
     frozen_share: float = 0.0
     """Of the rows, those that have frozen positions: as prompts and gaps will be given."""
-    times: str = "even"
-    """One of TIMES."""
 
     def loss(
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
@@ -112,7 +86,6 @@ class Pretrain:
             self.schedule,
             self.position_loss,
             rows=rows,
-            weights=1.0 / TIMES[self.times].density(t),
         )
         return {"loss": loss}
 
@@ -120,7 +93,7 @@ class Pretrain:
         self, x_1: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the network is shown of data (B, L): t (B,), x_t (B, L), and the rows that count."""
-        t = TIMES[self.times].place(stratified(x_1.shape[0], generator)).clamp_max(LATEST_TIME)
+        t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
         x_0 = self.source.draw(tuple(x_1.shape), generator)
         x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
         frozen = None

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,8 +27,11 @@ from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT, STEP_RULES
+from fsdfm.model.causal import CausalConfig
 from fsdfm.model.engine import ROWS_AT_ONCE, Engine
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
+from fsdfm.model.io.pretrained import read_config
+from fsdfm.model.networks import build_network
+from fsdfm.model.transformer import PRESETS, FlowNetwork, ModelConfig
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Task, update
@@ -83,23 +87,52 @@ class Side(Protocol):
         ...
 
 
+ADAPTED = CausalConfig(
+    vocab_size=12_288,
+    hidden_size=576,
+    blocks=12,
+    heads=9,
+    cond_size=32,
+    source="mask",
+    step_embedding="log2",
+    kv_heads=3,
+    head_size=64,
+    mlp_size=1536,
+    rotary_base=100_000.0,
+    start_id=0,
+)
+"""The bundled model, made of a causal language model."""
+SHAPES = (*PRESETS, "adapted")
+
+
 def shape(name: str) -> ModelConfig:
-    """A preset's configuration with the vocabulary it is used with.
+    """The network to measure, without a joint head and told of h.
+
+    Args:
+        name: one of SHAPES, with the vocabulary that it is used with; or a model directory.
 
     Raises:
         ConfigError: another name.
+        CheckpointError: a directory that holds no model.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"The shape must be one of {', '.join(PRESETS)}, got {name}.")
-    vocab_size = {"tiny": 4096, "small": 8192}.get(name, 50_257)
-    sizes: dict[str, Any] = PRESETS[name]
-    return ModelConfig(vocab_size, **sizes, step_embedding="log2")
+    if name == "adapted":
+        return ADAPTED
+    if name in PRESETS:
+        vocab_size = {"tiny": 4096, "small": 8192}.get(name, 50_257)
+        sizes: dict[str, Any] = PRESETS[name]
+        return ModelConfig(vocab_size, **sizes, step_embedding="log2")
+    if not Path(name).is_dir():
+        raise ConfigError(
+            f"The shape must be one of {', '.join(SHAPES)}, or a model directory, got {name}."
+        )
+    config, _ = read_config(Path(name))
+    return replace(config, step_embedding="log2", neighbours=0)
 
 
-def random_model(config: ModelConfig) -> Transformer:
+def random_model(config: ModelConfig) -> FlowNetwork:
     """A network whose every branch does something: fresh ones start with silent blocks."""
     torch.manual_seed(0)
-    model = Transformer(config)
+    model = build_network(config)
     for parameter in model.parameters():
         if parameter.ndim == 2 and not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -109,7 +142,7 @@ def random_model(config: ModelConfig) -> Transformer:
 # Sampling.
 
 
-def make_engine(model: Transformer, device: torch.device, dtype: torch.dtype) -> Any:
+def make_engine(model: FlowNetwork, device: torch.device, dtype: torch.dtype) -> Any:
     """What this project samples with: the one place where benchmarks make it."""
     return Engine(model.to(device), dtype)
 
@@ -190,6 +223,7 @@ class OurSampler(_Sampler):
             noise,
             vocab_size=config.vocab_size,
             drawing=Drawing(STEP_RULES[self.rule(job)], posterior=posterior),
+            absorbing=source.absorbing,
         )
         (last,) = deque(states, maxlen=1)
         last.x.tolist()
@@ -203,7 +237,7 @@ class OurSampler(_Sampler):
 
 
 class JointSampler(OurSampler):
-    """The same with a joint head, as `fsdfm generate` draws from one: in groups, latest grid."""
+    """The same with a joint head, as `fsdfm generate` draws from one: in groups, on its grid."""
 
     draws = DRAWS
 
@@ -212,8 +246,8 @@ class JointSampler(OurSampler):
         return EXACT.name
 
     def grid(self, steps: int) -> Tensor:
-        """More positions move in a call than on an even one."""
-        return GRIDS["latest"](steps)
+        """Latest, where more positions move in a call than on an even one; even after masks."""
+        return even_grid(steps) if self.config.absorbing else GRIDS["latest"](steps)
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")
@@ -233,7 +267,13 @@ class PlainSampler(_Sampler):
         source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         x_0 = source.draw((job.batch, job.length), generator)
         x = reference.reference_sample(
-            self.model, x_0, job.steps, job.rule, generator, dtype=self.dtype
+            self.model,
+            x_0,
+            job.steps,
+            job.rule,
+            generator,
+            dtype=self.dtype,
+            absorbing=source.absorbing,
         )
         x.tolist()
         one_call = body_flops(config, job.batch, job.length) + head_flops(config, x.numel())
@@ -241,7 +281,7 @@ class PlainSampler(_Sampler):
 
 
 class Autoregressive:
-    """GPT-2 of the same shape; a job's steps mean nothing to it: it makes one call a token."""
+    """GPT-2 or Llama of the same shape: it makes one call a token, whatever a job's steps."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         torch.manual_seed(0)

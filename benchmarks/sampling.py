@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SHAPES, SIDES, Job, runnable, shape, sides_for
+from fsdfm.bench.jobs import SHAPES, Job, shape
+from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SIDES, runnable, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
 from fsdfm.flow.step import STEP_RULES

@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fsdfm
-from fsdfm.bench import autoregressive, benchmark, harness, reference, sides
+from fsdfm.bench import autoregressive, benchmark, harness, jobs, reference, samplers, sides
 from fsdfm.bench.figures import (
     Row,
     body_flops,
@@ -35,16 +35,9 @@ from fsdfm.bench.figures import (
     per_step,
 )
 from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
-from fsdfm.bench.sides import (
-    SIDES,
-    Job,
-    OurSampler,
-    build_side,
-    make_engine,
-    runnable,
-    shape,
-    sides_for,
-)
+from fsdfm.bench.jobs import Job, shape
+from fsdfm.bench.samplers import OurSampler, make_engine
+from fsdfm.bench.sides import SIDES, build_side, runnable, sides_for
 from fsdfm.core.errors import BenchError, CheckpointError, ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import cross_entropy, path_loss
@@ -534,7 +527,7 @@ def test_the_reference_has_pytorchs_attention_and_leaves_the_networks_own_in_pla
 def test_the_reference_computes_the_twin_with_pytorchs_own_pieces(
     monkeypatch: pytest.MonkeyPatch, attention: Any
 ) -> None:
-    model = sides.random_model(replace(TWIN, attention=attention))
+    model = jobs.random_model(replace(TWIN, attention=attention))
     x = torch.randint(67, (3, 16), generator=torch.Generator().manual_seed(1))
     t = torch.tensor([0.1, 0.5, 0.9])
     ours = model(x, t, t)[..., : TWIN.vocab_size]
@@ -609,10 +602,10 @@ def test_every_side_does_its_job(task: str, config: ModelConfig) -> None:
 
 
 def test_a_reference_and_the_engine_are_charged_for_what_they_do() -> None:
-    plain = sides.PlainSampler(TOY, CPU, torch.float32).run(Job(2, 16, 4), 1)
+    plain = samplers.PlainSampler(TOY, CPU, torch.float32).run(Job(2, 16, 4), 1)
     once = body_flops(TOY, 2, 16)
     assert plain.flops == 4 * (once + head_flops(TOY, 2 * 16))
-    engine = sides.OurSampler(TOY, CPU, torch.float32)
+    engine = samplers.OurSampler(TOY, CPU, torch.float32)
     ours = engine.run(Job(2, 16, 4), 1)
     assert ours.flops is not None
     rows, rest = divmod(ours.flops - 4 * once, head_flops(TOY, 1))
@@ -620,7 +613,7 @@ def test_a_reference_and_the_engine_are_charged_for_what_they_do() -> None:
     split = engine.split(Job(2, 16, 4), 1)
     assert sum(split.values()) == pytest.approx(1.0)
     assert set(split) == {"hidden", "head", "draw"} and min(split.values()) > 0.0
-    joint = sides.JointSampler(TOY, CPU, torch.float32)
+    joint = samplers.JointSampler(TOY, CPU, torch.float32)
     told = joint.run(Job(2, 16, 4), 1)
     assert told.flops is not None
     each = head_flops(TOY, 1) + joint_flops(joint.config, 1)
@@ -645,7 +638,7 @@ def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) ->
 @pytest.mark.parametrize("rule", ["exact", "published"])
 def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(rule: Any) -> None:
     config = replace(TWIN, vocab_size=SYMBOLS, context_length=LENGTH)
-    network, draw = sides.random_model(config), torch.Generator().manual_seed(23)
+    network, draw = jobs.random_model(config), torch.Generator().manual_seed(23)
     x_0 = start("mask")
     *_, last = sample(
         make_engine(network, CPU, torch.float32),
@@ -661,7 +654,7 @@ def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(rule: 
 
 
 def test_pretraining_on_masks_counts_what_ours_counts() -> None:
-    network = sides.random_model(TWIN)
+    network = jobs.random_model(TWIN)
     x_1 = torch.randint(67, (64, 16), generator=torch.Generator().manual_seed(4))
     source, draw = MaskSource(67, absorbing=True), torch.Generator().manual_seed(6)
     losses = torch.empty(2, 24, dtype=torch.float64)

@@ -11,7 +11,8 @@ import torch
 
 from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import machine, measure, plan, specs_for, started
-from fsdfm.bench.sides import SHAPES, SIDES, Job, shape, sides_for
+from fsdfm.bench.jobs import SHAPES, Job, shape
+from fsdfm.bench.sides import SIDES, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_1, check, option

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from fsdfm.bench.figures import Row, median
-from fsdfm.bench.sides import Job, dtype_of
+from fsdfm.bench.jobs import Job
+from fsdfm.bench.sides import dtype_of
 from fsdfm.core.errors import BenchError
 from fsdfm.core.progress import Progress
 from fsdfm.model.networks import config_to_dict

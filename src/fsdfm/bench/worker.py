@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from fsdfm.bench.sides import Job, Side, build_side, synchronise
+from fsdfm.bench.jobs import Job, Side, synchronise
+from fsdfm.bench.sides import build_side
 from fsdfm.core.errors import FsdfmError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.networks import config_from_dict

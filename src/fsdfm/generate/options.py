@@ -40,6 +40,12 @@ class SamplingOptions:
     """Divides the logits: below 1 safer, above 1 wilder, 0 the likeliest token."""
     top_p: float = option(1.0, within=Range(0, 1, above=True))
     """Draw only the likeliest tokens that together have this mass."""
+    top_k: int = option(0, within=AT_LEAST_0, form="K")
+    """Draw only the K likeliest tokens; 0: any."""
+    min_p: float = option(0.0, within=Range(0, 1))
+    """Draw only tokens at least this likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = option(1.0, within=Range(1, below=True))
+    """Divides the odds of tokens that the text has already: 1 leaves them."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -84,6 +90,9 @@ class Options(TypedDict, total=False):
     draws: int | None
     temperature: float | None
     top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
     length: int | None
     num_samples: int | None
     seed: int | None

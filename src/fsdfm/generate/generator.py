@@ -22,17 +22,17 @@ from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.generate.options import DEFAULTS, Options, split
+from fsdfm.generate.options import DEFAULTS, Options, SamplingOptions, split
 from fsdfm.generate.precision import pick_dtype
+from fsdfm.generate.request import LARGEST_SEED, Request, Result
 from fsdfm.generate.results import Generation, Sample, Snapshot
 from fsdfm.generate.rows import Rows, integer_rows
+from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
-LARGEST_SEED = 2**32 - 1
-"""The noise is seeded with 32 bits; a larger seed would repeat a smaller one."""
 LONGEST_DEFAULT = 1024
 
 
@@ -89,6 +89,7 @@ class Generator:
         # The sampler draws in float64, which MPS lacks.
         self.state_device = torch.device("cpu") if self.device.type == "mps" else self.device
         self._pieces: dict[int, str] = {}
+        self._texts: list[str] | None = None
 
     def generate(self, **options: Unpack[Options]) -> Generation:
         """Generate texts.
@@ -152,6 +153,36 @@ class Generator:
         fixed, mask = torch.tensor(kept), torch.tensor(given, dtype=torch.bool)
         request = replace(request, fixed=fixed, frozen=mask)
         return Generation([sample for batch in self._batches(request) for sample in batch])
+
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = BATCH,
+        on_step: OnStep | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> list[Result]:
+        """Answer requests of any kind, length and number of steps.
+
+        What can shares a call: sequences of one length at one time. A result does not depend on
+        what it shared a call with, but for the rounding of products of another size, which may
+        change a text (with batch_size 1 there is none).
+
+        Args:
+            requests: what is wanted.
+            batch_size: sequences that share a call, at most.
+            on_step: told after every call: steps done, steps planned, and every text as it stands.
+            cancelled: asked before every call, of every request by its number, whether it is given
+                up; its result is then what there is, with finish "cancelled".
+
+        Returns:
+            One result for each, in order. See `Running` for admission between calls.
+
+        Raises:
+            ConfigError: a request that this model cannot do; nothing was begun.
+            DataError: a text that is not Unicode.
+        """
+        return answer(self, requests, batch_size=batch_size, on_step=on_step, cancelled=cancelled)
 
     def batches(self, **options: Unpack[Options]) -> Iterator[list[Sample]]:
         """As `generate`, but each batch is handed out as soon as it is done.
@@ -285,12 +316,7 @@ class Generator:
                 f"got seed={seed} for {num_samples} samples.",
                 "seed",
             )
-        if sampling.draws > 1 and not self.config.neighbours:
-            raise ConfigError(
-                f"This model has no joint head, so its positions are drawn on their own: leave "
-                f"draws={sampling.draws} out, or use a model that was distilled to one.",
-                "draws",
-            )
+        self.check(sampling)
         prompt, shape = self._encode(wanted.prompt, length), (num_samples, length)
         return _Request(
             steps=sampling.steps,
@@ -303,6 +329,25 @@ class Generator:
             fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))).expand(*shape),
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )
+
+    def check(self, sampling: SamplingOptions) -> None:
+        """Refuse what this model cannot do.
+
+        Raises:
+            ConfigError: several draws a call of a model without a joint head.
+        """
+        if sampling.draws > 1 and not self.config.neighbours:
+            raise ConfigError(
+                f"This model has no joint head, so its positions are drawn on their own: leave "
+                f"draws={sampling.draws} out, or use a model that was distilled to one.",
+                "draws",
+            )
+
+    def pieces(self) -> list[str]:
+        """The text of every token of the network on its own; of EOS and of masks there is none."""
+        if self._texts is None:
+            self._texts = [self.decode([token]) for token in range(self.config.vocab_size)]
+        return self._texts
 
     def _encode(self, prompt: Any, length: int) -> Tensor:
         """The prompt's tokens, int64, at least one fewer than length."""

@@ -143,7 +143,7 @@ class Result:
     """Of each token, nats: log p of the model as it was drawn last, before temperature and other
     controls; None where it was given."""
     finish: str
-    """end: of a document; stop: one of its strings; length: all positions are written; cancelled."""
+    """Why the text ends: end, of a document; stop, one of its strings; length; or cancelled."""
     tokens: int
     """Tokens that were written, before trimming."""
     calls: int

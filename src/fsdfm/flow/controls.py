@@ -25,6 +25,11 @@ class Bans:
     pairs: tuple[tuple[int, int], ...] = ()
     """Positions and tokens that do not go together, besides."""
 
+    def within(self, first: int, last: int) -> Bans:
+        """Those of positions from `first` up to `last`."""
+        pairs = ((at - first, token) for at, token in self.pairs if first <= at < last)
+        return Bans(self.sets, self.at[first:last], tuple(pairs))
+
 
 @dataclass(frozen=True, slots=True)
 class Controls:
@@ -129,7 +134,7 @@ def cut(p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     Returns:
         (N, V), rows summing to 1, the likeliest token always kept.
     """
-    ordered, order = p.sort(-1, descending=True)
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)  # among equals as argmax
     rank = torch.arange(p.shape[1], device=p.device)
     outside = (top_k[:, None] > 0) & (rank >= top_k[:, None])
     left = ordered.masked_fill(outside, 0.0)

@@ -151,7 +151,7 @@ class Result:
     seed: int
     """Of this text."""
     seconds: float
-    """From its admission to its end."""
+    """From its first call to its end."""
 
     @property
     def score(self) -> float:

@@ -49,12 +49,17 @@ class Running:
     Args:
         generator: the model.
         batch_size: sequences that share a call, at most.
+        fair: whether requests take turns, as those of several people should; else each goes on
+            until it is done, in the order of their admission.
     """
 
-    def __init__(self, generator: Generator, *, batch_size: int = BATCH) -> None:
+    def __init__(
+        self, generator: Generator, *, batch_size: int = BATCH, fair: bool = False
+    ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be a whole number >= 1, got {batch_size}.")
         self.generator, self.batch_size = generator, batch_size
+        self.fair = fair
         self._tickets = itertools.count()
         self._jobs: dict[int, Job] = {}
 
@@ -89,8 +94,12 @@ class Running:
         """The text of a request as it stands; positions without a token are left out."""
         return self._jobs[ticket].draft().text
 
+    def settled(self, ticket: int) -> str:
+        """The beginning of a request's text that no later call changes: whole windows of it."""
+        return self._jobs[ticket].settled()
+
     def step(self) -> list[Event]:
-        """One call: of the request that was admitted or advanced longest ago, and what can join.
+        """One call: of the request whose turn it is, and of what can join.
 
         Returns:
             What it did, of each request that took part.
@@ -107,6 +116,8 @@ class Running:
                 key = task.key if key is None else key
                 if task.key == key and len(batch) < self.batch_size:
                     batch.append((ticket, task))
+        for ticket, _ in batch:
+            self._jobs[ticket].started()
         try:
             call(self.generator, [task for _, task in batch])
         except torch.OutOfMemoryError:
@@ -120,11 +131,13 @@ class Running:
         return [self._event(ticket) for ticket in dict.fromkeys(t for t, _ in batch)]
 
     def _event(self, ticket: int) -> Event:
-        job = self._jobs.pop(ticket)
+        job = self._jobs[ticket]
         job.waiting = [task for task in job.waiting if not task.done]
         while not job.waiting and job.result is None:
             job.proceed()
-        if job.result is None:
+        if job.result is not None or self.fair:
+            del self._jobs[ticket]
+        if job.result is None and self.fair:
             self._jobs[ticket] = job  # at the end: the others come first
         return Event(ticket, *job.planned, job.result)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -165,14 +165,6 @@ def offenders(
                 found.append((at, last))
             at = text.find(word, at + 1)
     return sorted(found)
-
-
-def with_pair(bans: Bans | None, pairs: Sequence[tuple[int, int]], size: int, length: int) -> Bans:
-    """Bans with positions and tokens that do not go together, besides."""
-    if bans is None:
-        none = torch.full((length,), -1, dtype=torch.int64)
-        bans = Bans(torch.zeros((1, size), dtype=torch.bool), none)
-    return replace(bans, pairs=(*bans.pairs, *pairs))
 
 
 def _runs(free: Tensor) -> list[tuple[int, int]]:

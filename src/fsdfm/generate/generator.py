@@ -250,7 +250,7 @@ class Generator:
                 frozen=frozen,
                 token_ids=ids,
                 text=self.decode(ids),
-                pieces=[self._piece(i) for i in ids],
+                pieces=[self.piece(i) for i in ids],
             )
 
     def _states(self, request: _Request, first: int, count: int) -> Iterator[State]:
@@ -292,7 +292,8 @@ class Generator:
         """Token ids as text; a mask, or a row that pads the network's vocabulary, is no text."""
         return self.tokenizer.decode(i for i in ids if i < self.tokenizer.vocab_size)
 
-    def _piece(self, token: int) -> str:
+    def piece(self, token: int) -> str:
+        """The text of a token on its own; of EOS what is put between documents."""
         if token not in self._pieces:
             end = token == self.tokenizer.eos_id
             self._pieces[token] = DOCUMENT_SEPARATOR if end else self.decode([token])

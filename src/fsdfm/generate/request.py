@@ -159,8 +159,23 @@ class Result:
         found = [x for x in self.logprobs if x is not None]
         return math.fsum(found) / len(found) if found else 0.0
 
+    def record(self, *, logprobs: bool = False) -> dict[str, Any]:
+        """As files and pipes have it: nfe for its calls, and its id where it has one.
+
+        Args:
+            logprobs: whether with token_ids and logprobs.
+        """
+        found: dict[str, Any] = {} if self.id is None else {"id": self.id}
+        found |= {"text": self.text, "tokens": self.tokens, "nfe": self.calls, "seed": self.seed}
+        found |= {"seconds": self.seconds}
+        found |= {"tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0}
+        found |= {"spans": [list(span) for span in self.spans], "finish": self.finish}
+        return found | (
+            {"token_ids": self.token_ids, "logprobs": self.logprobs} if logprobs else {}
+        )
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """All of it, as JSON has it."""
         return asdict(self) | {"spans": [list(span) for span in self.spans]}
 
 

@@ -90,6 +90,10 @@ class Running:
         """
         return self._jobs.pop(ticket).cancelled()
 
+    def job(self, ticket: int) -> Job:
+        """A request on its way, for whoever wants to look at its tokens."""
+        return self._jobs[ticket]
+
     def draft(self, ticket: int) -> str:
         """The text of a request as it stands; positions without a token are left out."""
         return self._jobs[ticket].draft().text

@@ -234,7 +234,9 @@ class Job:
 
     def _composed(self, attempt: Attempt, ids: list[int] | None = None) -> Composed:
         """The text of an attempt as it stands, or of other tokens."""
-        earliest = max((place.first + len(place.ids) for place in attempt.places), default=0)
+        first = attempt.layout.places()[-1][0]
+        ends = (place.first + len(place.ids) for place in attempt.places)
+        earliest = max(first + attempt.layout.least, *ends, 0)
         how = (self.end, self.request.stop, earliest)
         ids = attempt.now(self.generator.config.vocab_size) if ids is None else ids
         return compose(attempt.layout, ids, self.generator, how)

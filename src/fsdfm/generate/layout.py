@@ -29,6 +29,8 @@ class Layout:
     pieces: tuple[Piece, ...]
     ids: tuple[tuple[int, ...], ...]
     """Of the fixed pieces; of a gap its draft, or none."""
+    least: int = 0
+    """Tokens that the last gap has before the text may end."""
 
     @property
     def sizes(self) -> list[int]:

@@ -1,28 +1,118 @@
 """How long a gap should be: lengths are tried, and the model says which it finds likely.
 
+A length n is tried in one call, in which the n tokens of the gap and the first BEHIND tokens after
+it are unknown. Its score is
+
+    mean log p(token behind the gap) + CONFIDENCE * mean max log p(. at a position of the gap)
+
+at the rows of that call: with the right number of positions between both sides the model knows best
+how the text goes on. A gap that ends the text has nothing behind it: it is written at its longest,
+and ends with its document.
+
 Shapes: L positions, V data tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator as Asks
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from fsdfm.generate.layout import Layout
 from fsdfm.generate.request import Request
 from fsdfm.generate.template import Gap
-from fsdfm.generate.track import Task
+from fsdfm.generate.track import Probe, Task, start
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
+
+BEHIND = 6
+"""Tokens after a gap that a length is judged by."""
+CONFIDENCE = 0.5
+"""Weight of the gap's own rows."""
+TRIED = 8
+"""Lengths of a gap that are tried at most."""
 
 
 def choose_lengths(
     generator: Generator, layout: Layout, request: Request
 ) -> Asks[list[Task], None, tuple[Layout, int]]:
-    """A layout in which every gap has its length, and the calls that it took."""
+    """Lengths for the gaps that have none, from left to right.
+
+    Gaps to the right of the one that is tried are at the middle of their range.
+
+    Returns:
+        A layout in which every gap has its length, and the calls that it took.
+    """
+    calls = 0
     for number, piece in enumerate(layout.pieces):
+        if not (isinstance(piece, Gap) and piece.free):
+            continue
+        if number == len(layout.pieces) - 1:
+            layout = replace(layout.with_length(number, piece.high), least=piece.low)
+            continue
+        settled = _settled(layout, number)
+        scores: dict[int, float] = {}
+        probes = [
+            _probe(generator, settled.with_length(number, n), number, request.seed, n, scores)
+            for n in candidates(piece.low, piece.high)
+        ]
+        yield [*probes]
+        calls += sum(probe.calls for probe in probes)
+        layout = layout.with_length(number, max(scores, key=lambda n: (scores[n], -n)))
+    return layout, calls
+
+
+def candidates(low: int, high: int, count: int = TRIED) -> list[int]:
+    """At most `count` lengths from low to high, both among them; ever further apart."""
+    if high - low < count:
+        return list(range(low, high + 1))
+    ratio = (high / low) ** (1.0 / (count - 1))
+    found = {low, high, *(round(low * ratio**k) for k in range(1, count - 1))}
+    for more in range(low, high):  # short lengths round to the same
+        if len(found) >= count:
+            break
+        found.add(more)
+    return sorted(found)
+
+
+def _settled(layout: Layout, number: int) -> Layout:
+    """The same with the free gaps after a piece at the middle of their range."""
+    for later, piece in enumerate(layout.pieces[number + 1 :], start=number + 1):
         if isinstance(piece, Gap) and piece.free:
-            layout = layout.with_length(number, (piece.low + piece.high) // 2)
-    return layout, 0
-    yield []
+            layout = layout.with_length(later, (piece.low + piece.high) // 2)
+    return layout
+
+
+def _probe(
+    generator: Generator,
+    layout: Layout,
+    number: int,
+    seed: int,
+    length: int,
+    scores: dict[int, float],
+) -> Probe:
+    given, free = layout.tokens()
+    first, last = layout.places()[number]
+    behind = (~free[last:]).nonzero()[:BEHIND, 0] + last
+    hidden = free.clone()
+    hidden[behind] = True
+    noise = torch.Generator().manual_seed(seed)
+    x = torch.where(hidden, start(generator, noise, len(given)), given)
+    t = float(1.0 - hidden.float().mean()) ** (1.0 / generator.config.schedule_power)
+    t = min(t, 1.0 - 1.0 / len(x))
+    rows = torch.cat((torch.arange(first, last), behind))
+    read = partial(_score, scores, length, given[behind])
+    return Probe(x, t, 1.0 - t, rows, read)
+
+
+def _score(scores: dict[int, float], length: int, behind: Tensor, logp: Tensor) -> None:
+    """Note the score of a length: rows of the gap, then of what is behind it, (n + b, V)."""
+    score = CONFIDENCE * float(logp[:length].max(-1).values.mean())
+    if len(behind):
+        score += float(logp[length:].gather(1, behind[:, None]).mean())
+    scores[length] = score

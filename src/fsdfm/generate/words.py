@@ -72,6 +72,8 @@ def bans(
     for piece, (first, last) in zip(layout.pieces, layout.places(), strict=True):
         if isinstance(piece, Gap):
             at[first:last] = LAST if last == len(at) else INNER
+    last_gap = layout.places()[-1][0]
+    at[: last_gap + layout.least][at[: last_gap + layout.least] == LAST] = ENDING
     for place in places:
         at[: place.first][at[: place.first] == LAST] = ENDING
         behind = place.first + len(place.ids)

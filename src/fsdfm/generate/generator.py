@@ -19,15 +19,14 @@ from torch import Tensor
 from fsdfm.core.device import pick_device
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.path import make_source
-from fsdfm.flow.sampler import Drawing, Noise, State, sample
-from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.sampler import State
 from fsdfm.generate.options import DEFAULTS, Options, SamplingOptions, split
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.generate.request import LARGEST_SEED, Request, Result
 from fsdfm.generate.results import Generation, Sample, Snapshot
 from fsdfm.generate.rows import Rows, integer_rows
 from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
+from fsdfm.generate.track import Track, call, start
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
@@ -45,7 +44,7 @@ class _Request:
     num_samples: int
     seed: int
     batch_size: int
-    drawing: Drawing
+    sampling: SamplingOptions
     grid: Tensor
     """Times of the calls, float64, shape (steps + 1,)."""
     fixed: Tensor
@@ -216,13 +215,13 @@ class Generator:
 
     def _batches(self, request: _Request) -> Iterator[list[Sample]]:
         seeds = range(request.seed, request.seed + request.num_samples)
-        for start in range(0, len(seeds), request.batch_size):
-            batch = seeds[start : start + request.batch_size]
+        for first in range(0, len(seeds), request.batch_size):
+            batch = seeds[first : first + request.batch_size]
             began = time.perf_counter()
-            (last,) = deque(self._states(request, start, len(batch)), maxlen=1)
+            (last,) = deque(self._states(request, first, len(batch)), maxlen=1)
             rows: list[list[int]] = last.x.tolist()
             seconds = time.perf_counter() - began
-            free = (~request.frozen[start : start + len(batch)]).sum(1).tolist()
+            free = (~request.frozen[first : first + len(batch)]).sum(1).tolist()
             yield [
                 Sample(
                     text=self.decode(ids),
@@ -255,25 +254,20 @@ class Generator:
 
     def _states(self, request: _Request, first: int, count: int) -> Iterator[State]:
         """States of samples first, ..., first + count - 1."""
-        rows = slice(first, first + count)
-        noise = Noise(range(request.seed + first, request.seed + first + count))
-        source = make_source(
-            self.config.source, self.config.vocab_size, absorbing=self.config.absorbing
-        )
-        frozen = request.frozen[rows]
-        start = torch.where(frozen, request.fixed[rows], noise.start(source, request.length))
+        tracks = []
+        for number in range(first, first + count):
+            noise = torch.Generator().manual_seed(request.seed + number)
+            frozen, fixed = request.frozen[number], request.fixed[number]
+            x = torch.where(frozen, fixed, start(self, noise, request.length))
+            # What a row freezes with the mask's id is no text, and stays.
+            how, controls = request.sampling, request.sampling.controls()
+            tracks.append(Track(x, ~frozen, request.grid.tolist(), how, controls, noise))
+        calls = 0
         try:
-            yield from sample(
-                self.engine,
-                start.to(self.state_device),
-                request.grid,
-                noise,
-                vocab_size=self.config.vocab_size,
-                schedule=Polynomial(self.config.schedule_power),
-                drawing=request.drawing,
-                frozen=frozen,
-                absorbing=self.config.absorbing,
-            )
+            yield self._state(tracks, calls)
+            while not tracks[0].done:
+                calls += call(self, tracks)
+                yield self._state(tracks, calls)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"{self.device} has not enough memory for {count} x {request.length} tokens: "
@@ -282,6 +276,11 @@ class Generator:
                 "length",
                 "device",
             ) from None
+
+    def _state(self, tracks: Sequence[Track], calls: int) -> State:
+        """Where the tracks are together."""
+        one, x = tracks[0], torch.stack([track.x for track in tracks])
+        return State(x, one.step, one.times[one.step], calls, sum(t.rows for t in tracks))
 
     def autocast(self) -> torch.autocast:
         """For calls of `model` itself: products in the engine's format (bfloat16 for int8)."""
@@ -326,7 +325,7 @@ class Generator:
             num_samples=num_samples,
             seed=seed,
             batch_size=wanted.batch_size,
-            drawing=sampling.drawing(),
+            sampling=sampling,
             fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))).expand(*shape),
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )

@@ -19,7 +19,6 @@ from fsdfm.flow.grid import GRIDS
 from fsdfm.generate.attempt import Attempt, windows
 from fsdfm.generate.layout import Composed, Layout, compose, ending, lay_out
 from fsdfm.generate.lengths import choose_lengths
-from fsdfm.generate.options import GREEDY_BELOW
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.template import Gap
 from fsdfm.generate.track import Probe, Task, Track, start
@@ -192,15 +191,7 @@ class Job:
         )
 
     def _controls(self, banned: Bans | None, window: tuple[int, int]) -> Controls:
-        how = self.sampling
-        return Controls(
-            temperature=0.0 if how.temperature < GREEDY_BELOW else how.temperature,
-            top_p=how.top_p,
-            top_k=how.top_k,
-            min_p=how.min_p,
-            repetition_penalty=how.repetition_penalty,
-            bans=None if banned is None else banned.within(*window),
-        )
+        return self.sampling.controls(None if banned is None else banned.within(*window))
 
     def _repair(self, attempt: Attempt, window: tuple[int, int]) -> Asks[list[Task], None, None]:
         """Draw anew what makes a banned phrase, one token a call, until there is none."""

@@ -1,13 +1,13 @@
 """How long a gap should be: lengths are tried, and the model says which it finds likely.
 
-A length n is tried in one call, in which the n tokens of the gap and the first BEHIND tokens after
-it are unknown. Its score is
+A length n is tried in one call, in which the n tokens of the gap and the BEHIND tokens after it are
+unknown. With a flat prior over n, and the tokens behind taken on their own,
 
-    mean log p(token behind the gap) + CONFIDENCE * mean max log p(. at a position of the gap)
+    P(n) ~ p(tokens behind the gap, at the rows of that call):
 
-at the rows of that call: with the right number of positions between both sides the model knows best
-how the text goes on. A gap that ends the text has nothing behind it: it is written at its longest,
-and ends with its document.
+with the right number of positions between both sides the model knows best how the text goes on. The
+gap gets the mean of n under P, rounded. A gap that ends the text has nothing behind it: it is
+written at its longest, and ends with its document.
 
 Shapes: L positions, V data tokens.
 """
@@ -15,6 +15,7 @@ Shapes: L positions, V data tokens.
 from __future__ import annotations
 
 from collections.abc import Generator as Asks
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -30,10 +31,8 @@ from fsdfm.generate.track import Probe, Task, start
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
 
-BEHIND = 6
+BEHIND = 2
 """Tokens after a gap that a length is judged by."""
-CONFIDENCE = 0.5
-"""Weight of the gap's own rows."""
 TRIED = 8
 """Lengths of a gap that are tried at most."""
 
@@ -63,7 +62,7 @@ def choose_lengths(
         ]
         yield [*probes]
         calls += sum(probe.calls for probe in probes)
-        layout = layout.with_length(number, max(scores, key=lambda n: (scores[n], -n)))
+        layout = layout.with_length(number, expected(scores))
     return layout, calls
 
 
@@ -78,6 +77,19 @@ def candidates(low: int, high: int, count: int = TRIED) -> list[int]:
             break
         found.add(more)
     return sorted(found)
+
+
+def expected(scores: Mapping[int, float]) -> int:
+    """The mean length, rounded.
+
+    Args:
+        scores: log p of what is behind, nats, of lengths that were tried; one that was not counts
+            with the next that was.
+    """
+    lengths = torch.tensor(sorted(scores), dtype=torch.float64)
+    weight = torch.tensor([scores[n] for n in sorted(scores)], dtype=torch.float64).softmax(0)
+    weight = weight * torch.diff(lengths, prepend=lengths[:1] - 1.0)
+    return round(float((weight * lengths).sum() / weight.sum()))
 
 
 def _settled(layout: Layout, number: int) -> Layout:
@@ -97,7 +109,7 @@ def _probe(
     scores: dict[int, float],
 ) -> Probe:
     given, free = layout.tokens()
-    first, last = layout.places()[number]
+    last = layout.places()[number][1]
     behind = (~free[last:]).nonzero()[:BEHIND, 0] + last
     hidden = free.clone()
     hidden[behind] = True
@@ -105,14 +117,9 @@ def _probe(
     x = torch.where(hidden, start(generator, noise, len(given)), given)
     t = float(1.0 - hidden.float().mean()) ** (1.0 / generator.config.schedule_power)
     t = min(t, 1.0 - 1.0 / len(x))
-    rows = torch.cat((torch.arange(first, last), behind))
-    read = partial(_score, scores, length, given[behind])
-    return Probe(x, t, 1.0 - t, rows, read)
+    return Probe(x, t, 1.0 - t, behind, partial(_score, scores, length, given[behind]))
 
 
 def _score(scores: dict[int, float], length: int, behind: Tensor, logp: Tensor) -> None:
-    """Note the score of a length: rows of the gap, then of what is behind it, (n + b, V)."""
-    score = CONFIDENCE * float(logp[:length].max(-1).values.mean())
-    if len(behind):
-        score += float(logp[length:].gather(1, behind[:, None]).mean())
-    scores[length] = score
+    """Note the score of a length: rows of what is behind the gap, (b, V)."""
+    scores[length] = float(logp.gather(1, behind[:, None]).sum()) if len(behind) else 0.0

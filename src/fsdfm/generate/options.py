@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, check, known, option
+from fsdfm.flow.controls import Bans, Controls
 from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.sampler import Drawing
 from fsdfm.flow.step import MOVERS, STEP_RULES
 
 GREEDY_BELOW = 1e-6
@@ -50,14 +50,19 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         check(self)
 
-    def drawing(self) -> Drawing:
-        """How the sampler is to draw."""
-        return Drawing(
-            rule=STEP_RULES[self.step],
-            movers=MOVERS[self.movers],
+    def controls(self, bans: Bans | None = None) -> Controls:
+        """What is made of the model's rows before a token is drawn.
+
+        Args:
+            bans: tokens that positions may not take.
+        """
+        return Controls(
             temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
             top_p=self.top_p,
-            draws=self.draws,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            bans=bans,
         )
 
 

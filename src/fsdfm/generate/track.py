@@ -47,6 +47,8 @@ class Track:
     step: int = 0
     calls: int = 0
     """Those in which something moved."""
+    rows: int = 0
+    """Rows that the head was run on."""
     fresh: Tensor = field(init=False)
     """Positions that were free at its start, bool, shape (L,)."""
     settled: Tensor = field(init=False)
@@ -119,8 +121,8 @@ Task = Track | Probe
 
 
 @torch.no_grad()
-def call(generator: Generator, tasks: Sequence[Task]) -> None:
-    """Advance tasks of one key by one call; it is none if nobody moves.
+def call(generator: Generator, tasks: Sequence[Task]) -> bool:
+    """Advance tasks of one key by one call; whether it was one, which it is not if nobody moves.
 
     What comes out for a task does not depend on the others, but for the rounding of products of
     another size.
@@ -129,8 +131,7 @@ def call(generator: Generator, tasks: Sequence[Task]) -> None:
     tracks = [task for task in tasks if isinstance(task, Track)]
     if probes:
         _look(generator, probes)
-    if tracks:
-        _advance(generator, tracks)
+    return bool(tracks and _advance(generator, tracks)) or bool(probes)
 
 
 def _look(generator: Generator, probes: Sequence[Probe]) -> None:
@@ -145,7 +146,7 @@ def _look(generator: Generator, probes: Sequence[Probe]) -> None:
         probe.calls, probe.done = 1, True
 
 
-def _advance(generator: Generator, tracks: Sequence[Track]) -> None:
+def _advance(generator: Generator, tracks: Sequence[Track]) -> bool:
     config, how = generator.config, tracks[0].sampling
     t, then = tracks[0].times[tracks[0].step : tracks[0].step + 2]
     rule, length = STEP_RULES[how.step], len(tracks[0].x)
@@ -161,6 +162,7 @@ def _advance(generator: Generator, tracks: Sequence[Track]) -> None:
         _draw(generator, moving, t, then - t, a)
     for track in tracks:
         track.moved(config.schedule_power, config.absorbing)
+    return bool(moving)
 
 
 def _draw(
@@ -193,7 +195,7 @@ def _draw(
         track.x, track.settled = x[i].cpu(), settled[i].cpu()
         track.logprobs[mine] = logp[of == i]
         track.entropy = float(entropy[of == i].mean())
-        track.calls += 1
+        track.calls, track.rows = track.calls + 1, track.rows + int(mine.sum())
         if generator.config.absorbing:
             track.free = track.free & ~mine
 

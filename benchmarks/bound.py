@@ -39,11 +39,11 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
     chosen = (blocks.human + blocks.others)[: args.sequences]
     source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
     schedule, nats = Polynomial(config.schedule_power), []
-    for seed, ids in enumerate(chosen):
+    for number, ids in enumerate(chosen):
         x_1 = torch.tensor([ids])
         with generator.autocast():
             found = elbo_nats_per_token(
-                generator.model, x_1, source, schedule, times=args.times, seed=seed
+                generator.model, x_1, source, schedule, times=args.times, first=number
             )
             nats.append(statistics.fmean(found))
     return nats, [len(generator.decode(ids).encode()) for ids in chosen]

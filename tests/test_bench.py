@@ -39,7 +39,7 @@ from fsdfm.bench.sides import (
 from fsdfm.core.errors import BenchError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import path_loss
-from fsdfm.flow.path import UniformSource
+from fsdfm.flow.path import Batch, UniformSource
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, transition
@@ -212,7 +212,7 @@ def test_path_loss_is_that_of_the_flow_room() -> None:
     x_t, x_1 = torch.randint(7, (2, 4, 6), generator=draw)
     t = torch.tensor([0.0, 0.31, 0.73, 0.998], dtype=torch.float64)
     h = torch.full_like(t, 2.0**-10)
-    ours = path_loss(network, x_t, x_1, t, h, 7, LINEAR)
+    ours = path_loss(network, Batch(x_t, x_1, t, h), 7, LINEAR)
     log_p = reference.whole_logits(network, x_t, t, h).log_softmax(-1)
     theirs = reference.generalized_kl(log_p, x_t, x_1, LINEAR.rate(t).float()).mean()
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)

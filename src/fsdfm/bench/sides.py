@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from fsdfm.bench import autoregressive, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.core.errors import ConfigError
-from fsdfm.flow.grid import even_grid, latest_grid
+from fsdfm.flow.grid import GRIDS, even_grid
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
+from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.flow.step import STEP_RULES
+from fsdfm.flow.step import EXACT, STEP_RULES
 from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
 from fsdfm.train.checkpoint import TrainState
@@ -153,6 +154,10 @@ class OurSampler(_Sampler):
 
     draws = 1
 
+    def rule(self, job: Job) -> str:
+        """Name of its step rule."""
+        return job.rule
+
     def grid(self, steps: int) -> Tensor:
         """Times of its calls."""
         return even_grid(steps)
@@ -177,13 +182,14 @@ class OurSampler(_Sampler):
         config = self.config
         noise = Noise(range(seed * job.batch, (seed + 1) * job.batch))
         source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        posterior = Grouped(engine, self.draws) if config.neighbours else INDEPENDENT
         states = sample(
             engine,
             noise.start(source, job.length).to(self.device),
             self.grid(job.steps),
             noise,
             vocab_size=config.vocab_size,
-            drawing=Drawing(STEP_RULES[job.rule], draws=self.draws),
+            drawing=Drawing(STEP_RULES[self.rule(job)], posterior=posterior),
         )
         (last,) = deque(states, maxlen=1)
         last.x.tolist()
@@ -201,9 +207,13 @@ class JointSampler(OurSampler):
 
     draws = DRAWS
 
+    def rule(self, job: Job) -> str:
+        """Exact: the published rule cannot draw in groups."""
+        return EXACT.name
+
     def grid(self, steps: int) -> Tensor:
         """More positions move in a call than on an even one."""
-        return latest_grid(steps)
+        return GRIDS["latest"](steps)
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")

@@ -19,7 +19,9 @@ from torch import Tensor
 from fsdfm.core.device import pick_device
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
+from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
 from fsdfm.flow.sampler import State
+from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.options import DEFAULTS, Options, SamplingOptions, split
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.generate.request import LARGEST_SEED, Request, Result
@@ -316,7 +318,7 @@ class Generator:
                 f"got seed={seed} for {num_samples} samples.",
                 "seed",
             )
-        self.check(sampling)
+        self.posterior(sampling)
         prompt, shape = self._encode(wanted.prompt, length), (num_samples, length)
         return _Request(
             steps=sampling.steps,
@@ -330,11 +332,12 @@ class Generator:
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )
 
-    def check(self, sampling: SamplingOptions) -> None:
-        """Refuse what this model cannot do.
+    def posterior(self, sampling: SamplingOptions) -> Posterior:
+        """How the movers of a call are drawn.
 
         Raises:
-            ConfigError: several draws a call of a model without a joint head.
+            ConfigError: several draws a call of a model without a joint head, or of a step rule
+                that cannot go with them.
         """
         if sampling.draws > 1 and not self.config.neighbours:
             raise ConfigError(
@@ -342,6 +345,9 @@ class Generator:
                 f"draws={sampling.draws} out, or use a model that was distilled to one.",
                 "draws",
             )
+        found = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
+        found.check(STEP_RULES[sampling.step])
+        return found
 
     def pieces(self) -> list[str]:
         """The text of every token of the network on its own; of EOS and of masks there is none."""

@@ -52,7 +52,7 @@ class Job:
     def __init__(self, generator: Generator, request: Request) -> None:
         self.generator, self.request = generator, request
         self.sampling = request.sampling(generator.defaults)
-        generator.check(self.sampling)
+        generator.posterior(self.sampling)
         self.layout = lay_out(request, generator)
         self.end = ending(request, self.layout)
         self.phrases = phrases(request, generator)

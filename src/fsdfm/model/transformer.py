@@ -279,8 +279,8 @@ def neighbourhood(x: Tensor, known: Tensor, rows: Tensor, radius: int) -> tuple[
         Past the ends of a sequence nothing is.
     """
     length = x.shape[1]
-    steps = torch.arange(-radius, radius + 1, device=x.device)
-    place = rows[:, None] % length + steps[steps != 0]
+    left = torch.arange(-radius, 0, device=x.device)
+    place = rows[:, None] % length + torch.cat((left, -left.flip(0)))
     inside = (place >= 0) & (place < length)
     index = rows[:, None] // length * length + place.clamp(0, length - 1)
     return x.flatten()[index], known.flatten()[index] & inside
@@ -368,6 +368,8 @@ class FlowNetwork(nn.Module):
 
         Returns:
             (N, D), ready for `head`; the rows themselves, without a joint head.
+
+        Always to be asked: a joint head is trained on rows that are told nothing, too.
         """
         if not self.config.neighbours:
             return rows
@@ -475,6 +477,9 @@ def student_from_teacher(
 
     Returns:
         A new network; the teacher is left as it was.
+
+    Raises:
+        ConfigError: a branch that would change or be lost, or tensors that do not agree otherwise.
     """
     config = replace(teacher.config, step_embedding=step_embedding, neighbours=neighbours)
     student = type(teacher)(config).to(teacher.vocab_embed.weight.device)
@@ -491,7 +496,15 @@ def student_from_teacher(
             f"give neighbours={teacher.config.neighbours}, or a teacher without such a head.",
             "neighbours",
         )
-    student.load_state_dict(teacher.state_dict(), strict=False)
+    new: set[str] = set()
+    if step_embedding != teacher.config.step_embedding:
+        new |= {"dt_embedding", "time_condition_fuser", "condition_fuser"}
+    if neighbours != teacher.config.neighbours:
+        new |= {"joint"}  # or left behind, where the student has none
+    found = student.load_state_dict(teacher.state_dict(), strict=False)
+    wrong = [n for n in found.missing_keys + found.unexpected_keys if not new & {*n.split(".")}]
+    if wrong:
+        raise ConfigError(f"Teacher and student do not agree in {', '.join(sorted(wrong))}.")
     # A joint head is trained beside a body that stays: so does an embedding that is the head, too.
     student.vocab_embed.requires_grad_(not neighbours)
     return student

@@ -17,6 +17,7 @@ from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmErro
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator, load
+    from fsdfm.generate.request import Request, Result
     from fsdfm.generate.results import Generation, Sample, Snapshot
 
     __version__: str
@@ -28,6 +29,8 @@ __all__ = [
     "FsdfmError",
     "Generation",
     "Generator",
+    "Request",
+    "Result",
     "Sample",
     "Snapshot",
     "TrainingError",
@@ -36,7 +39,7 @@ __all__ = [
     "load",
 ]
 
-_GENERATOR = ("Generation", "Generator", "Sample", "Snapshot", "load")
+_GENERATOR = ("Generation", "Generator", "Request", "Result", "Sample", "Snapshot", "load")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional
+from typing import Annotated, Any, Literal, Optional, Union
 
 import tyro
 
@@ -29,6 +29,12 @@ class Flags:
     positional: Collection[str] = ()
     repeated: Collection[str] = ()
     """Those that are given once for each of their values."""
+    without: Collection[str] = ()
+    """Those that the command says in another way."""
+
+    def options(self) -> dict[str, Option]:
+        """Those that are flags."""
+        return {n: o for n, o in options(self.of).items() if n not in self.without}
 
 
 def parse(command: str, about: str, argv: Sequence[str], *groups: Flags) -> list[dict[str, Any]]:
@@ -43,8 +49,8 @@ def parse(command: str, about: str, argv: Sequence[str], *groups: Flags) -> list
     Returns:
         The values of each group, by option.
     """
-    names = [name for group in groups for name in options(group.of)]
-    made = [_flag(o, g, names) for g in groups for o in options(g.of).values()]
+    names = [name for group in groups for name in group.options()]
+    made = [_flag(o, g, names) for g in groups for o in g.options().values()]
     kind = make_dataclass("Flags", made, kw_only=True)
     found: Any = tyro.cli(
         kind,
@@ -56,7 +62,7 @@ def parse(command: str, about: str, argv: Sequence[str], *groups: Flags) -> list
     return [
         {
             name: value
-            for name in options(group.of)
+            for name in group.options()
             if (value := getattr(found, name)) is not None or name not in group.unsaid
         }
         for group in groups
@@ -87,13 +93,15 @@ def _flag(option: Option, group: Flags, names: Sequence[str]) -> tuple[str, Any,
     name, unsaid = option.name, option.name in group.unsaid
     choices = tuple(group.choices.get(name, option.choices or ()))
     item: Any = Literal[choices] if choices else option.item
+    form = option.rule.form or ("{" + ",".join(choices) + "}" if choices else "")
+    form = form or METAVARS.get(item, "{True,False}" if unsaid else "")
+    if option.rule.also:
+        item, form = Union[item, Literal[option.rule.also]], f"{form}|{option.rule.also}"  # noqa: UP007
     several, repeated = option.item is not option.kind, name in group.repeated
     kind: Any = tuple[item, ...] if several else item
     told: dict[str, Any] = {
         "help": spoken(option.help, [n for n in names if "_" in n], group.positional)
     }
-    form = option.rule.form or ("{" + ",".join(choices) + "}" if choices else "")
-    form = form or METAVARS.get(item, "{True,False}" if unsaid else "")
     if form:
         told["metavar"] = f"{form} ..." if several and not repeated else form
     words = ["repeatable"] * repeated

@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from fsdfm.cli.console import note, status, write
+from fsdfm.cli.asked import ELSEWHERE, REPEATED, asked, values
+from fsdfm.cli.console import note, status, work, write
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.core.errors import ConfigError, DataError
-from fsdfm.core.files import one_line
-from fsdfm.core.options import known, option
+from fsdfm.core.errors import ConfigError, DataError, FsdfmError
+from fsdfm.core.files import write_whole
+from fsdfm.core.options import AT_LEAST_1, check, option
+from fsdfm.generate.files import answer_file, in_order
 from fsdfm.generate.generator import Generator, load
 from fsdfm.generate.live import printable, show
-from fsdfm.generate.options import RequestOptions, SamplingOptions
 from fsdfm.generate.precision import PRECISIONS
-from fsdfm.generate.results import Sample, Snapshot
+from fsdfm.generate.request import Request, Result
+from fsdfm.generate.running import Running
+from fsdfm.generate.watch import watch
 
 SEPARATOR = "---"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Own:
-    """What is not said to `Generator.generate`."""
+    """What is not said to `Generator.answer`."""
 
     model: str | None = option(None, form="DIR", unset="the bundled model")
     """Model or run directory, or org/name on the Hugging Face Hub."""
     prompt_file: str | None = option(None, form="FILE", unset="none; - for standard input")
     """File with the prompt, in UTF-8; one line end at its end is left out."""
+    edit: str | None = option(None, form="FILE", unset="none; - for standard input")
+    """File of which a span is written anew; the rest is kept to the byte."""
+    span: str | None = option(None, form="A:B", unset="none")
+    """Characters of the file to edit that are written anew, from A up to B."""
+    initial: str | None = option(None, form="FILE", unset="none; - for standard input")
+    """File with a draft of the text, of which a share (see strength) is written anew."""
+    requests: str | None = option(None, form="FILE", unset="none")
+    """File with a request a line, as JSON; other flags say what its lines leave open."""
+    out: str | None = option(None, form="FILE", unset="standard output")
+    """File for the text, or for the results of requests; those that it has are not done again."""
+    num_samples: int = option(1, within=AT_LEAST_1)
+    """Texts to generate; each takes the next seed."""
+    batch_size: int = option(1, within=AT_LEAST_1)
+    """Texts made together; more than 1 pays on a GPU, and for short texts."""
     device: str | None = option(None, form="DEVICE", unset="cuda, else mps, else cpu")
     """cpu, cuda, cuda:N or mps."""
     precision: str | None = option(None, choices=PRECISIONS, unset="bfloat16 where it is fast")
     """Of the matrix products; int8 is faster for large models on CPUs with AVX512-VNNI or AMX."""
     json: bool = False
-    """Print one JSON object per text: text, tokens, nfe, seed, seconds, tokens_per_second."""
+    """Print one JSON object per text: text, tokens, nfe, seed, seconds, tokens_per_second, spans,
+    finish."""
+    logprobs: bool = False
+    """With JSON, also token_ids and logprobs."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 ABOUT = "Generate text. In a terminal, one text is shown while it settles."
@@ -46,83 +68,126 @@ ABOUT = "Generate text. In a terminal, one text is shown while it settles."
 
 def run(argv: Sequence[str]) -> None:
     """Print texts; live in a terminal."""
-    sampling, request, own = parse(
-        "generate",
-        ABOUT,
-        argv,
-        Flags(of=SamplingOptions, unsaid=known(SamplingOptions), decides="the model's own"),
-        Flags(of=RequestOptions),
-        Flags(of=_Own),
-    )
-    args, options = _Own(**own), {**sampling, **request}
-    if args.prompt_file is not None:
-        options["prompt"] = _prompt(args.prompt_file, options["prompt"])
-    terminal = Console()
-    with status("Loading the model"):
-        generator = load(args.model, device=args.device, precision=args.precision)
-    if terminal.is_terminal and not terminal.is_dumb_terminal and not args.json:
-        _on_terminal(generator, options, terminal)
+    flags = Flags(of=Request, without=ELSEWHERE, repeated=REPEATED)
+    request, given = parse("generate", ABOUT, argv, flags, Flags(of=_Own))
+    own = _Own(**given)
+    fields = values(request, own)
+    if own.requests is not None:
+        _batch(fields, own)
         return
-    batches = generator.batches(**options)
-    for number, sample in enumerate(sample for batch in batches for sample in batch):
-        write(_json_line(sample) if args.json else _separated(sample.text, number))
+    wanted = list(asked(fields, own.num_samples))
+    generator = _load(own)
+    if own.out is not None:
+        _into(generator, wanted, own)
+        return
+    terminal = Console()
+    first, context = wanted[0][1], generator.config.context_length
+    if len(wanted) == first.best_of == 1 and (first.length or 0) > context and not own.json:
+        _stream(generator, first, terminal)
+        return
+    if terminal.is_terminal and not terminal.is_dumb_terminal and not own.json:
+        _on_terminal(generator, wanted, own, terminal)
+        return
+    found = in_order(generator, wanted, batch_size=own.batch_size, refused=_fail)
+    for number, result in found:
+        write(_shown(result, number, own))
 
 
-def _prompt(file: str, prompt: str | None) -> str:
-    """The text of the prompt's file, less one line end at its end (editors and echo add it).
+def _load(own: _Own) -> Generator:
+    with status("Loading the model"):
+        return load(own.model, device=own.device, precision=own.precision)
+
+
+def _fail(_: Any, error: FsdfmError) -> None:
+    raise error
+
+
+def _shown(result: Result, number: int, own: _Own) -> str:
+    if own.json:
+        return json.dumps(result.record(logprobs=own.logprobs), ensure_ascii=False) + "\n"
+    text = result.text if own.edit is not None else f"{result.text}\n"
+    return f"{SEPARATOR}\n{text}" if number else text
+
+
+def _into(generator: Generator, wanted: list[tuple[int, Request]], own: _Own) -> None:
+    """Texts into a file, whole."""
+    found = in_order(generator, wanted, batch_size=own.batch_size, refused=_fail)
+    assert own.out is not None
+    write_whole(own.out, "".join(_shown(result, number, own) for number, result in found))
+
+
+def _batch(found: dict[str, Any], own: _Own) -> None:
+    """A file of requests into a file of results.
 
     Raises:
-        ConfigError: there is a prompt besides.
-        DataError: the file cannot be read, or is not UTF-8.
+        ConfigError: no place for the results.
+        DataError: a line that could not be done; the others were.
     """
-    if prompt is not None:
-        raise ConfigError(
-            "prompt and prompt_file are both given: leave one out.", "prompt", "prompt_file"
+    if own.out is None or own.requests is None:
+        raise ConfigError("requests needs a file for the results: give out.", "requests", "out")
+    if own.num_samples > 1:
+        raise ConfigError("num_samples is 1 for each of requests: leave it out.", "num_samples")
+    Request.from_dict(found)
+    generator = _load(own)
+    with work("requests") as progress:
+        done = answer_file(
+            generator,
+            own.requests,
+            own.out,
+            defaults=found,
+            batch_size=own.batch_size,
+            logprobs=own.logprobs,
+            refused=note,
+            progress=progress,
         )
-    name = "Standard input" if file == "-" else file
-    try:
-        if file == "-":
-            data = sys.stdin.buffer.read() if sys.stdin is not None else b""
-        else:
-            data = Path(name).read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"Cannot read {name}: {one_line(error)}.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{name} is not UTF-8 (byte {error.start}): convert it first.") from None
-    return text.removesuffix("\n").removesuffix("\r")
+    there = f", {done.found:,} were there" if done.found else ""
+    note(f"{done.written:,} results written to {own.out}{there}")
+    if done.refused:
+        raise DataError(
+            f"{done.refused} of the lines of {own.requests} could not be done (see above): mend "
+            "them and run the same command again; the others are not done twice."
+        )
 
 
-def _on_terminal(generator: Generator, options: dict[str, Any], terminal: Console) -> None:
-    if options["num_samples"] == 1:
-        alone = {k: v for k, v in options.items() if k != "batch_size"}
-        last: Snapshot = show(generator.stream(**alone), terminal)
-        write(printable(last.text) + "\n")
-        rate = last.tokens / last.seconds
-        note(_cost(last.tokens, last.calls, last.seconds, rate, options["seed"]))
+def _on_terminal(
+    generator: Generator, wanted: list[tuple[int, Request]], own: _Own, terminal: Console
+) -> None:
+    if len(wanted) == 1:
+        done: list[Result] = []
+        show(watch(generator, wanted[0][1], done), terminal)
+        write(printable(done[0].text) + "\n")
+        note(_cost(done[0]))
         return
-    batches, done = generator.batches(**options), 0
-    while done < options["num_samples"]:
-        with status(f"Generating text {done + 1} of {options['num_samples']}"):
-            batch = next(batches)
-        for sample in batch:
-            write(_separated(printable(sample.text), done))
-            cost = sample.tokens, sample.nfe, sample.seconds, sample.tokens_per_second
-            note(_cost(*cost, sample.seed))
-            done += 1
+    with status(f"Generating {len(wanted)} texts"):
+        found = in_order(generator, wanted, batch_size=own.batch_size, refused=_fail)
+        for number, result in found:
+            write((f"{SEPARATOR}\n" if number else "") + printable(result.text) + "\n")
+            note(_cost(result))
 
 
-def _json_line(sample: Sample) -> str:
-    names = ("text", "tokens", "nfe", "seed", "seconds", "tokens_per_second")
-    return json.dumps({name: getattr(sample, name) for name in names}, ensure_ascii=False) + "\n"
-
-
-def _separated(text: str, number: int) -> str:
-    return f"{SEPARATOR}\n{text}\n" if number else f"{text}\n"
-
-
-def _cost(tokens: int, calls: int, seconds: float, rate: float, seed: int) -> str:
+def _cost(result: Result) -> str:
+    rate = result.tokens / result.seconds if result.seconds else 0.0
     return (
-        f"{tokens:,} tokens in {calls} model calls, {seconds:.2f} s, {rate:,.0f} tokens/s, "
-        f"seed {seed}"
+        f"{result.tokens:,} tokens in {result.calls} model calls, {result.seconds:.2f} s, "
+        f"{rate:,.0f} tokens/s, seed {result.seed}"
     )
+
+
+def _stream(generator: Generator, request: Request, terminal: Console) -> None:
+    """A text longer than the context, each window as soon as it is written."""
+    running = Running(generator)
+    ticket, shown = running.admit(request), ""
+    bar = contextlib.nullcontext(None) if terminal.is_terminal else work("steps")
+    clean = printable if terminal.is_terminal else str
+    with bar as progress:
+        while len(running):
+            for event in running.step():
+                last = event.result
+                text = running.settled(ticket) if last is None else last.text
+                write(clean(text[len(shown) :]))
+                shown = text
+                if progress is not None:
+                    progress("steps", event.step, event.total)
+    write("\n")
+    if last is not None:
+        note(_cost(last))

@@ -17,7 +17,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Collection, Hashable, Iterator
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any, Literal
 
 from fsdfm.core.errors import ConfigError
@@ -71,6 +71,10 @@ class Rule:
     """What takes the place of None."""
     form: str = ""
     """How a value is written, if not by its type or choices."""
+    also: str = ""
+    """A word that may stand instead of a number."""
+    help: str = ""
+    """Where there is no docstring under the field."""
 
 
 def option(
@@ -84,6 +88,20 @@ def option(
     """A field that is an option; without a default it is required. See `Rule`."""
     rule = Rule(within or Range(), choices, unset, form)
     return field(default=default, metadata={"rule": rule})
+
+
+def said(of: type[Any], name: str, *, unset: str, also: str = "") -> Any:
+    """A field that says another dataclass's option, or leaves it open (None).
+
+    Args:
+        of: where the option is written: its range, choices, form and help hold here too.
+        name: of both fields.
+        unset: who decides where it is left open.
+        also: a word that may stand instead of a number.
+    """
+    found = options(of)[name]
+    rule = replace(found.rule, unset=unset, also=also, help=found.help)
+    return field(default=None, metadata={"rule": rule})
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +120,9 @@ class Option:
     def kind(self) -> Any:
         """The type of a value that is not None."""
         if typing.get_origin(self.hint) in (typing.Union, types.UnionType):
-            (kind,) = (k for k in typing.get_args(self.hint) if k is not types.NoneType)
+            kinds = [k for k in typing.get_args(self.hint) if k is not types.NoneType]
+            word = typing.get_origin(kinds[-1]) is Literal  # of a number, or `also`
+            (kind,) = kinds[:-1] if word and len(kinds) > 1 else kinds
             return kind
         return self.hint
 
@@ -138,13 +158,16 @@ class Option:
         if self.choices is not None:
             if not isinstance(value, str) or value not in self.choices:
                 self._refuse(f"one of {', '.join(self.choices)}", repr(value))
+        elif self.rule.also and value == self.rule.also:
+            return value
         elif self.item is int:
             try:
                 number = operator.index(value)
             except TypeError:
                 number = None
             if number is None or isinstance(value, bool) or number not in self.rule.within:
-                self._refuse(self.rule.within.words(whole=True), repr(value))
+                word = f", or {self.rule.also}" if self.rule.also else ""
+                self._refuse(self.rule.within.words(whole=True) + word, repr(value))
             return number
         elif self.item is float:
             try:
@@ -174,8 +197,8 @@ def _options(settings: Hashable) -> dict[str, Option]:
             f.name,
             hints[f.name],
             f.default,
-            f.metadata.get("rule") or Rule(),
-            helps.get(f.name, ""),
+            rule := f.metadata.get("rule") or Rule(),
+            helps.get(f.name, rule.help),
         )
         for f in fields(settings)
     }

@@ -98,8 +98,9 @@ class Call:
     """What is known before any of them is drawn, bool, shape (B, L), beside the state."""
     u: Tensor
     """Uniform in [0, 1), shape (N,), beside the state: one number decides where a mover lands."""
-    draw: Callable[[Tensor, Tensor, Tensor], Tensor]
-    """(hidden rows (n, D), tokens there (n,), u (n,)) -> their next tokens, int64, (n,)."""
+    draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    """(hidden rows (n, D), tokens as they stand (B L,), which of them are drawn (n,), u (n,)) ->
+    their next tokens, int64, (n,)."""
 
 
 class Posterior(Protocol):
@@ -123,7 +124,7 @@ class Independent:
 
     def tokens(self, call: Call) -> Tensor:
         """See `Posterior`."""
-        return call.draw(call.hidden, call.x.flatten()[call.rows], call.u)
+        return call.draw(call.hidden, call.x.flatten(), call.rows, call.u)
 
 
 INDEPENDENT = Independent()
@@ -165,7 +166,7 @@ class Grouped:
             part = send(picked, x.device)
             at, few = call.rows[part], call.hidden[part.to(call.hidden.device)]
             told = self.head.told(few, at, x.view_as(call.x), known.view_as(call.x))
-            x = x.index_copy(0, at, call.draw(told, x[at], call.u[part]))
+            x = x.index_copy(0, at, call.draw(told, x, at, call.u[part]))
             known = known.index_fill(0, at, True)
         return x[call.rows]
 

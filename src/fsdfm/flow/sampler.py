@@ -75,7 +75,8 @@ class Drawing:
         a: float,
         vocab_size: int,
         hidden: Tensor,
-        at: Tensor,
+        x: Tensor,
+        rows: Tensor,
         u: Tensor,
     ) -> Tensor:
         """Where movers land.
@@ -85,15 +86,16 @@ class Drawing:
             a: mover probability.
             vocab_size: V.
             hidden: what the movers are drawn from, (N, D), where the network is.
-            at: their tokens, int64, shape (N,).
+            x: tokens as they stand, int64, shape (B L,).
+            rows: the movers among them, int64, shape (N,).
             u: uniform in [0, 1), shape (N,), float64 where the device has it.
 
         Returns:
             int64, shape (N,).
         """
         return landed(
-            at,
-            lambda block: head(hidden[block])[:, :vocab_size].to(at.device),
+            x[rows],
+            lambda block: head(hidden[block])[:, :vocab_size].to(x.device),
             u.new_full((len(u),), a),
             u,
             self.rule,

@@ -165,7 +165,7 @@ def sharpen(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Ten
     p = (logits / temperature).softmax(-1)
     if top_p >= 1.0:
         return p
-    ordered, order = p.sort(-1, descending=True)
+    ordered, order = p.sort(dim=-1, descending=True, stable=True)
     outside = ordered.cumsum(-1) - ordered >= top_p  # mass before this token already suffices
     kept = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
     return kept / kept.sum(-1, keepdim=True)

@@ -19,21 +19,21 @@ from torch import Tensor
 from fsdfm.core.device import pick_device
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.path import make_source
-from fsdfm.flow.posterior import INDEPENDENT, Grouped
-from fsdfm.flow.sampler import Drawing, Noise, State, sample
-from fsdfm.flow.schedule import Polynomial
-from fsdfm.generate.options import DEFAULTS, Options, split
+from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
+from fsdfm.flow.sampler import State
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.generate.options import DEFAULTS, Options, SamplingOptions, split
 from fsdfm.generate.precision import pick_dtype
+from fsdfm.generate.request import LARGEST_SEED, Request, Result
 from fsdfm.generate.results import Generation, Sample, Snapshot
 from fsdfm.generate.rows import Rows, integer_rows
+from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
+from fsdfm.generate.track import Track, call, start
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
-LARGEST_SEED = 2**32 - 1
-"""The noise is seeded with 32 bits; a larger seed would repeat a smaller one."""
 LONGEST_DEFAULT = 1024
 
 
@@ -46,7 +46,7 @@ class _Request:
     num_samples: int
     seed: int
     batch_size: int
-    drawing: Drawing
+    sampling: SamplingOptions
     grid: Tensor
     """Times of the calls, float64, shape (steps + 1,)."""
     fixed: Tensor
@@ -90,6 +90,7 @@ class Generator:
         # The sampler draws in float64, which MPS lacks.
         self.state_device = torch.device("cpu") if self.device.type == "mps" else self.device
         self._pieces: dict[int, str] = {}
+        self._texts: list[str] | None = None
 
     def generate(self, **options: Unpack[Options]) -> Generation:
         """Generate texts.
@@ -154,6 +155,36 @@ class Generator:
         request = replace(request, fixed=fixed, frozen=mask)
         return Generation([sample for batch in self._batches(request) for sample in batch])
 
+    def answer(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = BATCH,
+        on_step: OnStep | None = None,
+        cancelled: Cancelled | None = None,
+    ) -> list[Result]:
+        """Answer requests of any kind, length and number of steps.
+
+        What can shares a call: sequences of one length at one time. A result does not depend on
+        what it shared a call with, but for the rounding of products of another size, which may
+        change a text (with batch_size 1 there is none).
+
+        Args:
+            requests: what is wanted.
+            batch_size: sequences that share a call, at most.
+            on_step: told after every call: steps done, steps planned, and every text as it stands.
+            cancelled: asked before every call, of every request by its number, whether it is given
+                up; its result is then what there is, with finish "cancelled".
+
+        Returns:
+            One result for each, in order. See `Running` for admission between calls.
+
+        Raises:
+            ConfigError: a request that this model cannot do; nothing was begun.
+            DataError: a text that is not Unicode.
+        """
+        return answer(self, requests, batch_size=batch_size, on_step=on_step, cancelled=cancelled)
+
     def batches(self, **options: Unpack[Options]) -> Iterator[list[Sample]]:
         """As `generate`, but each batch is handed out as soon as it is done.
 
@@ -186,13 +217,13 @@ class Generator:
 
     def _batches(self, request: _Request) -> Iterator[list[Sample]]:
         seeds = range(request.seed, request.seed + request.num_samples)
-        for start in range(0, len(seeds), request.batch_size):
-            batch = seeds[start : start + request.batch_size]
+        for first in range(0, len(seeds), request.batch_size):
+            batch = seeds[first : first + request.batch_size]
             began = time.perf_counter()
-            (last,) = deque(self._states(request, start, len(batch)), maxlen=1)
+            (last,) = deque(self._states(request, first, len(batch)), maxlen=1)
             rows: list[list[int]] = last.x.tolist()
             seconds = time.perf_counter() - began
-            free = (~request.frozen[start : start + len(batch)]).sum(1).tolist()
+            free = (~request.frozen[first : first + len(batch)]).sum(1).tolist()
             yield [
                 Sample(
                     text=self.decode(ids),
@@ -220,30 +251,25 @@ class Generator:
                 frozen=frozen,
                 token_ids=ids,
                 text=self.decode(ids),
-                pieces=[self._piece(i) for i in ids],
+                pieces=[self.piece(i) for i in ids],
             )
 
     def _states(self, request: _Request, first: int, count: int) -> Iterator[State]:
         """States of samples first, ..., first + count - 1."""
-        rows = slice(first, first + count)
-        noise = Noise(range(request.seed + first, request.seed + first + count))
-        source = make_source(
-            self.config.source, self.config.vocab_size, absorbing=self.config.absorbing
-        )
-        frozen = request.frozen[rows]
-        start = torch.where(frozen, request.fixed[rows], noise.start(source, request.length))
+        tracks = []
+        for number in range(first, first + count):
+            noise = torch.Generator().manual_seed(request.seed + number)
+            frozen, fixed = request.frozen[number], request.fixed[number]
+            x = torch.where(frozen, fixed, start(self, noise, request.length))
+            # What a row freezes with the mask's id is no text, and stays.
+            how, controls = request.sampling, request.sampling.controls()
+            tracks.append(Track(x, ~frozen, request.grid.tolist(), how, controls, noise))
+        calls = 0
         try:
-            yield from sample(
-                self.engine,
-                start.to(self.state_device),
-                request.grid,
-                noise,
-                vocab_size=self.config.vocab_size,
-                schedule=Polynomial(self.config.schedule_power),
-                drawing=request.drawing,
-                frozen=frozen,
-                absorbing=self.config.absorbing,
-            )
+            yield self._state(tracks, calls)
+            while not tracks[0].done:
+                calls += call(self, tracks)
+                yield self._state(tracks, calls)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"{self.device} has not enough memory for {count} x {request.length} tokens: "
@@ -252,6 +278,11 @@ class Generator:
                 "length",
                 "device",
             ) from None
+
+    def _state(self, tracks: Sequence[Track], calls: int) -> State:
+        """Where the tracks are together."""
+        one, x = tracks[0], torch.stack([track.x for track in tracks])
+        return State(x, one.step, one.times[one.step], calls, sum(t.rows for t in tracks))
 
     def autocast(self) -> torch.autocast:
         """For calls of `model` itself: products in the engine's format (bfloat16 for int8)."""
@@ -262,7 +293,8 @@ class Generator:
         """Token ids as text; a mask, or a row that pads the network's vocabulary, is no text."""
         return self.tokenizer.decode(i for i in ids if i < self.tokenizer.vocab_size)
 
-    def _piece(self, token: int) -> str:
+    def piece(self, token: int) -> str:
+        """The text of a token on its own; of EOS what is put between documents."""
         if token not in self._pieces:
             end = token == self.tokenizer.eos_id
             self._pieces[token] = DOCUMENT_SEPARATOR if end else self.decode([token])
@@ -286,13 +318,7 @@ class Generator:
                 f"got seed={seed} for {num_samples} samples.",
                 "seed",
             )
-        if sampling.draws > 1 and not self.config.neighbours:
-            raise ConfigError(
-                f"This model has no joint head, so its positions are drawn on their own: leave "
-                f"draws={sampling.draws} out, or use a model that was distilled to one.",
-                "draws",
-            )
-        posterior = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
+        self.posterior(sampling)
         prompt, shape = self._encode(wanted.prompt, length), (num_samples, length)
         return _Request(
             steps=sampling.steps,
@@ -301,10 +327,33 @@ class Generator:
             num_samples=num_samples,
             seed=seed,
             batch_size=wanted.batch_size,
-            drawing=sampling.drawing(posterior),
+            sampling=sampling,
             fixed=torch.cat((prompt, prompt.new_zeros(length - len(prompt)))).expand(*shape),
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )
+
+    def posterior(self, sampling: SamplingOptions) -> Posterior:
+        """How the movers of a call are drawn.
+
+        Raises:
+            ConfigError: several draws a call of a model without a joint head, or of a step rule
+                that cannot go with them.
+        """
+        if sampling.draws > 1 and not self.config.neighbours:
+            raise ConfigError(
+                f"This model has no joint head, so its positions are drawn on their own: leave "
+                f"draws={sampling.draws} out, or use a model that was distilled to one.",
+                "draws",
+            )
+        found = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
+        found.check(STEP_RULES[sampling.step])
+        return found
+
+    def pieces(self) -> list[str]:
+        """The text of every token of the network on its own; of EOS and of masks there is none."""
+        if self._texts is None:
+            self._texts = [self.decode([token]) for token in range(self.config.vocab_size)]
+        return self._texts
 
     def _encode(self, prompt: Any, length: int) -> Tensor:
         """The prompt's tokens, int64, at least one fewer than length."""

@@ -12,9 +12,8 @@ from typing import Any, TypedDict
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, check, known, option
+from fsdfm.flow.controls import Bans, Controls
 from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.posterior import INDEPENDENT, Posterior
-from fsdfm.flow.sampler import Drawing
 from fsdfm.flow.step import MOVERS, STEP_RULES
 
 GREEDY_BELOW = 1e-6
@@ -41,25 +40,29 @@ class SamplingOptions:
     """Divides the logits: below 1 safer, above 1 wilder, 0 the likeliest token."""
     top_p: float = option(1.0, within=Range(0, 1, above=True))
     """Draw only the likeliest tokens that together have this mass."""
+    top_k: int = option(0, within=AT_LEAST_0, form="K")
+    """Draw only the K likeliest tokens; 0: any."""
+    min_p: float = option(0.0, within=Range(0, 1))
+    """Draw only tokens at least this likely, as a share of the likeliest one's probability."""
+    repetition_penalty: float = option(1.0, within=Range(1, below=True))
+    """Divides the odds of tokens that the text has already: 1 leaves them."""
 
     def __post_init__(self) -> None:
         check(self)
 
-    def drawing(self, posterior: Posterior = INDEPENDENT) -> Drawing:
-        """How the sampler is to draw.
+    def controls(self, bans: Bans | None = None) -> Controls:
+        """What is made of the model's rows before a token is drawn.
 
         Args:
-            posterior: how the movers of a call are drawn; `draws` is for the caller to see to.
-
-        Raises:
-            ConfigError: a step rule that cannot go with the posterior.
+            bans: tokens that positions may not take.
         """
-        return Drawing(
-            rule=STEP_RULES[self.step],
-            movers=MOVERS[self.movers],
+        return Controls(
             temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
             top_p=self.top_p,
-            posterior=posterior,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            bans=bans,
         )
 
 
@@ -92,6 +95,9 @@ class Options(TypedDict, total=False):
     draws: int | None
     temperature: float | None
     top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    repetition_penalty: float | None
     length: int | None
     num_samples: int | None
     seed: int | None

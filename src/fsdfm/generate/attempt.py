@@ -1,0 +1,147 @@
+"""One text of a request on its way: all of it, of which a window at a time is written.
+
+Shapes: L positions of the text, V data tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fsdfm.flow.controls import Bans
+from fsdfm.generate.layout import Composed, Layout
+from fsdfm.generate.template import Gap
+from fsdfm.generate.track import Track
+from fsdfm.generate.words import Place
+
+if TYPE_CHECKING:
+    from fsdfm.generate.generator import Generator
+
+OVERLAP = 4
+"""A window starts with the last 1 / OVERLAP of a context that the one before has written."""
+
+
+def windows(length: int, context: int) -> Iterator[tuple[int, int]]:
+    """First and last-but-one position of each window of a text.
+
+    Args:
+        length: of the text, tokens.
+        context: of the model, tokens.
+
+    Yields:
+        (0, length), if it fits; else windows of the context, and what is left at the end, each
+        from a quarter of a context before the end of the one before.
+    """
+    first, last = 0, min(context, length)
+    yield first, last
+    while last < length:
+        first = last - max(1, context // OVERLAP)
+        last = min(first + context, length)
+        yield first, last
+
+
+@dataclass(eq=False, slots=True)
+class Attempt:
+    """A text on its way."""
+
+    seed: int
+    layout: Layout
+    places: list[Place]
+    """Of required phrases."""
+    noise: torch.Generator
+    x: Tensor
+    """Of the windows that are done, the tokens; else what they start from. int64, shape (L,)."""
+    free: Tensor
+    """Positions that no window has written, bool, shape (L,)."""
+    bans: Bans | None
+    upto: int = 0
+    """Positions before it are done."""
+    ended: bool = False
+    """Whether the text ends before its last position."""
+    calls: int = 0
+    steps: int = 0
+    window: tuple[int, int] = (0, 0)
+    track: Track | None = None
+    fresh: Tensor = field(init=False)
+    """Positions that were to be written, bool, shape (L,)."""
+    logprobs: Tensor = field(init=False)
+    """See `Track`; float32, shape (L,)."""
+
+    def __post_init__(self) -> None:
+        self.fresh = self.free.clone()
+        self.logprobs = torch.full(self.x.shape, math.nan)
+
+    @property
+    def planned(self) -> tuple[int, int]:
+        """Steps that are taken, of those that there are as far as is known."""
+        if self.track is None:
+            return self.steps, self.steps
+        stride = max(1, self.window[1] - self.window[0])
+        left = max(0, len(self.x) - self.window[1])
+        each = len(self.track.times) - 1
+        more = 0 if self.ended else -(-left // stride) * each
+        return self.steps + self.track.step, self.steps + each + more
+
+    def now(self, mask: int) -> list[int]:
+        """The tokens with those of the window that is being written; a mask where none is yet."""
+        x, hidden = self.x.clone(), self.free.clone()
+        if self.track is not None:
+            x[slice(*self.window)] = self.track.x
+            hidden[slice(*self.window)] = False
+        return x.masked_fill(hidden, mask).tolist()
+
+    def begin(self, window: tuple[int, int], track: Track) -> None:
+        """Write a window."""
+        self.window, self.track = window, track
+
+    def finish(self) -> None:
+        """The window is written."""
+        assert self.track is not None
+        self.take(self.track, self.window)
+        self.calls, self.steps = self.calls + self.track.calls, self.steps + self.track.step
+        self.free[slice(*self.window)] = False
+        self.upto, self.track = self.window[1], None
+
+    def take(self, track: Track, window: tuple[int, int]) -> None:
+        """Keep what a track over a window has drawn."""
+        part = slice(*window)
+        self.x[part] = track.x
+        drawn = ~track.logprobs.isnan()
+        self.logprobs[part] = torch.where(drawn, track.logprobs, self.logprobs[part])
+
+    def ban(self, position: int, token: int, vocab_size: int) -> None:
+        """Have a token no more at a position."""
+        if self.bans is None:
+            none = torch.full((len(self.x),), -1, dtype=torch.int64)
+            self.bans = Bans(torch.zeros((1, vocab_size), dtype=torch.bool), none)
+        self.bans = replace(self.bans, pairs=(*self.bans.pairs, (position, token)))
+
+    def culprit(
+        self, generator: Generator, composed: Composed, where: tuple[int, int]
+    ) -> int | None:
+        """The last position that was written, of those that make some characters of the text.
+
+        Args:
+            generator: whose tokenizer decodes.
+            composed: the text.
+            where: the characters, from the first up to the second.
+        """
+        ids, spans, found = self.x.tolist(), iter(composed.spans), None
+        for piece, (first, last) in zip(self.layout.pieces, self.layout.places(), strict=True):
+            if not isinstance(piece, Gap):
+                continue
+            begin, end = next(spans)
+            if not (where[0] < end and where[1] > begin):
+                continue
+            head = begin
+            for position in range(first, min(last, self.upto)):
+                tail = begin + len(generator.decode(ids[first : position + 1]))
+                if head < where[1] and tail > where[0] and self.fresh[position]:
+                    found = position
+                head = tail
+        return found

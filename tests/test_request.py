@@ -1,0 +1,241 @@
+"""Requests: what they refuse, and that a result depends on its request and seed alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from steering_fixtures import SOURCES, make_generators
+
+from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.core.options import options
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.options import SamplingOptions
+from fsdfm.generate.request import Request
+from fsdfm.generate.running import Running
+
+TEXT = "the quick brown fox jumps over the lazy dog"
+MIXED = [
+    Request(template="The [[6]] was [[2-4]] of [[3]].", seed=1),
+    Request(prompt="the quick ", length=20, seed=2, steps=3, temperature=0.7),
+    Request(prompt="the quick ", suffix=" again", length=20, seed=3, steps=3, top_k=4),
+    Request(text=TEXT, span=(4, 15), seed=4, steps=5, min_p=0.05),
+    Request(text=TEXT, strength=0.5, seed=5, repetition_penalty=1.5),
+    Request(length=20, seed=6, steps=3, best_of=2, require=("fox",), ban=("dog",)),
+    Request(length=20, seed=6, steps=3, temperature=0.0),
+    Request(length=20, seed=7, steps="auto"),
+]
+
+
+@pytest.fixture(scope="module")
+def generators() -> dict[str, Generator]:
+    return make_generators()
+
+
+def facts(result: Any) -> tuple[Any, ...]:
+    found = [round(x, 4) if x is not None else None for x in result.logprobs]
+    return result.text, result.spans, result.token_ids, found, result.finish, result.calls
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_a_result_is_the_same_alone_and_among_mixed_requests(
+    generators: dict[str, Generator], source: str, batch_size: int
+) -> None:
+    generator = generators[source]
+    together = generator.answer(MIXED, batch_size=batch_size)
+    alone = [generator.answer([request])[0] for request in MIXED]
+    assert [facts(r) for r in together] == [facts(r) for r in alone]
+    backwards = generator.answer(MIXED[::-1], batch_size=batch_size)[::-1]
+    assert [facts(r) for r in backwards] == [facts(r) for r in alone]
+    assert len({r.text for r in alone}) == len(MIXED)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_seed_fixes_a_result_and_another_changes_it(
+    generators: dict[str, Generator], source: str
+) -> None:
+    for request in MIXED:
+        if request.temperature == 0.0:
+            continue  # the likeliest tokens of any noise may be the same
+        first, again, other = generators[source].answer(
+            [request, request, replace(request, seed=99)]
+        )
+        assert facts(first) == facts(again)
+        assert first.token_ids != other.token_ids
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_prompt_gives_what_generate_gives(generators: dict[str, Generator], source: str) -> None:
+    options: dict[str, Any] = dict(length=40, steps=5, seed=3, temperature=0.9, top_p=0.8)
+    for more in ({}, {"prompt": "the quick "}, {"step": "published", "movers": "systematic"}):
+        (sample,) = generators[source].generate(**options, **more).samples
+        (result,) = generators[source].answer([Request(end="keep", **options, **more)])
+        assert result.token_ids == sample.token_ids
+        assert result.text == sample.text
+        assert (result.calls, result.tokens) == (sample.nfe, sample.tokens)
+
+
+def test_requests_of_one_shape_share_calls(
+    generators: dict[str, Generator], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator, shapes = generators["mask"], []
+    hidden = generator.engine.hidden
+    monkeypatch.setattr(
+        generator.engine,
+        "hidden",
+        lambda x, *rest: shapes.append(tuple(x.shape)) or hidden(x, *rest),
+    )
+    same = [Request(length=12, steps=2, seed=i, temperature=0.5 + i / 10) for i in range(3)]
+    generator.answer([*same, Request(length=30, steps=2)])
+    assert sorted(shapes) == [(1, 30), (1, 30), (3, 12), (3, 12)]
+
+
+def test_requests_are_admitted_and_given_up_between_calls(
+    generators: dict[str, Generator],
+) -> None:
+    generator = generators["mask"]
+    long, short = Request(length=30, steps=6, seed=1), Request(length=8, steps=2, seed=2)
+    running = Running(generator)
+    first = running.admit(long)
+    assert [event.step for event in running.step()] == [1]
+    second, third = running.admit(short), running.admit(long)
+    draft = running.draft(third)
+    assert draft == ""
+    running.step()
+    cancelled = running.cancel(third)
+    assert (cancelled.finish, len(running)) == ("cancelled", 2)
+    results = {}
+    while len(running):
+        for event in running.step():
+            assert event.step <= event.total
+            if event.result is not None:
+                results[event.ticket] = event.result
+    alone = [generator.answer([request])[0] for request in (long, short)]
+    assert [facts(results[t]) for t in (first, second)] == [facts(r) for r in alone]
+    with pytest.raises(KeyError):
+        running.cancel(first)
+
+
+def test_answer_shows_drafts_and_leaves_what_is_given_up(
+    generators: dict[str, Generator],
+) -> None:
+    seen: list[tuple[int, int, list[str]]] = []
+    requests = [Request(length=12, steps=4, seed=i) for i in range(2)]
+    kept, left = generators["mask"].answer(
+        requests,
+        on_step=lambda *news: seen.append(news),
+        cancelled=lambda number: number == 1 and len(seen) == 2,
+    )
+    assert (kept.finish, left.finish) == ("length", "cancelled")
+    assert [news[:2] for news in seen][:2] == [(2, 8), (4, 8)]
+    assert seen[-1][2][0] == kept.text
+    assert len({news[2][0] for news in seen}) > 1
+
+
+def test_a_request_survives_json() -> None:
+    for request in MIXED:
+        assert Request.from_dict(request.to_dict()) == request
+    assert Request().to_dict() == {}
+    assert Request.from_dict({"prompt": None}) == Request()
+
+
+def test_the_options_of_sampling_are_written_once() -> None:
+    for name, option in options(SamplingOptions).items():
+        said = options(Request)[name]
+        assert (said.item, said.rule.within, said.choices) == (
+            option.item,
+            option.rule.within,
+            option.choices,
+        )
+        assert said.help == option.help
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"promt": "x"}, "A request has no 'promt': did you mean prompt?"),
+        ({"prompt": 4}, "prompt must be text, got 4."),
+        ({"stop": "x"}, "stop must be several values, got x."),
+        ({"stop": [""]}, "stop has an empty text: leave it out."),
+        ({"temperature": float("nan")}, "temperature must be a finite number >= 0, got nan."),
+        ({"steps": "many"}, "steps must be a whole number >= 1, or auto, got 'many'."),
+        ({"steps": 0}, "steps must be a whole number >= 1, or auto, got 0."),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0."),
+        ({"min_p": 2}, "min_p must be in [0, 1], got 2."),
+        ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1."),
+        ({"template": "[[3]]", "prompt": "x"}, "template and prompt exclude each other: give one."),
+        ({"text": "abc", "template": "[[3]]"}, "template and text exclude each other: give one."),
+        ({"template": "[[3]]", "length": 4}, "length says nothing about a template: leave it out."),
+        ({"span": [0, 1]}, "span is of a text to write anew: give text too."),
+        ({"text": ""}, "text is empty: there is nothing to write anew."),
+        (
+            {"text": "abc", "span": [1, 4]},
+            "span must be two numbers A < B within the text's 3 characters, got 1:4.",
+        ),
+        (
+            {"text": "abc", "span": [2, 2]},
+            "span must be two numbers A < B within the text's 3 characters, got 2:2.",
+        ),
+        ({"strength": 0.5}, "strength is of a text to write anew: give text too."),
+    ],
+)
+def test_a_request_says_what_is_wrong_with_it(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Request.from_dict(values)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("request_", "part"),
+    [
+        (Request(template="[[65]]"), "template has 65 tokens, but this model's context is 64"),
+        (Request(template=TEXT * 9 + "[[1]]"), "this model's context is 64: shorten it."),
+        (Request(prompt="the fox", length=2), "The prompt has"),
+        (Request(suffix=TEXT * 9), "The suffix has"),
+        (Request(prompt="a", suffix="b", length=2), "The prompt and suffix have 2 tokens"),
+        (Request(ban_ids=(5000,)), "ban_ids must be below"),
+        (Request(ban_ids=tuple(range(300))), "ban and ban_ids leave no token to write"),
+        (Request(require=(TEXT,), length=3), "which do not fit into the gaps"),
+        (Request(require=("fox",), ban=("ox",)), "require has 'fox', which ban excludes"),
+        (Request(suffix="x", stop=("y",)), "stop needs a text that ends in a gap"),
+        (Request(draws=2), "This model has no joint head"),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_anything_is_begun(
+    generators: dict[str, Generator], request_: Request, part: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"^Request 2: ") as error:
+        generators["mask"].answer([Request(), request_])
+    assert part in str(error.value)
+
+
+def test_text_that_is_no_unicode_is_refused(generators: dict[str, Generator]) -> None:
+    with pytest.raises(DataError):
+        generators["mask"].answer([Request(prompt="\ud800")])
+
+
+def test_the_score_is_the_mean_log_probability(generators: dict[str, Generator]) -> None:
+    (result,) = generators["mask"].answer([Request(prompt="the ", length=10, steps=1)])
+    drawn = [x for x in result.logprobs if x is not None]
+    given = len(result.token_ids) - len(drawn)
+    assert result.logprobs[:given] == [None] * given
+    assert result.score == pytest.approx(sum(drawn) / len(drawn))
+    # One call from the masks: the log-probabilities are the rows' own.
+    x = torch.tensor([result.token_ids[:given] + [generators["mask"].config.vocab_size] * 8])
+    hidden = generators["mask"].engine.hidden(x[:, :10], 0.0, 1.0, torch.arange(given, 10))
+    logits = generators["mask"].engine.head(hidden)[:, : generators["mask"].config.vocab_size]
+    rows = logits.float().log_softmax(-1)
+    expected = [float(rows[k, token]) for k, token in enumerate(result.token_ids[given:])]
+    assert drawn == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_best_of_several_is_the_likeliest(generators: dict[str, Generator]) -> None:
+    one = Request(length=12, steps=2, seed=5)
+    alone = generators["mask"].answer([replace(one, seed=5 + k) for k in range(4)])
+    (best,) = generators["mask"].answer([replace(one, best_of=4)])
+    likeliest = max(alone, key=lambda result: result.score)
+    assert (best.text, best.seed) == (likeliest.text, likeliest.seed)
+    assert best.calls == sum(result.calls for result in alone)

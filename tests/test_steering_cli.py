@@ -1,0 +1,230 @@
+"""Steering from the command line: what is given, files, batches, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Run
+from steering_fixtures import absorbing_network
+from test_generator import WORDS
+
+import fsdfm
+from fsdfm.cli import main
+from fsdfm.generate.files import answer_file
+from fsdfm.generate.request import Request
+from fsdfm.model.io.pretrained import save_pretrained
+from fsdfm.text.tokenizer import train_bpe
+
+TEXT = "\ufeffthe quick — über 🦊\r\n jumps over\r\n\r\nthe lazy dog\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = train_bpe([WORDS * 20], 300)
+    save_pretrained(directory, absorbing_network(tokenizer), tokenizer_json=tokenizer.to_json())
+    return directory
+
+
+def test_a_template_is_filled_and_told_with_its_spans(run: Run, model: Path) -> None:
+    argv = "--template", "The [[3]] was [[?]].", "--steps", 2, "--json", "--logprobs"
+    code, out, err = run("generate", "--model", model, *argv, "--num-samples", 2)
+    assert (code, err) == (0, "")
+    for seed, line in enumerate(out.splitlines()):
+        record = json.loads(line)
+        (a, b), (c, d) = record["spans"]
+        text = record["text"]
+        assert (text[:a], text[b:c], text[d:]) == ("The ", " was ", ".")
+        assert (record["seed"], record["finish"]) == (seed, "length")
+        assert len(record["token_ids"]) == len(record["logprobs"])
+        assert sum(x is not None for x in record["logprobs"]) == record["tokens"]
+
+
+@pytest.mark.parametrize("where", ["stdout", "file", "stdin"])
+def test_an_edit_keeps_the_rest_to_the_byte(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    file, out = tmp_path / "text.txt", tmp_path / "out.txt"
+    data = TEXT.encode()
+    file.write_bytes(data)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="latin-1"))
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1", newline="")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    argv: list[Any] = ["generate", "--model", model, "--edit", "-" if where == "stdin" else file]
+    argv += ["--span", "4:9", *(("--out", out) if where == "file" else ())]
+    assert main.main([str(word) for word in argv]) == 0
+    stdout.flush()
+    edited = out.read_bytes() if where == "file" else stdout.buffer.getvalue()
+    before, after = TEXT[:4].encode(), TEXT[9:].encode()
+    assert edited.startswith(before) and edited.endswith(after)
+    assert edited != data
+    assert file.read_bytes() == data
+
+
+def test_a_draft_is_written_anew(run: Run, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "draft.txt"
+    file.write_text(WORDS)
+    code, light, err = run("generate", "--model", model, "--initial", file, "--strength", 0.05)
+    assert (code, err) == (0, "")
+    code, heavy, _ = run("generate", "--model", model, "--initial", file, "--end", "keep")
+    same = [SequenceMatcher(None, text, WORDS).ratio() for text in (light, heavy)]
+    assert same[0] > 0.7 > 0.5 > same[1]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--template a[[3", "--template has [[ at character 1 that no ]] closes"),
+        ("--template [[65]]", "--template has 65 tokens, but this model's context is 64"),
+        ("--template [[]]", "--template has the gap [[]]"),
+        ("--template [[3]] --prompt a", "--template and --prompt are both given: leave one out."),
+        ("--prompt a --initial TEXT", "--prompt and --initial are both given: leave one out."),
+        ("--prompt a --suffix bcd --length 3", "The prompt and suffix have 4 tokens"),
+        ("--edit TEXT", "--edit needs the --span that is written anew."),
+        ("--span 1:2", "--span is of a file to --edit: give --edit too."),
+        ("--edit TEXT --span 1", "--span must be two numbers as in 120:180, got '1'."),
+        ("--edit TEXT --span 4:999", "--span must be two numbers A < B within the text's 49"),
+        ("--edit NONE --span 1:2", "none.txt: No such file or directory."),
+        ("--edit LATIN --span 1:2", "latin.txt is not UTF-8 (byte 3): convert it first."),
+        ("--edit EMPTY --span 1:2", "empty.txt is empty: there is nothing to write anew."),
+        ("--strength 0.5", "--strength is of a draft: give --initial or --edit too."),
+        ("--temperature nan", "--temperature must be a finite number >= 0, got nan."),
+        ("--steps otto", "otto"),
+        ("--require x --ban x", "--require has 'x', which --ban excludes"),
+        ("--requests TEXT", "--requests needs a file for the results: give --out."),
+        ("--requests EMPTY --out OUT", "empty.txt is empty: give one request a line."),
+        ("--requests NONE --out OUT", "none.txt: No such file or directory."),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_nothing_is_written(
+    run: Run, model: Path, tmp_path: Path, argv: str, message: str
+) -> None:
+    (tmp_path / "text.txt").write_bytes(TEXT.encode())
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 creme")
+    (tmp_path / "empty.txt").touch()
+    before = sorted(tmp_path.iterdir())
+    names = {"TEXT": "text.txt", "LATIN": "latin.txt", "EMPTY": "empty.txt", "NONE": "none.txt"}
+    names["OUT"] = "out.jsonl"
+    words = [str(tmp_path / names[w]) if w in names else w for w in argv.split()]
+    code, out, err = run("generate", "--model", model, *words)
+    assert (code, out) == (2, "")
+    assert message in err
+    if "otto" not in argv:
+        assert err.count("\n") == 1 and err.startswith("error: ")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+LINES = [
+    {"id": "one", "template": "The [[3]] was [[2-3]]."},
+    {"prompt": "the quick ", "length": 20, "steps": 3},
+    {"id": "three", "length": 9, "seed": 7},
+    {"length": 30, "temperature": 0.5},
+    {"id": "five", "text": "the lazy dog", "span": [4, 8]},
+]
+
+
+def write_lines(file: Path, *lines: Any) -> None:
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    file.write_text("\n".join(texts) + "\n")
+
+
+def results(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_file_of_requests_is_answered_in_order(run: Run, model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, *LINES)
+    argv = "--requests", source, "--out", out, "--batch-size", 3, "--steps", 2, "--logprobs"
+    code, told, _ = run("generate", "--model", model, *argv)
+    assert (code, told) == (0, "")
+    found = results(out)
+    assert [r["id"] for r in found] == ["one", "2", "three", "4", "five"]
+    generator = fsdfm.load(model)
+    for line, record in zip(LINES, found, strict=True):
+        (alone,) = generator.answer([Request.from_dict({"steps": 2, **line})])
+        assert (record["text"], record["token_ids"]) == (alone.text, alone.token_ids)
+        assert record["nfe"] == alone.calls
+
+
+def test_a_bad_line_is_told_with_its_number_and_loses_no_other(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    bad = ["{", "[1]", {"promt": "x"}, {"template": "[[99]]"}, {"id": "one"}, {"seed": "x"}]
+    write_lines(source, LINES[0], *bad, "", LINES[2])
+    code, told, err = run("generate", "--model", model, "--requests", source, "--out", out)
+    assert (code, told) == (2, "")
+    assert [r["id"] for r in results(out)] == ["one", "three"]
+    for number, part in {
+        2: "no JSON (",
+        3: "a request is an object, got list.",
+        4: "A request has no 'promt': did you mean prompt?",
+        5: "template has 99 tokens",
+        6: "id 'one' is that of line 1 too.",
+        7: "seed must be a whole number",
+    }.items():
+        assert f"in.jsonl, line {number}: {part}" in err
+    assert "6 of the lines" in err
+    write_lines(source, LINES[0], {"id": "new", "length": 4}, LINES[2])
+    assert run("generate", "--model", model, "--requests", source, "--out", out)[0] == 0
+    assert [r["id"] for r in results(out)] == ["one", "three", "new"]
+
+
+def test_a_killed_batch_goes_on_without_duplicates(model: Path, tmp_path: Path) -> None:
+    source, whole, out = (tmp_path / n for n in ("in.jsonl", "whole.jsonl", "out.jsonl"))
+    write_lines(source, *LINES)
+    generator = fsdfm.load(model)
+    assert answer_file(generator, source, whole, logprobs=True).written == 5
+
+    class Killed(BaseException):
+        pass
+
+    def kill(_: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        answer_file(generator, source, out, logprobs=True, progress=kill)
+    assert len(results(out)) == 2
+    with out.open("ab") as file:  # as a kill in the middle of a line leaves it
+        file.write(b'{"id": "three", "te')
+    done = answer_file(generator, source, out, logprobs=True)
+    assert (done.written, done.found, done.refused) == (3, 2, 0)
+
+    def stable(file: Path) -> list[dict[str, Any]]:
+        kept = ("id", "text", "token_ids", "nfe", "spans", "finish", "seed")
+        return [{name: r[name] for name in kept} for r in results(file)]
+
+    assert stable(out) == stable(whole)
+    assert answer_file(generator, source, out).written == 0
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
+
+
+def test_results_that_are_none_are_not_gone_on_with(run: Run, model: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, *LINES)
+    out.write_text("dear diary\n")
+    code, _, err = run("generate", "--model", model, "--requests", source, "--out", out)
+    assert code == 2 and "out.jsonl, line 1 is no result of a request" in err
+    assert out.read_text() == "dear diary\n"
+
+
+def test_a_long_text_is_streamed_as_it_is_written(
+    run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces: list[str] = []
+    monkeypatch.setattr("fsdfm.cli.generate.write", pieces.append)
+    argv = "--prompt", "the ", "--length", 300, "--end", "never", "--steps", 2
+    assert run("generate", "--model", model, *argv)[0] == 0
+    request = Request(prompt="the ", length=300, end="never", steps=2)
+    (whole,) = fsdfm.load(model).answer([request])
+    assert "".join(pieces) == whole.text + "\n"
+    assert len([piece for piece in pieces if piece]) > 4

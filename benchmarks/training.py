@@ -18,7 +18,8 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.sides import Job, sides_for
+from fsdfm.bench.jobs import Job
+from fsdfm.bench.sides import sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
 from fsdfm.model.transformer import ModelConfig

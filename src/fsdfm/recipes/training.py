@@ -106,7 +106,7 @@ def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrai
         ConfigError: settings or data that contradict it.
     """
     start = load_pretrained(init)
-    _same_tokenizer(start, init, store, settings.data)
+    same_tokenizer(start, init, store, settings.data)
     config = start.model.config
     if config.source != settings.source:
         raise ConfigError(
@@ -167,7 +167,7 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
     """
     store = TokenStore.open(settings.data)
     teacher = load_pretrained(settings.teacher)
-    _same_tokenizer(teacher, settings.teacher, store, settings.data)
+    same_tokenizer(teacher, settings.teacher, store, settings.data)
     torch.manual_seed(settings.seed)
     joint = settings.target == JOINT
     embedding = teacher.model.config.step_embedding if joint else settings.step_embedding
@@ -282,7 +282,7 @@ def _with_context(model: FlowNetwork, length: int) -> FlowNetwork:
     return longer
 
 
-def _same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Path) -> None:
+def same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Path) -> None:
     """Raises ConfigError unless a model and a data directory speak the same token ids."""
     ours, theirs = (
         Tokenizer.from_json(text).fingerprint

@@ -79,14 +79,19 @@ class Pretrain:
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """See `Objective`."""
+        batch = self.batch(x_1, generator)
+        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
+        return {"loss": loss}
+
+    def batch(self, x_1: Tensor, generator: torch.Generator) -> Batch:
+        """What the network is shown of data (B, L), and the positions that count."""
         t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
         h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
         batch = on_the_path(x_1, t, h, self.source, self.schedule, generator)
-        if self.frozen_share > 0.0:
-            count, length = x_1.shape
-            batch = batch.given(frozen_at_random(count, length, self.frozen_share, generator))
-        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
-        return {"loss": loss}
+        if self.frozen_share == 0.0:
+            return batch
+        count, length = x_1.shape
+        return batch.given(frozen_at_random(count, length, self.frozen_share, generator))
 
 
 def frozen_at_random(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:

@@ -238,11 +238,10 @@ class Generator:
                 start.to(self.state_device),
                 request.grid,
                 noise,
-                vocab_size=self.config.vocab_size,
+                source,
                 schedule=Polynomial(self.config.schedule_power),
                 drawing=request.drawing,
                 frozen=frozen,
-                absorbing=self.config.absorbing,
             )
         except torch.OutOfMemoryError:
             raise ConfigError(

@@ -401,12 +401,13 @@ def judge(model: FlowModel, setting: Setting, args: argparse.Namespace, chain: C
     """Samples of one model in one setting, judged by the chain."""
     noise = OneStream(args.samples, args.seed)
     device = next(model.parameters()).device if isinstance(model, Transformer) else "cpu"
+    source = UniformSource(chain.symbols)
     *_, last = sample(
         Sequences(model),
-        noise.start(UniformSource(chain.symbols), args.length).to(device),
+        noise.start(source, args.length).to(device),
         Late(setting.power)(setting.steps),
         noise,
-        vocab_size=chain.symbols,
+        source,
         drawing=Drawing(STEP_RULES[args.rule], temperature=setting.temperature),
     )
     return figures(last.x.cpu(), chain)
@@ -430,7 +431,7 @@ def judge_perfect_student(
             x.repeat_interleave(length, dim=0),
             torch.linspace(t, then, SMALL_STEPS + 1, dtype=torch.float64),
             noise,
-            vocab_size=chain.symbols,
+            source,
         )
         x = last.x.view(count, length, length).diagonal(dim1=1, dim2=2)
     return figures(x, chain)

@@ -477,11 +477,11 @@ def drawn(
         sampled = Sequences(model.eval())
     posterior = Grouped(sampled, recipe.draws)
     drawing = Drawing(STEP_RULES[recipe.sampler], posterior=posterior, temperature=temperature)
-    draft = partial(sample, sampled, vocab_size=source.vocab_size, drawing=drawing)
     grid = Late(recipe.power)(steps)
     rows = []
     for noise in noises:
-        *_, last = draft(noise.start(source, language.sample_length), grid, noise)
+        x_0 = noise.start(source, language.sample_length)
+        *_, last = sample(sampled, x_0, grid, noise, source, drawing=drawing)
         rows.append(last.x)
     return torch.cat(rows)
 

@@ -124,9 +124,8 @@ def test_the_bound_and_a_sample_need_no_float64(kind: str, source: str, joint: b
             noise.start(origin, L),
             even_grid(4),
             noise,
-            vocab_size=V,
+            origin,
             drawing=Drawing(posterior=Grouped(sampled, 3)),
-            absorbing=origin.absorbing,
         )
         return bound, last.x
 

@@ -123,10 +123,9 @@ def walk(
         x_0,
         even_grid(steps),
         noise,
-        vocab_size=V,
+        ABSORBING,
         drawing=drawing,
         frozen=frozen,
-        absorbing=True,
     )
     return list(states)
 
@@ -167,9 +166,7 @@ def test_nothing_is_asked_where_all_is_given() -> None:
 def test_a_position_that_holds_data_at_the_start_stays_without_being_frozen() -> None:
     noise = Noise([1])
     x_0 = torch.tensor([[V, 2, V, 0]])
-    *_, last = sample(
-        Sequences(Independent()), x_0, even_grid(3), noise, vocab_size=V, absorbing=True
-    )
+    *_, last = sample(Sequences(Independent()), x_0, even_grid(3), noise, ABSORBING)
     assert last.x[0, [1, 3]].tolist() == [2, 0] and last.head_rows == 2
 
 

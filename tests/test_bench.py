@@ -41,7 +41,7 @@ from fsdfm.bench.sides import SIDES, build_side, runnable, sides_for
 from fsdfm.core.errors import BenchError, CheckpointError, ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import cross_entropy, path_loss
-from fsdfm.flow.path import Batch, MaskSource, UniformSource
+from fsdfm.flow.path import Batch, MaskSource, UniformSource, make_source
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, transition
@@ -121,7 +121,7 @@ def engine_texts(network: Transformer, rule: str, steps: int, source: str) -> Te
         start(source),
         even_grid(steps),
         BatchNoise(),
-        vocab_size=SYMBOLS,
+        make_source(source, SYMBOLS),
         drawing=Drawing(STEP_RULES[rule]),
     )
     return last.x
@@ -646,9 +646,8 @@ def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(rule: 
         x_0,
         even_grid(3),
         BatchNoise(),
-        vocab_size=SYMBOLS,
+        make_source("mask", SYMBOLS, absorbing=True),
         drawing=Drawing(STEP_RULES[rule]),
-        absorbing=True,
     )
     theirs = reference.reference_sample(network, x_0, 3, rule, draw, absorbing=True)
     assert chi_square_z(last.x, theirs) < 4.5

@@ -20,7 +20,7 @@ import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 from PIL import Image
 
-from fsdfm.core.errors import FsdfmError
+from fsdfm.core.errors import ConfigError, FsdfmError
 from fsdfm.eval import evaluation
 from fsdfm.eval.cells import Cell, Cells, hidden_positions
 from fsdfm.eval.evaluation import Parts
@@ -131,6 +131,30 @@ def test_the_grid_is_the_one_asked_for_else_the_models_own(
     assert tuple(cells.models[name]["grid"] for name in ("teacher", "student")) == grids
     cell = next(c for c in cells.all() if (c.name, c.steps) == ("student", 3))
     assert cell.facts["grid"] == grids[1]
+
+
+def test_a_rule_that_cannot_draw_in_groups_is_refused_before_any_row_is_made(
+    place: Path, tmp_path: Path, run: Run
+) -> None:
+    joint = save_model(tmp_path / "joint", neighbours=2, step_embedding="none")
+    (joint / "generation.json").write_text('{"draws": 3}')
+    held, names = HeldOut.open(place / "heldout.jsonl"), (place / "teacher", joint)
+    sources = {p.name: GeneratorSource(load(p, device="cpu")) for p in names}
+
+    def cells(**changes: Any) -> Cells:
+        args = arguments(place, tmp_path / "out", length=48, **changes).resolved()
+        return Cells(args, sources, held)
+
+    with pytest.raises(ConfigError, match="step=published cannot go with draws=3") as caught:
+        cells(step="published")
+    assert set(caught.value.fields) == {"step", "draws"}
+    for fits in ({"step": "exact"}, {"step": "published", "draws": 1}, {"preset": "paper"}):
+        assert cells(**fits).models["teacher"]["draws"] == 1  # it has no joint head
+    words = ("evaluate", "--model", place / "teacher", "--model", joint, "--steps", "1")
+    files = ("--judge", place / "judge", "--heldout", place / "heldout.jsonl")
+    code, out, err = run(*words, *files, "--step", "published", "--out", tmp_path / "out")
+    assert (code, out, err.count("\n")) == (2, "", 1) and "--draws 1" in err
+    assert list((tmp_path / "out" / "parts").iterdir()) == []
 
 
 def test_only_generated_tokens_are_counted_and_judged(report: Report) -> None:

@@ -12,27 +12,30 @@ from torch import Tensor, nn
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import even_grid
-from fsdfm.flow.path import UniformSource
+from fsdfm.flow.path import UniformSource, make_source
 from fsdfm.flow.posterior import Grouped, Sequences, split
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.flow.step import STEP_RULES, StepRule
+from fsdfm.flow.step import EXACT, STEP_RULES, StepRule
+from fsdfm.flow.target import TARGETS
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.joint import neighbourhood
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
-from fsdfm.train.objective import Joint, known_at_random
+from fsdfm.train.objective import Distill, Joint, Pretrain, even_weights, known_at_random
 
 V, L = 5, 6
 
 
-def network(neighbours: int = 2) -> Transformer:
+def network(neighbours: int = 2, source: str = "uniform") -> Transformer:
     """With every zero filled, as after training."""
     torch.manual_seed(0)
     shape = {"vocab_size": V, "hidden_size": 16, "blocks": 1, "heads": 2, "cond_size": 8}
-    model = Transformer(ModelConfig.from_dict({**shape, "neighbours": neighbours}))
+    model = Transformer(
+        ModelConfig.from_dict({**shape, "neighbours": neighbours, "source": source})
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -125,7 +128,7 @@ def twins_of(draws: int, **options: Any) -> tuple[Tensor, Twins, Any]:
         options.pop("x_0", noise.start(UniformSource(2), 4)),
         even_grid(1),
         noise,
-        vocab_size=2,
+        UniformSource(2),
         drawing=Drawing(posterior=Grouped(model, draws)),
         **options,
     )
@@ -264,7 +267,7 @@ def test_a_joint_head_learns_what_neighbours_say() -> None:
             noise.start(UniformSource(V), 2),
             even_grid(1),
             noise,
-            vocab_size=V,
+            UniformSource(V),
             drawing=Drawing(posterior=Grouped(model, draws)),
         )
         equal[draws] = float((last.x[:, 0] == last.x[:, 1]).float().mean())
@@ -281,3 +284,22 @@ def test_a_directory_keeps_the_joint_head_and_older_ones_load_without(tmp_path: 
     assert loaded.model.config.neighbours == 2 and loaded.generation["draws"] == 4
     assert torch.equal(loaded.model.joint.out.weight, model.joint.out.weight)
     assert "neighbours" not in network(0).config.to_dict()
+
+
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+@pytest.mark.parametrize("kind", ["pretrain", "joint", *TARGETS])
+def test_every_objective_trains_the_joint_head(kind: str, source: str) -> None:
+    """What is drawn from and judged passes through it, so what is trained does."""
+    model, origin = network(source=source), make_source(source, V)
+    x_1 = torch.randint(V, (24, L), generator=torch.Generator().manual_seed(1))
+    objective: Pretrain | Joint | Distill
+    if kind in TARGETS:
+        objective = Distill(origin, Polynomial(), TARGETS[kind], EXACT, even_weights(0.0))
+    else:
+        objective = (Pretrain if kind == "pretrain" else Joint)(origin, Polynomial())
+    parts = objective.loss(model, model, x_1, torch.Generator().manual_seed(2))
+    parts["loss"].backward()  # type: ignore[no-untyped-call]
+    assert all(
+        p.grad is not None and p.grad.any()
+        for p in (model.joint.out.weight, model.joint.row.weight)
+    )

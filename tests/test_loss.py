@@ -414,3 +414,41 @@ def test_the_bound_does_not_depend_on_the_batch_size(source: str) -> None:
 
     assert bound(1) == pytest.approx(bound(12), rel=1e-5) == pytest.approx(bound(5), rel=1e-5)
     assert abs(bound(12, seed=1) - bound(12)) > 1e-3
+
+
+TILT = torch.tensor([1.5, -0.5, 0.25, 0.0], dtype=torch.float64)[:VOCAB]
+
+
+class Folded(OneToken):
+    """Has in its body what `Telling` has in its joint head."""
+
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return super().body(x_t, t, h) + TILT
+
+
+class Telling(OneToken):
+    """Its joint head moves every row, whatever is known; it notes what was."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        self.heard: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        self.heard.append((at, x, known))
+        return rows + TILT
+
+
+@pytest.mark.parametrize(
+    "source", [make_source("uniform", VOCAB), make_source("mask", VOCAB, absorbing=True)], ids=repr
+)
+def test_the_bound_passes_through_a_joint_head_that_knows_what_is_revealed(source: Source) -> None:
+    """Training always does: without it the bound is that of a function that nobody trained."""
+    x_1 = torch.multinomial(P_1, 8 * 20, True, generator=torch.Generator().manual_seed(8))
+    x_1, model = x_1.view(8, 20), Telling(source)
+    found = list(elbo_nats_per_token(model, x_1, source, times=4))
+    assert found == list(elbo_nats_per_token(Folded(source), x_1, source, times=4))
+    assert found != list(elbo_nats_per_token(OneToken(source), x_1, source, times=4))
+    assert len(model.heard) == 4
+    for at, x, known in model.heard:
+        assert torch.equal(known, x != VOCAB if source.absorbing else torch.zeros_like(known))
+        assert torch.equal(at, (~known).flatten().nonzero()[:, 0])

@@ -156,7 +156,7 @@ def drawn(markov: ModuleType, chain, steps: int, count: int = 1000) -> Tensor:  
     noise = Noise(range(count))
     x_0 = noise.start(UniformSource(SYMBOLS), LENGTH)
     model = Sequences(markov.ExactPosterior(chain))
-    *_, last = sample(model, x_0, even_grid(steps), noise, vocab_size=SYMBOLS)
+    *_, last = sample(model, x_0, even_grid(steps), noise, UniformSource(SYMBOLS))
     return last.x
 
 

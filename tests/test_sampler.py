@@ -100,7 +100,7 @@ def run(
         x_0,
         grid,
         noise,
-        vocab_size=source.vocab_size,
+        source,
         drawing=drawing,
         frozen=frozen,
         schedule=schedule,
@@ -205,7 +205,7 @@ def test_frozen_positions_never_move_and_all_others_can(rule: str, movers: str) 
             x_0,
             even_grid(3),
             noise,
-            vocab_size=7,
+            source,
             drawing=drawing_of(rule, movers),
             frozen=frozen,
         )
@@ -271,7 +271,7 @@ def test_the_walk_yields_x_0_and_then_a_state_a_step_and_leaves_x_0_alone() -> N
     noise = Noise([1])
     x_0 = noise.start(UniformSource(5), 20)
     before = x_0.clone()
-    walk = sample(Sequences(NextToken(5)), x_0, even_grid(6), noise, vocab_size=5)
+    walk = sample(Sequences(NextToken(5)), x_0, even_grid(6), noise, UniformSource(5))
     first = next(walk)
     assert torch.equal(first.x, before)
     assert (first.step, first.t, first.calls, first.head_rows) == (0, 0.0, 0, 0)

@@ -243,3 +243,49 @@ def test_jumps_of_a_target_follow_its_own_rule() -> None:
         truth = transition(rule, model.posterior(0.25)[:1], x_t[0, :1], a)[0]
         shares = x[0].bincount(minlength=VOCAB).double() / length
         assert ((shares - truth).abs() < 4.5 * (truth * (1 - truth) / length).sqrt()).all()
+
+
+BIAS = torch.tensor([0.9, -0.4, 0.0, 0.3, -1.2, 0.6])
+
+
+class Folded(Table):
+    """Has in its body what `Telling` has in its joint head."""
+
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        return super().body(x_t, t, h) + BIAS
+
+
+class Telling(Table):
+    """Its joint head moves every row, whatever is known; it notes what was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        self.heard.append((at, x, known))
+        return rows + BIAS
+
+
+@pytest.mark.parametrize("absorbing", [False, True])
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_target_and_its_jumps_pass_through_a_joint_head_that_knows_what_is_revealed(
+    target: TargetRule, absorbing: bool
+) -> None:
+    x_t = torch.randint(VOCAB + 1, (2, 60), generator=torch.Generator().manual_seed(4))
+
+    def made(model: Table) -> Target:
+        generator, source = torch.Generator().manual_seed(1), MaskSource(VOCAB, absorbing)
+        opened = x_t == VOCAB if absorbing else None
+        walker = Jumper(model, Polynomial(), EXACT, source, generator, opened)
+        return target(walker, x_t, f64(0.25, 0.5), f64(0.5, 0.5))
+
+    telling = Telling()
+    found, folded, plain = made(telling), made(Folded()), made(Table())
+    for mine, same, other in zip(found.hiddens, folded.hiddens, plain.hiddens, strict=True):
+        torch.testing.assert_close(mine, same, rtol=0, atol=1e-6)
+        assert (mine - other).abs().amin() < (mine - other).abs().amax()
+    assert len(telling.heard) == len(telling.calls) > 1
+    for at, x, known in telling.heard:
+        assert torch.equal(at, torch.arange(120))
+        assert torch.equal(known, x != VOCAB if absorbing else torch.zeros_like(known))

@@ -107,9 +107,8 @@ class OurSampler(_Sampler):
             noise.start(source, job.length).to(self.device),
             self.grid(job.steps),
             noise,
-            vocab_size=config.vocab_size,
+            source,
             drawing=Drawing(STEP_RULES[self.rule(job)], posterior=posterior),
-            absorbing=source.absorbing,
         )
         (last,) = deque(states, maxlen=1)
         last.x.tolist()

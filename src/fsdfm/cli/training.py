@@ -111,18 +111,14 @@ class TrainingConsole:
         """A short sample from the moving average; it draws from its own noise."""
         config, noise = ema.config, Noise([self.args.seed % 2**32])
         network = Sequences(ema, next(ema.parameters()).device)
-        x_0 = noise.start(
-            make_source(config.source, config.vocab_size, absorbing=config.absorbing),
-            min(PREVIEW_TOKENS, config.context_length),
-        )
+        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         states = sample(
             network,
-            x_0,
+            noise.start(source, min(PREVIEW_TOKENS, config.context_length)),
             GRIDS[self.generation.get("grid", "even")](self.generation["steps"]),
             noise,
-            vocab_size=config.vocab_size,
+            source,
             schedule=Polynomial(config.schedule_power),
-            absorbing=config.absorbing,
             drawing=Drawing(
                 STEP_RULES[self.generation["step"]],
                 posterior=Grouped(network, self.generation.get("draws", 1)),

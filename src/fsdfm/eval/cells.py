@@ -29,8 +29,6 @@ GROUP = 4
 HUMAN, SHUFFLED, RANDOM = "human text", "human text, words shuffled", "random tokens"
 OTHERS = "other human text"
 """What fidelity is measured against; no row of the report."""
-BOUND_TIMES = 32
-"""Of the bound, each a forward pass: with 24 x 1,024 tokens its spread over seeds is 0.01 nats."""
 SHARES = {"quarter": 0.25, "half": 0.5}
 
 

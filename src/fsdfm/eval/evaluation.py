@@ -36,7 +36,7 @@ from fsdfm.eval.settings import JudgeSettings
 from fsdfm.eval.source import Load
 from fsdfm.eval.workers import Workers
 
-EVALUATION = 4
+EVALUATION = 5
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
 FEWEST_SEGMENTS = 80
 """MAUVE of fewer feature vectors (8 clusters) is noise."""

@@ -102,6 +102,35 @@ class Call:
     """(hidden rows (n, D), tokens as they stand (B L,), which of them are drawn (n,), u (n,)) ->
     their next tokens, int64, (n,)."""
 
+    @classmethod
+    def of(
+        cls,
+        model: Sampled,
+        x: Tensor,
+        times: tuple[float, float],
+        movers: Tensor,
+        known: Tensor,
+        u: Tensor,
+        draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    ) -> Call:
+        """The call at a state.
+
+        Args:
+            model: the network.
+            x: state, int64, shape (B, L).
+            times: t and h.
+            movers: who moves, bool, shape (B, L), on the CPU, as `known` and `u`.
+            known, u, draw: see the fields.
+        """
+        # Counted and picked on the CPU, so that nothing here waits for the device.
+        places = movers.flatten().nonzero()[:, 0]
+        rows, known, u = (send(each, x.device) for each in (places, known, u))
+        return cls(x, places, rows, model.hidden(x, *times, rows), known, u, draw)
+
+    def placed(self, tokens: Tensor) -> Tensor:
+        """The next state, in which the movers have these tokens."""
+        return self.x.flatten().index_copy(0, self.rows, tokens).view_as(self.x)
+
 
 class Posterior(Protocol):
     """How the movers of one call are drawn: alone, or seeing each other."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.flow.host import send
 from fsdfm.flow.path import Source
 from fsdfm.flow.posterior import INDEPENDENT, Call, Posterior, Sampled
 from fsdfm.flow.schedule import Polynomial, Schedule
@@ -64,9 +63,9 @@ class Drawing:
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
-            raise ConfigError(f"temperature must be >= 0, got {self.temperature}.")
+            raise ConfigError(f"temperature must be >= 0, got {self.temperature}.", "temperature")
         if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.", "top_p")
         self.posterior.check(self.rule)
 
     def tokens(
@@ -124,12 +123,11 @@ def sample(
     x_0: Tensor,
     grid: Tensor,
     noise: Noise,
+    source: Source,
     *,
-    vocab_size: int,
     schedule: Schedule | None = None,
     drawing: Drawing | None = None,
     frozen: Tensor | None = None,
-    absorbing: bool = False,
 ) -> Iterator[State]:
     """Walk x_0 along the grid; yields the start and then the state after every step.
 
@@ -139,20 +137,19 @@ def sample(
             tokens.
         grid: times from 0 to 1, float64, shape (N + 1,); N is the budget.
         noise: the sequences' random numbers, after `noise.start`.
-        vocab_size: V; logits beyond it (a mask id) are never drawn.
+        source: where the path starts. Logits beyond its V tokens (a mask id) are never drawn; where
+            it absorbs, only positions that hold the mask id move.
         schedule: kappa; linear if not given.
         drawing: step rule, movers, posterior, temperature, top-p; the exact rule if not given.
         frozen: positions that never move, bool, shape (B, L); none if not given.
-        absorbing: whether only positions that hold the mask id, V, move (`Source.absorbing`).
 
     Yields:
         N + 1 states; the last one, at t = 1, is the result.
     """
     schedule, drawing = schedule or Polynomial(), drawing or Drawing()
     free = torch.ones(x_0.shape, dtype=torch.bool) if frozen is None else ~frozen.cpu()
-    if absorbing:
-        free = free & (x_0 == vocab_size).cpu()
-    x, device, calls, head_rows = x_0, x_0.device, 0, 0
+    free = free & (x_0 == source.vocab_size).cpu() if source.absorbing else free
+    x, calls, head_rows = x_0, 0, 0
     yield State(x, 0, float(grid[0]), calls, head_rows)
     for step, (t, then) in enumerate(itertools.pairwise(grid.tolist()), start=1):
         times = torch.tensor((t, then - t), dtype=torch.float64)
@@ -161,14 +158,9 @@ def sample(
         movers = drawing.movers(a, u, free, offset)
         u_land = noise.uniform(x.shape[1])[movers]
         if len(u_land):
-            # Counted and picked on the CPU, so that nothing here waits for the device.
-            places = movers.flatten().nonzero()[:, 0]
-            rows, known, u_rows = (send(each, device) for each in (places, ~free, u_land))
-            hidden = model.hidden(x, t, then - t, rows)
-            draw = partial(drawing.tokens, model.head, a, vocab_size)
-            call = Call(x, places, rows, hidden, known, u_rows, draw)
-            x = x.flatten().index_copy(0, rows, drawing.posterior.tokens(call)).view_as(x)
-            calls, head_rows = calls + 1, head_rows + len(rows)
-            if absorbing:
-                free = free & ~movers
+            draw = partial(drawing.tokens, model.head, a, source.vocab_size)
+            call = Call.of(model, x, (t, then - t), movers, ~free, u_land, draw)
+            x = call.placed(drawing.posterior.tokens(call))
+            calls, head_rows = calls + 1, head_rows + len(u_land)
+            free = free & ~movers if source.absorbing else free
         yield State(x, step, then, calls, head_rows)

@@ -69,6 +69,9 @@ class Jumper:
     """Positions that may still move, bool, shape (B, L), on the CPU; None: all of them, for good.
     A mover is not open any more, as it is data (see `Source.absorbing`)."""
 
+    def __post_init__(self) -> None:
+        assert (self.open is not None) == self.source.absorbing
+
     def hidden(self, x: Tensor, t: Tensor, h: Tensor, before: Tensor | None = None) -> Tensor:
         """Final hidden rows, (B, L, D), float32: means of bfloat16 rows would lose digits.
 

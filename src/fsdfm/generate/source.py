@@ -49,7 +49,10 @@ class GeneratorSource:
         # Not the step rule and its like: the bound does not depend on them.
         names = ("weights_sha256", "tokenizer", "device")
         dtype = str(generator.engine.dtype).removeprefix("torch.")
-        self.bound_facts: dict[str, Any] = {n: self.facts[n] for n in names} | {"dtype": dtype}
+        self.bound_facts: dict[str, Any] = {n: self.facts[n] for n in names} | {
+            "dtype": dtype,
+            "times": BOUND_TIMES,
+        }
 
     def generate(self, **options: Any) -> list[Sample]:
         """See `Generator`."""

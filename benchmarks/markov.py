@@ -49,7 +49,9 @@ from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
-from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
 from fsdfm.train.settings import TrainSettings

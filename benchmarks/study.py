@@ -59,9 +59,11 @@ from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.loop import Run, Task

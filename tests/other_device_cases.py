@@ -18,7 +18,8 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.causal import CausalConfig, CausalNetwork
-from fsdfm.model.transformer import FlowNetwork, ModelConfig, Transformer
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Task, TrainSettings, update

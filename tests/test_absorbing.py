@@ -26,7 +26,7 @@ from fsdfm.flow.step import EXACT, MOVERS, STEP_RULES
 from fsdfm.flow.target import TARGETS, Jumper, TargetRule
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.engine import Engine
-from fsdfm.model.transformer import student_from_teacher
+from fsdfm.model.student import student_from_teacher
 from fsdfm.train.objective import (
     Distill,
     Joint,

@@ -47,8 +47,9 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, transition
 from fsdfm.model import causal, transformer
 from fsdfm.model.causal import CausalConfig
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.networks import build_network, config_to_dict
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 from fsdfm.train.objective import Distill, Pretrain, published_weights
 
 CPU = torch.device("cpu")

@@ -17,14 +17,12 @@ from fsdfm.flow.posterior import Grouped, Sequences, split
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, StepRule
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
-from fsdfm.model.transformer import (
-    ModelConfig,
-    Transformer,
-    neighbourhood,
-    student_from_teacher,
-)
+from fsdfm.model.joint import neighbourhood
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.train.objective import Joint, known_at_random
 
 V, L = 5, 6

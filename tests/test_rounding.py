@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.model.causal import CausalConfig, CausalNetwork
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.packed import GROUP, bits_of, pack, unpack
 from fsdfm.model.rounding import Example, calibrated, compensated
-from fsdfm.model.transformer import FlowNetwork, ModelConfig, Transformer
+from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.calibration import examples, rounded_on
 from fsdfm.text.packing import PrepareSettings, prepare
 from fsdfm.text.store import TokenStore

@@ -28,7 +28,9 @@ from fsdfm.flow.path import SOURCES, Batch, MaskSource, Source, UniformSource, m
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS, Jumper, Target
-from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint

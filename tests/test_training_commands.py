@@ -25,9 +25,10 @@ from fsdfm.cli import main as cli
 from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 from fsdfm.generate.generator import load
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io import pretrained as pretrained_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
 from fsdfm.text.packing import PrepareSettings, prepare
@@ -355,7 +356,7 @@ import torch
 torch.set_num_threads(1)
 torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).zero_grad()  # its imports are slow
 from fsdfm.recipes import settings, training
-from fsdfm.model.transformer import PRESETS
+from fsdfm.model.config import PRESETS
 from fsdfm.train import loop
 
 for name, values, lines_at_death in json.loads(sys.argv[1]):

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.rotary import Rotary, rotate
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published"
 NETWORKS = [

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig
-from fsdfm.model.transformer import MLP_RATIO, ModelConfig
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.transformer import MLP_RATIO
 
 FIRST_TOKEN = 0
 

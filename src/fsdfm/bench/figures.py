@@ -11,7 +11,9 @@ from typing import Any
 
 from fsdfm.core.files import write_whole
 from fsdfm.model.causal import CausalConfig
-from fsdfm.model.transformer import MLP_RATIO, SINUSOIDS, ModelConfig
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.layers import SINUSOIDS
+from fsdfm.model.transformer import MLP_RATIO
 
 
 @dataclass(frozen=True, slots=True)

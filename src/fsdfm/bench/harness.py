@@ -26,8 +26,8 @@ from fsdfm.bench.jobs import Job
 from fsdfm.bench.sides import dtype_of
 from fsdfm.core.errors import BenchError
 from fsdfm.core.progress import Progress
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.networks import config_to_dict
-from fsdfm.model.transformer import ModelConfig
 
 PATIENCE_SECONDS = 3600.0
 """How long one run may take."""

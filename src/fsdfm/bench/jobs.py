@@ -12,9 +12,10 @@ from torch import nn
 from fsdfm.bench import reference
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io.pretrained import read_config
 from fsdfm.model.networks import build_network
-from fsdfm.model.transformer import PRESETS, FlowNetwork, ModelConfig
+from fsdfm.model.transformer import FlowNetwork
 
 FEW_TOKENS = 8
 """Of the run that comes before all timed ones."""

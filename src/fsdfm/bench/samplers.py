@@ -18,8 +18,9 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.posterior import INDEPENDENT, Grouped
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.step import EXACT, STEP_RULES
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import ROWS_AT_ONCE, Engine
-from fsdfm.model.transformer import FlowNetwork, ModelConfig
+from fsdfm.model.transformer import FlowNetwork
 
 NEIGHBOURS, DRAWS = 3, 8
 """Of a joint head, as `fsdfm distill` and `fsdfm generate` have them."""

@@ -14,7 +14,7 @@ from fsdfm.bench import autoregressive
 from fsdfm.bench.jobs import Side
 from fsdfm.bench.samplers import Autoregressive, JointSampler, OurSampler, PlainSampler
 from fsdfm.bench.trainers import OurDistill, OurPretrain, PlainDistill, PlainPretrain
-from fsdfm.model.transformer import ModelConfig
+from fsdfm.model.config import ModelConfig
 
 Build = Callable[[ModelConfig, torch.device, torch.dtype], Side]
 

@@ -14,7 +14,7 @@ from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.model.transformer import ModelConfig
+from fsdfm.model.config import ModelConfig
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Task, update

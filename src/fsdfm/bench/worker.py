@@ -25,8 +25,8 @@ from fsdfm.bench.jobs import Job, Side, synchronise
 from fsdfm.bench.sides import build_side
 from fsdfm.core.errors import FsdfmError
 from fsdfm.model.causal import CausalConfig
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.networks import config_from_dict
-from fsdfm.model.transformer import ModelConfig
 
 TOY = ModelConfig(64, 64, blocks=1, heads=1, cond_size=64, context_length=16)
 TWIN_TOY = CausalConfig(64, 64, 1, 1, 64, 16, "mask", kv_heads=1, head_size=64, mlp_size=64)

@@ -19,17 +19,13 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
 from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.networks import config_to_dict
-from fsdfm.model.transformer import (
-    PRESETS,
-    FlowNetwork,
-    ModelConfig,
-    Transformer,
-    student_from_teacher,
-)
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.directory import claimed
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.packed import Packed, bits_of, pack, unpack
-from fsdfm.model.transformer import FlowNetwork, ModelConfig
+from fsdfm.model.transformer import FlowNetwork
 
 FORMAT = "fsdfm"
 FORMAT_VERSION = 2

@@ -164,7 +164,7 @@ class Job:
             free = fresh & ~stays if config.absorbing else fresh
         if self.phrases:
             rows: list[Tensor] = []
-            probe = Probe(x, 0.0, 1.0, torch.arange(len(x)), rows.append)
+            probe = Probe(x, 0.0, 1.0, torch.arange(len(x)), ~fresh, rows.append)
             yield [probe]
             self.calls += probe.calls
             places = choose(self.phrases, rows[0], fresh, self.sampling.temperature, seed)

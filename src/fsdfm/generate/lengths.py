@@ -121,7 +121,7 @@ def _probe(
     x = torch.where(hidden, start(generator, noise, len(given)), given)
     t = float(1.0 - hidden.float().mean()) ** (1.0 / generator.config.schedule_power)
     t = min(t, 1.0 - 1.0 / len(x))
-    return Probe(x, t, 1.0 - t, behind, partial(_score, scores, length, given[behind]))
+    return Probe(x, t, 1.0 - t, behind, ~hidden, partial(_score, scores, length, given[behind]))
 
 
 def _score(scores: dict[int, float], length: int, behind: Tensor, logp: Tensor) -> None:

@@ -107,6 +107,8 @@ class Probe:
     h: float
     positions: Tensor
     """Whose rows, ascending, int64, shape (n,)."""
+    known: Tensor
+    """Positions that hold a token of the text, bool, shape (L,)."""
     read: Callable[[Tensor], None]
     """Told their log-probabilities, float32, (n, V), on the CPU."""
     done: bool = False
@@ -139,7 +141,8 @@ def _look(generator: Generator, probes: Sequence[Probe]) -> None:
     length, engine = len(probes[0].x), generator.engine
     rows = torch.cat([p.positions + i * length for i, p in enumerate(probes)])
     x = torch.stack([p.x for p in probes]).to(generator.state_device)
-    hidden = engine.hidden(x, probes[0].t, probes[0].h, rows.to(x.device))
+    known, rows = torch.stack([p.known for p in probes]).to(x.device), rows.to(x.device)
+    hidden = engine.told(engine.hidden(x, probes[0].t, probes[0].h, rows), rows, x, known)
     sizes = [len(p.positions) for p in probes]
     for probe, few in zip(probes, torch.split(hidden, sizes), strict=True):
         logits = engine.head(few)[:, : generator.config.vocab_size]

@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": {"core", "flow"},
     "eval": {"core", "text"},
     "generate": {"core", "flow", "model", "text"},
+    "serve": {"core", "generate"},
     "recipes": {"core", "flow", "model", "text", "train"},  # trainings put together from settings
     "bench": {"core", "flow", "model", "train"},
     "study": {"core", "text", "flow", "model", "train", "eval", "generate"},

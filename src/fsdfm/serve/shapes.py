@@ -65,7 +65,7 @@ class Answer:
         choice: dict[str, Any] = {"index": index, "finish_reason": None, "logprobs": None}
         if self.chat:
             new: dict[str, Any] = {"content": text} if text or first else {}
-            choice["delta"] = {"role": "assistant", **new} if first else new
+            choice["delta"] = new | ({"role": "assistant"} if first else {})
         else:
             choice["text"] = text
         return self._head(kind) | {"choices": [choice]} | more
@@ -84,7 +84,10 @@ class Answer:
             found |= {"pieces": update.shot.pieces, "frozen": update.shot.frozen}
         chunk = self._head("chat.completion.chunk" if self.chat else "text_completion")
         choice: dict[str, Any] = {"index": update.index, "finish_reason": None, "logprobs": None}
-        choice |= {"delta": {}} if self.chat else {"text": ""}
+        if self.chat:
+            choice["delta"] = {}
+        else:
+            choice["text"] = ""
         return chunk | {"choices": [choice]} | found
 
     def last(self, done: Done) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def slow(generators: dict[str, Generator], monkeypatch: pytest.MonkeyPatch) -> N
         hidden = generator.engine.hidden
 
         def slowly(*args: Any, hidden: Any = hidden) -> Any:
-            time.sleep(0.05)
+            time.sleep(0.03)
             return hidden(*args)
 
         monkeypatch.setattr(generator.engine, "hidden", slowly)
@@ -115,9 +115,10 @@ def test_a_completion_is_what_python_gives(up: Up, generators: dict[str, Generat
 
 
 @pytest.mark.parametrize("model", ["twin", "uniform"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_a_stream_adds_up_to_the_text(up: Up, model: str, seed: int) -> None:
-    more: Any = {"prompt": ["über fox", PROMPT], "max_tokens": 20, "n": 2, "seed": seed}
+    more: Any = {"prompt": ["über", PROMPT], "max_tokens": 12, "n": 2, "seed": seed}
+    more["extra_body"] = {"steps": 4}
     whole = up.client().completions.create(model=model, **more)
     for diffusing in (False, True):
         texts, frames = {}, []
@@ -125,8 +126,7 @@ def test_a_stream_adds_up_to_the_text(up: Up, model: str, seed: int) -> None:
             model=model,
             stream=True,
             stream_options={"include_usage": True},
-            extra_body={"diffusing": diffusing},
-            **more,
+            **more | {"extra_body": {"steps": 4, "diffusing": diffusing}},
         )
         for chunk in stream:
             frames += [(chunk.model_extra or {}).get("type")]
@@ -142,7 +142,7 @@ def test_a_masked_text_settles_before_its_end(up: Up) -> None:
     with up.http.stream("POST", "/v1/completions", json=body | {"end": "never"}) as response:
         lines = [line for line in response.iter_lines() if line.startswith("data: {")]
     texts = [json.loads(line[6:])["choices"][0]["text"] for line in lines]
-    assert sum(map(bool, texts)) > 5
+    assert sum(map(bool, texts)) > 1
 
 
 def test_frames_tell_every_step_with_its_tokens(up: Up) -> None:
@@ -299,7 +299,7 @@ def test_the_description_has_every_field_of_a_request(up: Up) -> None:
         ({"template": "a[[3"}, 400, "that no ]] closes"),
         ({"template": "[[3]]", "stream": True, "end": "otto"}, 400, "end must be one of"),
         ({"template": "a[[999]]", "stream": True}, 400, "this model's context is 64"),
-        ({"prompt": "\ud800"}, 400, "Unicode"),
+        ({"prompt": "\ud800"}, 400, "surrogate pair"),
         ({"prompt": "a", "\ud800": 1}, 400, "There is no"),
         ({"prompt": "a", "steps": 4, "num_inference_steps": 4}, 400, "said twice"),
         ({"prompt": "a", "model": "gpt-4"}, 404, "There is no model 'gpt-4'"),
@@ -418,7 +418,7 @@ def test_a_deadline_ends_a_request(
         answer = up.post(prompt="a", steps=1000, timeout=0.3, stream=stream)
         assert "deadline" in answer.text
         assert answer.status_code == (200 if stream else 504)
-        assert up.service.batcher.running == 0
+        wait_for(lambda: up.service.batcher.running == 0)
 
 
 def test_a_short_text_passes_a_long_one(generators: dict[str, Generator], slow: None) -> None:
@@ -430,7 +430,7 @@ def test_a_short_text_passes_a_long_one(generators: dict[str, Generator], slow: 
                 http.post("/v1/completions", json={"prompt": "a", "steps": steps, "n": n})
             done.append(name)
 
-        long = threading.Thread(target=ask, args=("long", 40, 3))
+        long = threading.Thread(target=ask, args=("long", 15, 2))
         long.start()
         wait_for(lambda: up.service.batcher.running)
         short = threading.Thread(target=ask, args=("short", 2, 1))

@@ -33,6 +33,7 @@ def test_sigterm_finishes_what_was_taken_on(run: Run, model: Path) -> None:
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     url = next(line for line in process.stderr if "http://" in line).split(" at ")[1].strip()
+    model = model.rename(model.with_name("elsewhere"))  # it was read
     found: dict[bool, str] = {}
 
     def ask(stream: bool) -> None:
@@ -62,6 +63,7 @@ def test_sigterm_finishes_what_was_taken_on(run: Run, model: Path) -> None:
     lines = [line[6:] for line in found[True].splitlines() if line.startswith("data: {")]
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == text
     assert found[True].endswith("data: [DONE]\n\n")
+    model.rename(model.with_name("tiny"))
 
 
 @pytest.mark.parametrize(

@@ -112,6 +112,8 @@ class Service:
     def health(self) -> dict[str, Any]:
         """Whether it works, and how much."""
         counts = {"waiting": self.batcher.waiting, "running": self.batcher.running}
+        if not self.batcher.alive:
+            raise Problem(503, "The server stops.")
         return {"status": "ok", "models": list(self.models), **counts}
 
     async def handle(self, http: Http, endpoint: str, kind: type[Common]) -> Response:

@@ -169,7 +169,12 @@ class Batcher:
     @property
     def running(self) -> int:
         """Texts that are being written."""
-        return sum(len(lane.works) for lane in (*self._shared.values(), *self._alone))
+        return sum(len(lane.works) for lane in self._lanes())
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread works."""
+        return self._thread.is_alive()
 
     def submit(self, submission: Submission) -> None:
         """Take a request into the queue.
@@ -229,12 +234,19 @@ class Batcher:
                     return
             if idle:
                 time.sleep(LINGER)
-            self._give_up()
-            self._take_on()
-            busy = [lane for lane in (*self._shared.values(), *self._alone) if lane.works]
-            if busy:
-                self._call(busy[next(self._turn) % len(busy)])
-            self._alone = [lane for lane in self._alone if lane.works]
+            try:
+                self._round()
+            except Exception:  # a bug of ours; the thread must live on
+                log.exception("The batcher stumbled.")
+
+    def _round(self) -> None:
+        """Look at the queue, and make a call."""
+        self._give_up()
+        self._take_on()
+        busy = [lane for lane in self._lanes() if lane.works]
+        if busy:
+            self._call(busy[next(self._turn) % len(busy)])
+        self._alone = [lane for lane in self._alone if lane.works]
 
     def _give_up(self) -> None:
         """Leave what nobody wants, or what is late."""
@@ -249,8 +261,8 @@ class Batcher:
             self._waiting = [work for work in self._waiting if not work.of.gone]
         for lane in self._lanes():
             for ticket in [t for t, work in lane.works.items() if work.of.gone]:
-                lane.running.cancel(ticket)
                 del lane.works[ticket]
+                lane.running.cancel(ticket)
 
     def _lanes(self) -> list[_Lane]:
         return [*self._shared.values(), *self._alone]
@@ -290,25 +302,28 @@ class Batcher:
 
     def _call(self, lane: _Lane) -> None:
         """One call, and what it did."""
-        began = time.perf_counter()
-        for work in lane.works.values():
-            work.of.began = work.of.began or time.monotonic()
+        began = time.monotonic()
         try:
             events = lane.running.step()
         except Exception as error:
             self._mend(lane, error)
             return
-        seconds = time.perf_counter() - began
+        seconds = time.monotonic() - began
         if self._on_call is not None:
             self._on_call(seconds, len(events))
         size = sum(lane.works[e.ticket].cost / max(1, e.total) for e in events)
         if size:
             self._pace += 0.1 * (seconds / size - self._pace)
         for event in events:
-            self._tell(lane, event)
+            work = lane.works[event.ticket]
+            work.of.began = work.of.began or began
+            try:
+                self._tell(lane, work, event)
+            except Exception:
+                log.exception("A text could not be told.")
+                self._fail(work.of, _bug())
 
-    def _tell(self, lane: _Lane, event: Event) -> None:
-        work = lane.works[event.ticket]
+    def _tell(self, lane: _Lane, work: _Work, event: Event) -> None:
         if event.result is not None:
             del lane.works[event.ticket]
             draws = work.request.sampling(lane.generator.defaults).draws

@@ -24,6 +24,7 @@ from fsdfm.eval.statistics import student_quantile
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.text.tokenizer import Tokenizer
 
 
 def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], list[int]]:
@@ -35,18 +36,23 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
     """
     generator = fsdfm.load(None if name == "bundled" else name)
     config = generator.config
-    blocks = Blocks.cut(HeldOut.open(args.text), generator.tokenizer, args.length, seed=0)
-    chosen = (blocks.human + blocks.others)[: args.sequences]
+    chosen = held_out(generator.tokenizer, args)
     source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
     schedule, nats = Polynomial(config.schedule_power), []
-    for seed, ids in enumerate(chosen):
+    for number, ids in enumerate(chosen):
         x_1 = torch.tensor([ids])
         with generator.autocast():
             found = elbo_nats_per_token(
-                generator.model, x_1, source, schedule, times=args.times, seed=seed
+                generator.model, x_1, source, schedule, times=args.times, first=number
             )
             nats.append(statistics.fmean(found))
     return nats, [len(generator.decode(ids).encode()) for ids in chosen]
+
+
+def held_out(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:
+    """Token ids of the sequences to judge by."""
+    blocks = Blocks.cut(HeldOut.open(args.text), tokenizer, args.length, seed=0)
+    return (blocks.human + blocks.others)[: args.sequences]
 
 
 def bound(name: str, args: argparse.Namespace) -> dict[str, object]:

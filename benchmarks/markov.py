@@ -41,14 +41,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fsdfm.core.device import pick_device
-from fsdfm.flow.grid import late_grid
+from fsdfm.flow.grid import Late
 from fsdfm.flow.loss import cross_entropy, kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state
-from fsdfm.flow.sampler import Drawing, FlowModel, Noise, WholeSequences, sample
+from fsdfm.flow.posterior import FlowModel, Sequences
+from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
-from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
 from fsdfm.train.settings import TrainSettings
@@ -179,6 +182,10 @@ class ExactPosterior:
         marginals.append((forward[0] * backward).sum(2))
         p = torch.stack(marginals[::-1], dim=1)
         return (p / p.sum(-1, keepdim=True)).log()
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """See `FlowModel`: there is no joint head."""
+        return rows
 
     def head(self, rows: Tensor) -> Tensor:
         return rows
@@ -395,9 +402,9 @@ def judge(model: FlowModel, setting: Setting, args: argparse.Namespace, chain: C
     noise = OneStream(args.samples, args.seed)
     device = next(model.parameters()).device if isinstance(model, Transformer) else "cpu"
     *_, last = sample(
-        WholeSequences(model),
+        Sequences(model),
         noise.start(UniformSource(chain.symbols), args.length).to(device),
-        late_grid(setting.steps, setting.power),
+        Late(setting.power)(setting.steps),
         noise,
         vocab_size=chain.symbols,
         drawing=Drawing(STEP_RULES[args.rule], temperature=setting.temperature),
@@ -417,9 +424,9 @@ def judge_perfect_student(
     source, length = UniformSource(chain.symbols), args.length
     x = OneStream(count, args.seed).start(source, length)
     noise = OneStream(count * length, args.seed + 1)
-    for t, then in itertools.pairwise(late_grid(setting.steps, setting.power).tolist()):
+    for t, then in itertools.pairwise(Late(setting.power)(setting.steps).tolist()):
         *_, last = sample(
-            WholeSequences(ExactPosterior(chain)),
+            Sequences(ExactPosterior(chain)),
             x.repeat_interleave(length, dim=0),
             torch.linspace(t, then, SMALL_STEPS + 1, dtype=torch.float64),
             noise,

@@ -46,6 +46,9 @@ class Bound:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             return self.model.body(x_t, t, h).float()
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return self.generator.model.told(rows, at, x, known)
+
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         return self.model.head_parameters()
 

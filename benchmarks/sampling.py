@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SIDES, Job, runnable, shape, sides_for
+from fsdfm.bench.jobs import SHAPES, Job, shape
+from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SIDES, runnable, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
 from fsdfm.flow.step import STEP_RULES
@@ -30,7 +31,12 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shapes", nargs="+", default=["tiny", "0.17B"])
+    parser.add_argument(
+        "--shapes",
+        nargs="+",
+        default=["tiny", "0.17B"],
+        help=f"{', '.join(SHAPES)}, or model directories, whose weights are not read",
+    )
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--steps", type=int, nargs="+", default=[8])
     parser.add_argument("--length", type=int, default=1024)

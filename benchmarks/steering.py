@@ -27,11 +27,11 @@ WORDS = ("river", "morning", "captain", "green")
 
 
 def cost(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a text by its length; the least of three."""
+    """Seconds of a text by its length; the least of some repeats."""
     found = {}
     for length in (16, 64, 256, 1024):
         times = []
-        for seed in range(3):
+        for seed in range(args.repeats):
             (result,) = generator.answer([Request(length=length, seed=seed)])
             times.append(result.seconds)
         found[str(length)] = {"seconds": round(min(times), 3), "calls": result.calls}
@@ -39,8 +39,8 @@ def cost(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def words(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
-    """Of 200 texts each: how many have a required word, and how many a banned one."""
-    plain = [Request(length=24, seed=i, end="never", steps=4) for i in range(200)]
+    """Of some texts each: how many have a required word, and how many a banned one."""
+    plain = [Request(length=24, seed=i, end="never", steps=4) for i in range(args.requests)]
     required = [replace(r, require=(WORDS[i % 4],)) for i, r in enumerate(plain)]
     banned = [replace(r, ban=("the", "and", "of")) for r in plain]
     with_it = generator.answer(required)
@@ -54,8 +54,8 @@ def words(generator: Generator, args: argparse.Namespace) -> dict[str, Any]:
         "required_there": sum(WORDS[i % 4] in r.text for i, r in enumerate(with_it)),
         "banned_there": sum(has(r.text) for r in without),
         "banned_there_if_not_banned": sum(has(r.text) for r in as_it_is),
-        "calls_banned": sum(r.calls for r in without) / 200,
-        "calls_plain": sum(r.calls for r in as_it_is) / 200,
+        "calls_banned": sum(r.calls for r in without) / args.requests,
+        "calls_plain": sum(r.calls for r in as_it_is) / args.requests,
     }
 
 
@@ -176,6 +176,8 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--judge", default="smollm2")
     parser.add_argument("--texts", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

@@ -51,16 +51,19 @@ from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.files import write_whole
 from fsdfm.eval.judge import load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats
-from fsdfm.flow.grid import late_grid
+from fsdfm.flow.grid import Late
 from fsdfm.flow.loss import POSITION_LOSSES, cross_entropy, kl
 from fsdfm.flow.path import SOURCES, make_source
-from fsdfm.flow.sampler import Drawing, Noise, Sampled, WholeSequences, sample
+from fsdfm.flow.posterior import Grouped, Sampled, Sequences
+from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.loop import Run, Task
@@ -471,10 +474,11 @@ def drawn(
         sampled = Engine(model.eval(), preferred_dtype(torch.device("cpu")))
     else:
         noises = [markov.OneStream(count, first)]
-        sampled = WholeSequences(model.eval())
-    drawing = Drawing(STEP_RULES[recipe.sampler], temperature=temperature, draws=recipe.draws)
+        sampled = Sequences(model.eval())
+    posterior = Grouped(sampled, recipe.draws)
+    drawing = Drawing(STEP_RULES[recipe.sampler], posterior=posterior, temperature=temperature)
     draft = partial(sample, sampled, vocab_size=source.vocab_size, drawing=drawing)
-    grid = late_grid(steps, recipe.power)
+    grid = Late(recipe.power)(steps)
     rows = []
     for noise in noises:
         *_, last = draft(noise.start(source, language.sample_length), grid, noise)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.sides import Job, sides_for
+from fsdfm.bench.jobs import Job
+from fsdfm.bench.sides import sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
-from fsdfm.model.transformer import ModelConfig
+from fsdfm.model.config import ModelConfig
 
 HEAD_WIDTH, COND_SIZE = 64, 128
 DISTILL = ["256x6x8192x8x256", "256x6x50257x4x1024"]

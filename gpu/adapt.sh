@@ -32,7 +32,8 @@ run "${flow[@]}" --init "$work/on256" --out "$work/on1024" --context-length 1024
 run distill --data "$work/data" --teacher "$work/on1024" --out "$work/student" \
   --context-length 256 --batch-size "$batch" --steps $((steps / 8 + 1)) \
   --warmup-steps $((steps / 100)) --ema-decay 0.99
-python3 recipes/bundle.py "$work/student" "$work/packed" --bits vocab_embed=6 joint=4 blocks=5
+python3 recipes/bundle.py "$work/student" "$work/packed" --bits vocab_embed=6 joint=4 blocks=5 \
+  --calibrate "$work/data"
 cp -r "$work/packed" "$out"
 for name in on256 on1024 student; do cp "$work/$name/metrics.jsonl" "$out/$name.jsonl"; done
 echo "Done."

@@ -28,5 +28,6 @@ fsdfm pretrain --init teacher256 --source mask --frozen-share 0.33 --data data -
 fsdfm distill --teacher teacher --data data --out student --context-length 256 --batch-size 8 \
   --steps 360 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.98 --evaluate-every 360 \
   --sample-every 0 --checkpoint-every 90
-python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5
+python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
+  --calibrate data
 python "$here/heldout.py" data heldout.jsonl.gz

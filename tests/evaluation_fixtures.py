@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import save_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import train_bpe
 
 PROSE = (

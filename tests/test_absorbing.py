@@ -16,17 +16,17 @@ from fsdfm.flow.loss import (
     cross_entropy,
     elbo_nats_per_token,
     generalized_kl,
-    open_positions,
     path_loss,
 )
-from fsdfm.flow.path import MaskSource, Source, UniformSource, make_source
-from fsdfm.flow.sampler import Drawing, Noise, State, WholeSequences, sample
+from fsdfm.flow.path import Batch, MaskSource, Source, UniformSource, make_source, mixed
+from fsdfm.flow.posterior import Grouped, Sequences
+from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT, MOVERS, STEP_RULES
 from fsdfm.flow.target import TARGETS, Jumper, TargetRule
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.engine import Engine
-from fsdfm.model.transformer import student_from_teacher
+from fsdfm.model.student import student_from_teacher
 from fsdfm.train.objective import (
     Distill,
     Joint,
@@ -53,6 +53,9 @@ class Independent:
         nonsense = 30.0 * torch.eye(V + 1, dtype=torch.float64)[(x_t + 1) % V]
         masked = torch.cat((P_1.log(), P_1.new_full((1,), 40.0)))  # a mask id is likeliest of all
         return torch.where((x_t == V)[..., None], masked, nonsense)
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head(self, rows: Tensor) -> Tensor:
         return rows
@@ -102,7 +105,7 @@ def test_only_the_mask_source_absorbs() -> None:
 
 
 def walk(
-    model: WholeSequences | Engine,
+    model: Sequences | Engine,
     steps: int,
     drawing: Drawing,
     *,
@@ -134,7 +137,7 @@ def test_what_is_revealed_stays_and_every_position_is_drawn_once(
     steps: int, rule: str, movers: str
 ) -> None:
     drawing = Drawing(rule=STEP_RULES[rule], movers=MOVERS[movers])
-    for model in (WholeSequences(Independent()), Engine(network(), torch.float32)):
+    for model in (Sequences(Independent()), Engine(network(), torch.float32)):
         states = walk(model, steps, drawing)
         for before, after in itertools.pairwise(states):
             revealed = before.x < V
@@ -149,7 +152,7 @@ def test_what_is_revealed_stays_and_every_position_is_drawn_once(
 def test_what_is_given_stays_and_is_not_drawn(rule: str) -> None:
     given = data(6, 40)
     given[:, 10:30] = V
-    states = walk(WholeSequences(Independent()), 5, Drawing(STEP_RULES[rule]), given=given)
+    states = walk(Sequences(Independent()), 5, Drawing(STEP_RULES[rule]), given=given)
     for state in states:
         assert torch.equal(state.x[given < V], given[given < V])
     assert (states[-1].x < V).all() and states[-1].head_rows == 6 * 20
@@ -157,7 +160,7 @@ def test_what_is_given_stays_and_is_not_drawn(rule: str) -> None:
 
 def test_nothing_is_asked_where_all_is_given() -> None:
     model, given = Independent(), data(6, 40)
-    *_, last = walk(WholeSequences(model), 4, Drawing(), given=given)
+    *_, last = walk(Sequences(model), 4, Drawing(), given=given)
     assert torch.equal(last.x, given) and last.calls == last.head_rows == 0 and not model.shown
 
 
@@ -165,7 +168,7 @@ def test_a_position_that_holds_data_at_the_start_stays_without_being_frozen() ->
     noise = Noise([1])
     x_0 = torch.tensor([[V, 2, V, 0]])
     *_, last = sample(
-        WholeSequences(Independent()), x_0, even_grid(3), noise, vocab_size=V, absorbing=True
+        Sequences(Independent()), x_0, even_grid(3), noise, vocab_size=V, absorbing=True
     )
     assert last.x[0, [1, 3]].tolist() == [2, 0] and last.head_rows == 2
 
@@ -174,14 +177,14 @@ def test_a_position_that_holds_data_at_the_start_stays_without_being_frozen() ->
 @pytest.mark.parametrize("rule", STEP_RULES)
 def test_the_law_of_one_token_is_kept_at_every_budget(steps: int, rule: str) -> None:
     drawing = Drawing(STEP_RULES[rule])
-    states = walk(WholeSequences(Independent()), steps, drawing, seeds=range(40), length=500)
+    states = walk(Sequences(Independent()), steps, drawing, seeds=range(40), length=500)
     share = torch.bincount(states[-1].x.flatten(), minlength=V).double() / 20_000
     error = 4.5 * (P_1 * (1 - P_1) / 20_000).sqrt()
     assert ((share - P_1).abs() < error).all()
 
 
 def test_how_much_is_hidden_follows_the_path() -> None:
-    states = walk(WholeSequences(Independent()), 5, Drawing(), seeds=range(40), length=500)
+    states = walk(Sequences(Independent()), 5, Drawing(), seeds=range(40), length=500)
     for state in states:
         hidden = float((state.x == V).double().mean())
         error = 4.5 * math.sqrt(state.t * (1 - state.t) / 20_000)
@@ -191,13 +194,14 @@ def test_how_much_is_hidden_follows_the_path() -> None:
 def test_groups_of_a_joint_head_know_what_was_revealed_before() -> None:
     known_at_call: list[Tensor] = []
 
-    class Watched(WholeSequences):
+    class Watched(Sequences):
         def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
             known_at_call.append(known)
             assert torch.equal(known, x < V)
             return rows
 
-    walk(Watched(Independent()), 4, Drawing(draws=3))
+    model = Watched(Independent())
+    walk(model, 4, Drawing(posterior=Grouped(model, 3)))
     assert len(known_at_call) == 12 and known_at_call[-1].any() and not known_at_call[0].any()
 
 
@@ -212,21 +216,26 @@ def test_a_path_loss_counts_the_hidden_positions_that_are_not_frozen(name: str) 
     frozen[1, :1] = True
     t = torch.tensor([0.2, 0.6], dtype=torch.float64)
     for mask, at in ((None, [0, 2, 4, 5, 7]), (frozen, [0, 2, 5, 7])):
-        rows = open_positions(x_t, ABSORBING, mask)
-        assert rows is not None and rows.tolist() == at
-        loss = POSITION_LOSSES[name]
-        found = path_loss(Independent(), x_t, x_1, t, t, V, Polynomial(), loss, rows=rows)
+        batch = on_path(x_t, x_1, t, ABSORBING, mask)
+        assert batch.places.tolist() == at
+        found = path_loss(Independent(), batch, V, Polynomial(), POSITION_LOSSES[name])
         nats = -P_1.log()[x_1.flatten()[at]]
         g = 1.0 / (1.0 - t.repeat_interleave(4)[at]) if name == "generalized_kl" else 1.0
         assert float(found) == pytest.approx(float((g * nats).mean()), rel=1e-6)
 
 
+def on_path(x_t: Tensor, x_1: Tensor, t: Tensor, source: Source, frozen: Tensor | None) -> Batch:
+    batch = mixed(torch.full_like(x_1, V), x_1, x_t < V, t, t, source)
+    assert torch.equal(batch.x_t, x_t)
+    return batch if frozen is None else batch.given(frozen)
+
+
 def test_other_sources_count_all_that_is_not_frozen() -> None:
-    x_t = torch.tensor([[0, V, 1]])
+    x_t, x_1, t = torch.tensor([[0, V, 1]]), torch.tensor([[0, 2, 1]]), torch.tensor([0.5])
     for source in (UniformSource(V), MaskSource(V)):
-        assert open_positions(x_t, source) is None
-        rows = open_positions(x_t, source, torch.tensor([[True, False, False]]))
-        assert rows is not None and rows.tolist() == [1, 2]
+        assert on_path(x_t, x_1, t, source, None).places.tolist() == [0, 1, 2]
+        frozen = torch.tensor([[True, False, False]])
+        assert on_path(x_t, x_1, t, source, frozen).places.tolist() == [1, 2]
 
 
 def test_the_bound_on_independent_tokens_is_their_entropy() -> None:
@@ -240,13 +249,19 @@ def test_the_bound_on_independent_tokens_is_their_entropy() -> None:
     assert float(spread) < 0.1 * ENTROPY_NATS
 
 
-def test_the_bound_of_a_block_that_happens_to_be_shown_whole_is_0() -> None:
-    class Shown(MaskSource):
-        def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-            return torch.zeros(shape, dtype=torch.int64)
+class Whole(Polynomial):
+    """A path on which everything has been revealed."""
 
-    x_1 = torch.zeros(2, 3, dtype=torch.int64)
-    assert list(elbo_nats_per_token(Independent(), x_1, Shown(V, True), times=3)) == [0.0] * 3
+    def kappa(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def rate(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+def test_the_bound_of_a_block_that_happens_to_be_shown_whole_is_0() -> None:
+    x_1, schedule = torch.zeros(2, 3, dtype=torch.int64), Whole()
+    assert list(elbo_nats_per_token(Independent(), x_1, ABSORBING, schedule, times=3)) == [0.0] * 3
 
 
 # Training.
@@ -312,26 +327,19 @@ def test_a_joint_head_is_trained_on_hidden_positions_and_knows_the_others() -> N
     assert 0.5 * drawn < float(more.float().sum() / (x_t == V).float().sum()) < 1.5 * drawn
 
 
-class Revealed(MaskSource):
-    """A path on which everything has been revealed."""
-
-    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.ones(shape, dtype=torch.int64)
-
-
 @pytest.mark.parametrize("kind", ["pretrain", "pretrain frozen", "joint", *TARGETS])
 def test_a_batch_with_nothing_hidden_gives_no_loss_and_no_gradient(kind: str) -> None:
-    model, x_1, source = network(), torch.ones(6, 9, dtype=torch.int64), Revealed(V, True)
+    model, x_1, schedule = network(), torch.ones(6, 9, dtype=torch.int64), Whole()
     objective: Pretrain | Distill | Joint
     if kind in TARGETS:
         model = student_from_teacher(model, "log2")
-        objective = Distill(source, Polynomial(), TARGETS[kind], EXACT, even_weights())
+        objective = Distill(ABSORBING, schedule, TARGETS[kind], EXACT, even_weights())
     elif kind == "joint":
         model = student_from_teacher(model, "none", neighbours=2)
-        objective = Joint(source, Polynomial())
+        objective = Joint(ABSORBING, schedule)
     else:
         share = float("frozen" in kind)
-        objective = Pretrain(source, Polynomial(), generalized_kl, share)
+        objective = Pretrain(ABSORBING, schedule, generalized_kl, share)
     parts = objective.loss(model, model, x_1, torch.Generator().manual_seed(1))
     assert all(float(value.detach()) == 0.0 for value in parts.values())
     parts["loss"].backward()  # type: ignore[no-untyped-call]
@@ -342,9 +350,9 @@ def test_a_batch_with_nothing_hidden_gives_no_loss_and_no_gradient(kind: str) ->
 # Targets.
 
 
-def jumper(model: Independent, source: Source = ABSORBING, rule: str = "exact") -> Jumper:
+def jumper(model: Independent, x_t: Tensor, rule: str = "exact") -> Jumper:
     generator = torch.Generator().manual_seed(1)
-    return Jumper(model, Polynomial(), STEP_RULES[rule], source, generator)
+    return Jumper(model, Polynomial(), STEP_RULES[rule], ABSORBING, generator, x_t == V)
 
 
 @pytest.mark.parametrize("rule", STEP_RULES)
@@ -353,7 +361,7 @@ def test_jumps_inside_a_target_move_hidden_positions_alone(target: TargetRule, r
     model, x_t = Independent(), data(2, 400)
     x_t[:, ::2] = V
     h = torch.tensor([0.5, 1.0], dtype=torch.float64)
-    target(jumper(model, rule=rule), x_t, torch.zeros_like(h), h)
+    target(jumper(model, x_t, rule), x_t, torch.zeros_like(h), h)
     assert len(model.shown) > 1
     for before, after in itertools.pairwise(model.shown):
         shown = before < V
@@ -367,7 +375,7 @@ def test_no_target_asks_a_network_about_what_a_jump_has_revealed(target: TargetR
     x_t = torch.full((2, 300), V)
     h = torch.tensor([0.5, 1.0], dtype=torch.float64)
     model = Independent()
-    made = target(jumper(model), x_t, torch.zeros_like(h), h)
+    made = target(jumper(model, x_t), x_t, torch.zeros_like(h), h)
     p = made.mix(made.logits(model, slice(0, 600), V), slice(0, 600), slice(0, 600))
     torch.testing.assert_close(p, P_1.float().expand(600, -1), rtol=0, atol=1e-6)
 
@@ -388,7 +396,8 @@ class Clocked(Independent):
 def test_the_semigroup_target_is_two_absorbing_half_steps_on_average(t: float, h: float) -> None:
     length, model = 40_000, Clocked()
     times, steps = (torch.tensor([value], dtype=torch.float64) for value in (t, h))
-    made = TARGETS["semigroup"](jumper(model), torch.full((1, length), V), times, steps)
+    x_t = torch.full((1, length), V)
+    made = TARGETS["semigroup"](jumper(model, x_t), x_t, times, steps)
     rows = slice(0, length)
     p = made.mix(made.logits(model, rows, V), rows, rows).double()
     first, second = h / 2 / (1 - t), h / 2 / (1 - t - h / 2)

@@ -23,33 +23,52 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from fsdfm.bench import autoregressive, benchmark, harness, reference, sides
-from fsdfm.bench.figures import Row, body_flops, head_flops, joint_flops, markdown, per_step
-from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
-from fsdfm.bench.sides import (
-    SIDES,
-    Job,
-    OurSampler,
-    build_side,
-    make_engine,
-    runnable,
-    shape,
-    sides_for,
+import fsdfm
+from fsdfm.bench import autoregressive, benchmark, harness, jobs, reference, samplers, sides
+from fsdfm.bench.figures import (
+    Row,
+    body_flops,
+    head_flops,
+    joint_flops,
+    last_block_flops,
+    markdown,
+    per_step,
 )
-from fsdfm.core.errors import BenchError
+from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
+from fsdfm.bench.jobs import Job, shape
+from fsdfm.bench.samplers import OurSampler, make_engine
+from fsdfm.bench.sides import SIDES, build_side, runnable, sides_for
+from fsdfm.core.errors import BenchError, CheckpointError, ConfigError
 from fsdfm.flow.grid import even_grid
-from fsdfm.flow.loss import path_loss
-from fsdfm.flow.path import UniformSource
+from fsdfm.flow.loss import cross_entropy, path_loss
+from fsdfm.flow.path import Batch, MaskSource, UniformSource
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES, transition
-from fsdfm.model import transformer
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer
-from fsdfm.train.objective import Distill, published_weights
+from fsdfm.model import causal, transformer
+from fsdfm.model.causal import CausalConfig
+from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.networks import build_network, config_to_dict
+from fsdfm.model.transformer import Transformer
+from fsdfm.train.objective import Distill, Pretrain, published_weights
 
 CPU = torch.device("cpu")
 LINEAR = Polynomial()
 TOY = ModelConfig(67, 32, 2, 2, 16, context_length=64, step_embedding="log2")
+TWIN = CausalConfig(
+    vocab_size=67,
+    hidden_size=32,
+    blocks=2,
+    heads=4,
+    cond_size=16,
+    context_length=64,
+    source="mask",
+    step_embedding="log2",
+    kv_heads=2,
+    head_size=6,
+    mlp_size=48,
+    start_id=0,
+)
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -212,7 +231,7 @@ def test_path_loss_is_that_of_the_flow_room() -> None:
     x_t, x_1 = torch.randint(7, (2, 4, 6), generator=draw)
     t = torch.tensor([0.0, 0.31, 0.73, 0.998], dtype=torch.float64)
     h = torch.full_like(t, 2.0**-10)
-    ours = path_loss(network, x_t, x_1, t, h, 7, LINEAR)
+    ours = path_loss(network, Batch(x_t, x_1, t, h), 7, LINEAR)
     log_p = reference.whole_logits(network, x_t, t, h).log_softmax(-1)
     theirs = reference.generalized_kl(log_p, x_t, x_1, LINEAR.rate(t).float()).mean()
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=0)
@@ -304,6 +323,31 @@ def test_flops_are_those_that_torch_counts(kind: Any) -> None:
         assert head_flops(config, 21) == counted.get_total_flops()
 
 
+@pytest.mark.parametrize("start_id", [None, 3])
+def test_flops_of_a_twin_are_those_that_torch_counts(start_id: int | None) -> None:
+    config = replace(TWIN, start_id=start_id)
+    network, x, t = build_network(config), torch.zeros(3, 7, dtype=torch.int64), torch.ones(3)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as counted:
+            hidden = network.body(x, t, t)
+        assert body_flops(config, 3, 7) == counted.get_total_flops()
+        with FlopCounterMode(display=False) as counted:
+            network.head(hidden.flatten(0, 1))
+        assert head_flops(config, 21) == counted.get_total_flops()
+
+
+def test_flops_of_a_twins_last_block_are_those_that_torch_counts() -> None:
+    network, x = build_network(TWIN), torch.zeros(1, 9, dtype=torch.int64)
+    engine = make_engine(network, CPU, torch.float32)
+    counts = []
+    for rows in (torch.arange(9), torch.tensor([2, 7])):
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
+            engine.hidden(x, 0.3, 0.5, rows)
+        counts.append(counted.get_total_flops())
+    assert counts[0] - counts[1] == 7 * last_block_flops(TWIN, 9)
+    assert last_block_flops(replace(TWIN, attention="causal"), 9) == 0
+
+
 def test_flops_of_a_joint_head_are_those_that_torch_counts() -> None:
     config = ModelConfig(11, 32, 2, 2, 16, neighbours=3)
     network, at, x = Transformer(config), torch.arange(5), torch.zeros(3, 7, dtype=torch.int64)
@@ -318,6 +362,24 @@ def test_a_shape_is_a_preset_with_its_vocabulary_and_a_step_embedding() -> None:
     sizes = {name: getattr(config, name) for name in PRESETS["0.17B"]}
     assert sizes == PRESETS["0.17B"]
     assert (config.vocab_size, config.step_embedding, config.neighbours) == (50_257, "log2", 0)
+
+
+def test_a_shape_can_be_that_of_a_model_directory_whose_weights_are_not_read(
+    tmp_path: Path,
+) -> None:
+    config = replace(TWIN, step_embedding="none", neighbours=2)
+    header = {"format": "fsdfm", "format_version": 2, **config_to_dict(config)}
+    (tmp_path / "config.json").write_text(json.dumps(header))
+    assert shape(str(tmp_path)) == TWIN
+    with pytest.raises(CheckpointError, match=r"not a model directory: it has no config.json"):
+        shape(str(tmp_path.parent))
+    with pytest.raises(ConfigError, match=r"one of tiny, .*, adapted, or a model directory, got x"):
+        shape("x")
+
+
+def test_adapted_is_the_shape_of_the_bundled_model() -> None:
+    bundled = Path(fsdfm.__file__).parent / "assets" / "bundled"
+    assert config_to_dict(shape(str(bundled))) == pytest.approx(config_to_dict(shape("adapted")))
 
 
 def row(**values: Any) -> Row:
@@ -462,6 +524,25 @@ def test_the_reference_has_pytorchs_attention_and_leaves_the_networks_own_in_pla
     assert transformer.attend is unwanted
 
 
+@pytest.mark.parametrize("attention", ["bidirectional", "causal"])
+def test_the_reference_computes_the_twin_with_pytorchs_own_pieces(
+    monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    model = jobs.random_model(replace(TWIN, attention=attention))
+    x = torch.randint(67, (3, 16), generator=torch.Generator().manual_seed(1))
+    t = torch.tensor([0.1, 0.5, 0.9])
+    ours = model(x, t, t)[..., : TWIN.vocab_size]
+
+    def unwanted(*_: Any, **__: Any) -> Tensor:
+        raise AssertionError("the project's own piece")
+
+    for name in ("attend", "modulated_rms", "swiglu", "turned"):
+        monkeypatch.setattr(causal, name, unwanted)
+    theirs = reference.whole_logits(model, x, t, t)
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    assert causal.swiglu is unwanted
+
+
 def test_a_sequence_that_passes_alone_is_charged_for_its_movers_in_the_last_block() -> None:
     config = replace(TOY, context_length=300)
     ours = OurSampler(config, torch.device("cpu"), torch.float32)
@@ -507,12 +588,13 @@ def test_an_interruption_leaves_no_process() -> None:
             os.kill(pid, 0)
 
 
+@pytest.mark.parametrize("config", [TOY, TWIN], ids=["published", "twin"])
 @pytest.mark.parametrize("task", SIDES)
-def test_every_side_does_its_job(task: str) -> None:
+def test_every_side_does_its_job(task: str, config: ModelConfig) -> None:
     job = Job(2, 16, 2)
     for name in SIDES[task]:
         dtype = sides.dtype_of(task, name, torch.float32)
-        side = build_side(task, name, TOY, CPU, dtype)
+        side = build_side(task, name, config, CPU, dtype)
         cost = side.run(job, seed=1)
         assert cost.tokens == 2 * 16 * (1 if task == "sample" else 2)
         assert (cost.flops is None) == (task == "distill" or name.startswith("autoregressive"))
@@ -521,10 +603,10 @@ def test_every_side_does_its_job(task: str) -> None:
 
 
 def test_a_reference_and_the_engine_are_charged_for_what_they_do() -> None:
-    plain = sides.PlainSampler(TOY, CPU, torch.float32).run(Job(2, 16, 4), 1)
+    plain = samplers.PlainSampler(TOY, CPU, torch.float32).run(Job(2, 16, 4), 1)
     once = body_flops(TOY, 2, 16)
     assert plain.flops == 4 * (once + head_flops(TOY, 2 * 16))
-    engine = sides.OurSampler(TOY, CPU, torch.float32)
+    engine = samplers.OurSampler(TOY, CPU, torch.float32)
     ours = engine.run(Job(2, 16, 4), 1)
     assert ours.flops is not None
     rows, rest = divmod(ours.flops - 4 * once, head_flops(TOY, 1))
@@ -532,7 +614,7 @@ def test_a_reference_and_the_engine_are_charged_for_what_they_do() -> None:
     split = engine.split(Job(2, 16, 4), 1)
     assert sum(split.values()) == pytest.approx(1.0)
     assert set(split) == {"hidden", "head", "draw"} and min(split.values()) > 0.0
-    joint = sides.JointSampler(TOY, CPU, torch.float32)
+    joint = samplers.JointSampler(TOY, CPU, torch.float32)
     told = joint.run(Job(2, 16, 4), 1)
     assert told.flops is not None
     each = head_flops(TOY, 1) + joint_flops(joint.config, 1)
@@ -554,7 +636,54 @@ def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) ->
     assert done.stderr.count("hello") == 2
 
 
+@pytest.mark.parametrize("rule", ["exact", "published"])
+def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(rule: Any) -> None:
+    config = replace(TWIN, vocab_size=SYMBOLS, context_length=LENGTH)
+    network, draw = jobs.random_model(config), torch.Generator().manual_seed(23)
+    x_0 = start("mask")
+    *_, last = sample(
+        make_engine(network, CPU, torch.float32),
+        x_0,
+        even_grid(3),
+        BatchNoise(),
+        vocab_size=SYMBOLS,
+        drawing=Drawing(STEP_RULES[rule]),
+        absorbing=True,
+    )
+    theirs = reference.reference_sample(network, x_0, 3, rule, draw, absorbing=True)
+    assert chi_square_z(last.x, theirs) < 4.5
+
+
+def test_pretraining_on_masks_counts_what_ours_counts() -> None:
+    network = jobs.random_model(TWIN)
+    x_1 = torch.randint(67, (64, 16), generator=torch.Generator().manual_seed(4))
+    source, draw = MaskSource(67, absorbing=True), torch.Generator().manual_seed(6)
+    losses = torch.empty(2, 24, dtype=torch.float64)
+    with torch.no_grad():
+        for k in range(losses.shape[1]):
+            ours = Pretrain(source, LINEAR, cross_entropy).loss(network, network, x_1, draw)
+            losses[0, k] = ours["loss"]
+            losses[1, k] = reference.pretrain_loss(network, x_1, draw, source=source)
+    error = (losses.var(1).sum() / losses.shape[1]).sqrt()
+    assert abs(losses[0].mean() - losses[1].mean()) < 4.5 * error < 0.05 * losses.mean()
+
+
 # The command.
+
+
+def test_bench_measures_the_shape_of_a_model(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    header = {"format": "fsdfm", "format_version": 1, **config_to_dict(TWIN)}
+    (tmp_path / "twin").mkdir()
+    (tmp_path / "twin" / "config.json").write_text(json.dumps(header))
+    monkeypatch.setattr(benchmark, "preferred_dtype", lambda device: torch.float32)
+    argv = ("--model", tmp_path / "twin", "--steps", 2, "--length", 16, "--repeats", 1)
+    code, out, _ = run("bench", *argv, "--device", "cpu")
+    assert code == 0 and "failed" not in out
+    assert "sample, twin, 1 x 16 tokens, 2 steps" in out
+    code, out, err = run("bench", "--model", tmp_path)
+    assert (code, out) == (2, "") and err.endswith("it has no config.json.\n")
 
 
 def test_bench_prints_every_side(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

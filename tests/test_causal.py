@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model import engine as engine_module
 from fsdfm.model.causal import CausalConfig, CausalNetwork
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
-from fsdfm.model.transformer import ModelConfig, student_from_teacher
+from fsdfm.model.student import student_from_teacher
 
 V, T, H = 83, 0.3, 0.125
 needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU has no fast 8-bit products")

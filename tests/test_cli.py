@@ -22,8 +22,9 @@ import fsdfm
 from fsdfm.cli import main as cli
 from fsdfm.generate.live import frame, printable, show
 from fsdfm.generate.results import Snapshot
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import save_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import train_bpe
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published"

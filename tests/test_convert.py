@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError, FsdfmError
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.convert import GENERATION, convert_published, infer_config
 from fsdfm.model.io.pretrained import load_pretrained
-from fsdfm.model.transformer import ModelConfig
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published"
 DFM, FSDFM, MASK = (

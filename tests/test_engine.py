@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fsdfm.model import engine as engine_module
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 
 T, H = 0.3, 0.125
 

@@ -14,8 +14,9 @@ import fsdfm
 from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError
 from fsdfm.generate.generator import Generator
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import save_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 
 CONTEXT = 64

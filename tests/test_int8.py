@@ -11,9 +11,10 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.generate import precision as device_module
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.model import int8
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8, int8_linear
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 
 needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU has no fast 8-bit products")
 

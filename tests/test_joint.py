@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import UniformSource
-from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, groups, sample
+from fsdfm.flow.posterior import Grouped, Sequences, split
+from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.step import STEP_RULES, StepRule
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
-from fsdfm.model.transformer import (
-    ModelConfig,
-    Transformer,
-    neighbourhood,
-    student_from_teacher,
-)
+from fsdfm.model.joint import neighbourhood
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.train.objective import Joint, known_at_random
 
 V, L = 5, 6
@@ -86,10 +86,10 @@ def test_the_engine_tells_its_rows_the_same() -> None:
     torch.testing.assert_close(coarse.float(), expected, atol=0.1, rtol=0.05)
 
 
-@pytest.mark.parametrize("draws", [2, 3, 8])
+@pytest.mark.parametrize("draws", [1, 2, 3, 8])
 def test_groups_split_the_movers_by_position_from_left_to_right(draws: int) -> None:
     position = torch.tensor([0, 1, 2, 5, 0, 3, 4])
-    parts = [part for part in groups(position, draws) if part is not None]
+    parts = [*split(position, draws)]
     assert torch.cat(parts).sort().values.tolist() == list(range(7))
     classes = [set((position[part] % draws).tolist()) for part in parts]
     assert all(len(each) == 1 for each in classes)
@@ -121,12 +121,12 @@ class Twins(nn.Module):
 def twins_of(draws: int, **options: Any) -> tuple[Tensor, Twins, Any]:
     model, noise = Twins(), Noise(range(200))
     *_, last = sample(
-        WholeSequences(model),
+        Sequences(model),
         options.pop("x_0", noise.start(UniformSource(2), 4)),
         even_grid(1),
         noise,
         vocab_size=2,
-        drawing=Drawing(draws=draws),
+        drawing=Drawing(posterior=Grouped(model, draws)),
         **options,
     )
     return last.x, model, last
@@ -156,10 +156,33 @@ def test_frozen_positions_are_known_from_the_start() -> None:
     assert torch.equal(model.calls[0][2], frozen)
 
 
-def test_drawing_as_one_never_asks_the_joint_head() -> None:
-    assert not twins_of(1)[1].calls
-    with pytest.raises(ValueError, match="draws must be at least 1"):
-        Drawing(draws=0)
+def test_one_group_passes_through_the_joint_head_too_and_knows_what_is_frozen() -> None:
+    """Training always does: without it, nobody trained the function that is drawn from."""
+    ((at, _, known),) = twins_of(1)[1].calls
+    assert len(at) == 200 * 4 and not known.any()
+    frozen = torch.zeros(200, 4, dtype=torch.bool)
+    frozen[:, 0] = True
+    x, model, _ = twins_of(1, x_0=torch.ones(200, 4, dtype=torch.int64), frozen=frozen)
+    assert (x[:, 1] == 1).all() and torch.equal(model.calls[0][2], frozen)
+
+
+@pytest.mark.parametrize("rule", STEP_RULES.values(), ids=STEP_RULES)
+def test_a_rule_that_leaves_movers_where_they_are_is_refused_several_groups(rule: StepRule) -> None:
+    """A mover that stays is not drawn, but its neighbours would be told that it was."""
+    p, x_t = torch.tensor([[0.7, 0.3]]), torch.tensor([0])
+    stays = not torch.equal(rule.land(p, x_t, torch.tensor([0.4])), p)
+    Drawing(rule, posterior=Grouped(Twins(), 1))
+    if not stays:
+        Drawing(rule, posterior=Grouped(Twins(), 2))
+        return
+    with pytest.raises(ConfigError, match=f"step={rule.name} cannot go with draws=2") as caught:
+        Drawing(rule, posterior=Grouped(Twins(), 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_no_groups_are_refused() -> None:
+    with pytest.raises(ConfigError, match="draws must be at least 1"):
+        Grouped(Twins(), 0)
 
 
 class Listening(Twins):
@@ -178,6 +201,37 @@ def test_training_asks_for_positions_that_are_not_known_and_shows_data() -> None
     assert torch.equal(x, x_1) and float(parts["loss"]) > 0.0
     assert torch.equal(at, (~known).flatten().nonzero()[:, 0])
     assert 0.1 < float(known.float().mean()) < 0.6
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_prompts_and_the_rims_of_gaps_are_known_and_shown_in_a_part_of_the_rows(
+    share: float,
+) -> None:
+    """As `fill` gives them: data in the state too, left and right of a gap at once."""
+    states: list[Tensor] = []
+
+    class Seen(Listening):
+        def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+            states.append(torch.where(t[:, None] == 0.0, x_t, 0))  # at 0 the path shows no data
+            return super().body(x_t, t, h)
+
+        def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+            self.calls.append((at, x, known))
+            return rows
+
+    def nothing(logits: Tensor, *_: Tensor) -> Tensor:
+        return 0.0 * logits.sum(-1)
+
+    model, x_1 = Seen(), torch.full((4000, 12), 7)  # no token of the source
+    objective = Joint(UniformSource(5), Polynomial(), nothing, 0.9, share)
+    objective.loss(model, model, x_1, torch.Generator().manual_seed(1))
+    shown, ((_, _, known),) = states[0] == 7, model.calls
+    rows = float(shown.any(1).float().mean())
+    assert not (shown & ~known).any() and (known & ~shown).any()
+    assert (rows == 0.0) if share == 0.0 else (0.25 < rows < 0.4)
+    around = shown[:, 0] & shown[:, -1] & ~known.all(1)
+    alone = shown[:, 0] & ~shown[:, -1]
+    assert bool(around.any()) == bool(alone.any()) == (share > 0.0)
 
 
 def test_what_is_known_follows_the_groups_and_is_nothing_in_a_part_of_the_rows() -> None:
@@ -206,12 +260,12 @@ def test_a_joint_head_learns_what_neighbours_say() -> None:
     for draws in (1, 2):
         noise = Noise(range(300))
         *_, last = sample(
-            WholeSequences(model.eval()),
+            Sequences(model.eval()),
             noise.start(UniformSource(V), 2),
             even_grid(1),
             noise,
             vocab_size=V,
-            drawing=Drawing(draws=draws),
+            drawing=Drawing(posterior=Grouped(model, draws)),
         )
         equal[draws] = float((last.x[:, 0] == last.x[:, 1]).float().mean())
     assert equal[1] < 0.4 and equal[2] > 0.9, equal

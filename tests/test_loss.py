@@ -24,7 +24,7 @@ from fsdfm.flow.loss import (
     mean_over_rows,
     path_loss,
 )
-from fsdfm.flow.path import MaskSource, Source, make_source
+from fsdfm.flow.path import Batch, MaskSource, Source, make_source
 from fsdfm.flow.schedule import Polynomial
 
 P_1 = torch.tensor([0.55, 0.25, 0.15, 0.05], dtype=torch.float64)
@@ -124,6 +124,9 @@ class Linear:
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         return self.hidden.view(*x_t.shape, -1)
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         return self.weight, self.bias
@@ -274,7 +277,7 @@ def test_path_loss_is_the_mean_of_the_position_losses_with_the_rate_of_each_sequ
     x_1 = torch.randint(vocab_size, (batch, length), generator=generator)
     t = f64(0.1, 0.6, LATEST_TIME)
     loss = POSITION_LOSSES[name]
-    value = path_loss(model, x_t, x_1, t, t, vocab_size, schedule, loss)
+    value = path_loss(model, Batch(x_t, x_1, t, t), vocab_size, schedule, loss)
     logits = F.linear(model.hidden, model.weight, model.bias)[:, :vocab_size].detach()
     total = 0.0
     for k, (b, _) in enumerate(itertools.product(range(batch), range(length))):
@@ -308,6 +311,9 @@ class OneToken:
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         rows = torch.arange(len(t))[:, None]
         return self.posterior(t)[rows, x_t].clamp_min(1e-300).log()
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         return torch.eye(VOCAB, dtype=torch.float64), torch.zeros(VOCAB, dtype=torch.float64)
@@ -378,11 +384,33 @@ def test_elbo_times_are_stratified_and_clipped_and_the_step_is_shown() -> None:
     first = list(elbo_nats_per_token(Watched(origin), x_1, origin, times=50, h=0.25, seed=7))
     again = list(elbo_nats_per_token(Watched(origin), x_1, origin, times=50, h=0.25, seed=7))
     assert first == again
-    times = torch.stack([t for t, _ in seen[:50]])
+    times = torch.stack([t for t, _ in seen[:50]]).double()
     assert times.max() <= LATEST_TIME + 1e-7
-    cells = (times.double() * 2000).flatten().sort().values.floor()
-    assert torch.equal(cells[:-3], torch.arange(1997.0).double())  # the others are clipped
-    # A sequence is not tied to one part of its cells.
-    parts = (times * 50 % 1.0).mean(0)
-    assert (parts - 0.5).abs().max() < 4.5 / math.sqrt(12 * 50)
+    # s, from which t = 1 - (1 - s) ** 2: one in each of 50 parts, and within a part they spread
+    # evenly over the sequences: no gap is longer than twice the mean one (golden ratio).
+    places = (1.0 - (1.0 - times).sqrt())[:48] * 50
+    assert torch.equal(places.floor(), torch.arange(48.0).double()[:, None].expand(48, 40))
+    gaps = (places % 1.0).sort(1).values.diff()
+    assert gaps.max() < 2 / 40 + 1e-3
+    # A sequence is not tied to one place in its parts.
+    assert ((places % 1.0).mean(0) - 0.5).abs().max() < 4.5 / math.sqrt(12 * 48)
     assert all((h == 0.25).all() for _, h in seen)
+
+
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+def test_the_bound_does_not_depend_on_the_batch_size(source: str) -> None:
+    origin = make_source(source, VOCAB)
+    x_1 = torch.multinomial(P_1, 12 * 20, True, generator=torch.Generator().manual_seed(8))
+    x_1 = x_1.view(12, 20)
+
+    def bound(size: int, seed: int = 0) -> float:
+        batches = [(i, x_1[i : i + size]) for i in range(0, 12, size)]
+        found = [
+            len(x)
+            * sum(elbo_nats_per_token(OneToken(origin), x, origin, times=4, first=i, seed=seed))
+            for i, x in batches
+        ]
+        return sum(found) / (4 * 12)
+
+    assert bound(1) == pytest.approx(bound(12), rel=1e-5) == pytest.approx(bound(5), rel=1e-5)
+    assert abs(bound(12, seed=1) - bound(12)) > 1e-3

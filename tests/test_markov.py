@@ -17,7 +17,8 @@ from torch import Tensor
 
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.path import UniformSource
-from fsdfm.flow.sampler import Noise, WholeSequences, sample
+from fsdfm.flow.posterior import Sequences
+from fsdfm.flow.sampler import Noise, sample
 
 SYMBOLS, LENGTH = 3, 5
 
@@ -154,7 +155,7 @@ def drawn(markov: ModuleType, chain, steps: int, count: int = 1000) -> Tensor:  
     """Samples of the exact posterior."""
     noise = Noise(range(count))
     x_0 = noise.start(UniformSource(SYMBOLS), LENGTH)
-    model = WholeSequences(markov.ExactPosterior(chain))
+    model = Sequences(markov.ExactPosterior(chain))
     *_, last = sample(model, x_0, even_grid(steps), noise, vocab_size=SYMBOLS)
     return last.x
 

@@ -26,7 +26,7 @@ from fsdfm.flow.path import SOURCES
 from fsdfm.flow.step import EXACT, MOVERS, STEP_RULES, independent_movers
 from fsdfm.flow.target import TARGETS, rk2_target
 from fsdfm.generate.options import DEFAULTS, Options, RequestOptions, SamplingOptions
-from fsdfm.model.transformer import Source
+from fsdfm.model.config import Source
 from fsdfm.recipes.settings import (
     RECIPES,
     AdaptSettings,

@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.io import pretrained
 from fsdfm.model.io.pretrained import FILES, load_pretrained, save_pretrained
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.transformer import Transformer
 
 GENERATION = {"step": "exact", "temperature": 0.9, "top_p": 1.0, "steps": 8}
 

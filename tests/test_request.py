@@ -70,7 +70,11 @@ def test_a_seed_fixes_a_result_and_another_changes_it(
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_prompt_gives_what_generate_gives(generators: dict[str, Generator], source: str) -> None:
     options: dict[str, Any] = dict(length=40, steps=5, seed=3, temperature=0.9, top_p=0.8)
-    for more in ({}, {"prompt": "the quick "}, {"step": "published", "movers": "systematic"}):
+    for more in (
+        {},
+        {"prompt": "the quick "},
+        {"step": "published", "draws": 1, "movers": "systematic"},
+    ):
         (sample,) = generators[source].generate(**options, **more).samples
         (result,) = generators[source].answer([Request(end="keep", **options, **more)])
         assert result.token_ids == sample.token_ids

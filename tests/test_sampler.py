@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from fsdfm.flow.grid import checked_grid, even_grid
 from fsdfm.flow.path import MaskSource, Source, UniformSource, make_source
-from fsdfm.flow.sampler import Drawing, Noise, State, WholeSequences, sample
+from fsdfm.flow.posterior import Sequences
+from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EULER, EXACT, MOVERS, STEP_RULES, systematic_movers
 
@@ -33,6 +34,9 @@ class NextToken:
         self.asked.append([])
         return torch.stack([x_t, torch.arange(x_t.numel()).view_as(x_t)], -1)
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
+
     def head(self, rows: Tensor) -> Tensor:
         self.asked[-1] += rows[:, 1].tolist()
         wanted = (rows[:, 0] + 1) % self.vocab_size
@@ -49,6 +53,9 @@ class Fixed:
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         self.calls += 1
         return torch.zeros(*x_t.shape, 1)
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head(self, rows: Tensor) -> Tensor:
         self.rows += len(rows)
@@ -68,6 +75,9 @@ class OneToken:
             return torch.where((x_t == vocab_size)[..., None], self.p_1, shown.double())
         return (kappa * shown + (1 - kappa) / vocab_size) * self.p_1
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
+
     def head(self, rows: Tensor) -> Tensor:
         return rows.log()
 
@@ -86,7 +96,7 @@ def run(
     noise = Noise(seeds)
     x_0 = noise.start(source, length)
     walk = sample(
-        WholeSequences(model),
+        Sequences(model),
         x_0,
         grid,
         noise,
@@ -191,7 +201,7 @@ def test_frozen_positions_never_move_and_all_others_can(rule: str, movers: str) 
         x_0 = torch.where(frozen, prompt, noise.start(source, 50))
         model = NextToken(7)
         walk = sample(
-            WholeSequences(model),
+            Sequences(model),
             x_0,
             even_grid(3),
             noise,
@@ -261,7 +271,7 @@ def test_the_walk_yields_x_0_and_then_a_state_a_step_and_leaves_x_0_alone() -> N
     noise = Noise([1])
     x_0 = noise.start(UniformSource(5), 20)
     before = x_0.clone()
-    walk = sample(WholeSequences(NextToken(5)), x_0, even_grid(6), noise, vocab_size=5)
+    walk = sample(Sequences(NextToken(5)), x_0, even_grid(6), noise, vocab_size=5)
     first = next(walk)
     assert torch.equal(first.x, before)
     assert (first.step, first.t, first.calls, first.head_rows) == (0, 0.0, 0, 0)

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from fsdfm.flow.grid import GRIDS, checked_grid, even_grid, late_grid
+from fsdfm.core.errors import ConfigError
+from fsdfm.flow.grid import GRIDS, Late, checked_grid, even_grid
 from fsdfm.flow.path import MaskSource, UniformSource, make_source, mixture_state
 from fsdfm.flow.schedule import Polynomial, jump_probability
 
@@ -128,8 +129,8 @@ def test_mixture_shows_the_data_with_probability_kappa_of_each_sequence() -> Non
 
 
 def test_a_late_grid_has_its_small_steps_last_and_power_one_is_even() -> None:
-    assert late_grid(4).tolist() == [0.0, 7 / 16, 3 / 4, 15 / 16, 1.0]
-    torch.testing.assert_close(late_grid(5, 1.0), even_grid(5), rtol=0.0, atol=1e-15)
+    assert Late(2.0)(4).tolist() == [0.0, 7 / 16, 3 / 4, 15 / 16, 1.0]
+    torch.testing.assert_close(Late(1.0)(5), even_grid(5), rtol=0.0, atol=0.0)
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -139,3 +140,28 @@ def test_every_grid_ends_with_a_certain_jump_at_any_budget(name: str) -> None:
         assert len(grid) == steps + 1 and grid[0] == 0.0 and grid[-1] == 1.0
         t = grid[-2:-1]
         assert jump_probability(Polynomial(), t, grid[-1:] - t) == 1.0
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5, 8.0])
+@pytest.mark.parametrize("steps", [2, 32, 33, 40, 64, 99, 300, 1024])
+def test_a_late_grid_keeps_its_power_at_any_budget(power: float, steps: int) -> None:
+    grid = Late(power)(steps)
+    left = (1.0 - torch.arange(steps + 1, dtype=torch.float64) / steps) ** power
+    fine = left > steps * 2.0**-51  # the others lie as near to each other as float64 can tell
+    assert fine.sum() >= 0.97 * steps
+    torch.testing.assert_close((1.0 - grid)[fine], left[fine], rtol=1e-3, atol=2.0**-53)
+    assert (grid[1:] > grid[:-1]).all()
+    t, h = grid[:-1], grid.diff()
+    a = jump_probability(Polynomial(), t, h)
+    assert ((a > 0.0) & (a <= 1.0)).all() and a[-1] == 1.0
+
+
+def test_names_of_grids_are_powers_of_one_family() -> None:
+    assert {name: grid.power for name, grid in GRIDS.items() if isinstance(grid, Late)} == {
+        "even": 1.0,
+        "late": 2.0,
+        "latest": 8.0,
+    }
+    for power in (0.9, math.inf, math.nan):
+        with pytest.raises(ConfigError, match=r"finite power >= 1, got power="):
+            Late(power)

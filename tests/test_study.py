@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fsdfm.model.transformer import ModelConfig, Transformer
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.transformer import Transformer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

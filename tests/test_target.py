@@ -41,6 +41,9 @@ class Table:
             return self.still[0].expand(*x_t.shape, 6)
         return self.still[x_t] + t[:, None, None] * self.slope[x_t]
 
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
+
     def head(self, rows: Tensor) -> Tensor:
         return rows @ self.weight
 

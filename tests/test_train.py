@@ -24,15 +24,17 @@ from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
 from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
-from fsdfm.flow.path import SOURCES, MaskSource, Source, UniformSource, make_source
+from fsdfm.flow.path import SOURCES, Batch, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS, Jumper, Target
-from fsdfm.model.transformer import ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
-from fsdfm.train.ema import Ema
+from fsdfm.train.ema import Ema, within
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
@@ -67,6 +69,9 @@ class Toy(nn.Module):
         both = torch.cat((x, x.roll(1, dims=1)), -1)
         time = self.time(torch.stack((t, h.log2() / 10), -1))
         return torch.tanh(self.mix(both) + time[:, None])
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        return rows
 
     def head(self, rows: Tensor) -> Tensor:
         return self.out(rows)
@@ -256,6 +261,31 @@ def test_average_is_a_frozen_copy_in_evaluation_mode() -> None:
     assert not pointers & {p.data_ptr() for p in ema.model.parameters()}
 
 
+@pytest.mark.parametrize(
+    ("decay", "updates", "expected"),
+    [(0.9995, 360, 0.9936), (0.9995, 5000, 0.9995), (0.9, 22, 0.9), (0.9, 21, 0.8962)],
+)
+def test_a_short_run_is_not_judged_by_its_start(
+    decay: float, updates: int, expected: float
+) -> None:
+    found = within(decay, updates)
+    assert found == pytest.approx(expected, abs=1e-4) and found <= decay
+    assert found**updates <= 0.1 + 1e-9
+    assert (found == decay) == (decay**updates <= 0.1)
+
+
+@pytest.mark.parametrize(("steps", "warmup", "says"), [(7, False, 1), (7, True, 0), (40, False, 0)])
+def test_an_average_that_would_be_its_start_is_shortened_in_a_line(
+    steps: int, warmup: bool, says: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(SETTINGS, steps=steps, ema_decay=0.94, ema_warmup=warmup)
+    run = Run(tmp_path, settings, make_task(), Recorder())
+    assert run._decay() == (0.1 ** (1 / 7) if says else 0.94)
+    assert len(caplog.messages) == says
+    if says:
+        assert "65% of its start" in caplog.messages[0] and "\n" not in caplog.messages[0]
+
+
 # ------------------------------------------------------------------------------------ objective
 
 
@@ -335,7 +365,7 @@ def test_rows_with_the_smallest_step_take_the_path_loss_and_never_ask_the_averag
     parts = objective.loss(model, ema, batch(0), generator(2))
     assert parts.keys() == {"loss", "path_loss"} and not ema.seen
     ((x_t, t, h),) = model.seen
-    expected = path_loss(model, x_t, batch(0), t.double(), h.double(), V, Polynomial())
+    expected = path_loss(model, Batch(x_t, batch(0), t.double(), h.double()), V, Polynomial())
     torch.testing.assert_close(parts["loss"], expected)
     assert (h == 2.0**-10).all()
 
@@ -725,49 +755,115 @@ def test_counters_go_on_across_sessions(tmp_path: Path) -> None:
 
 
 class NotFinite:
-    """Pretraining, but from one pass on the loss, or only its gradient, is not finite."""
+    """Pretraining, but of some batches the loss, or only its gradient, is not finite."""
 
-    def __init__(self, first: int, what: str) -> None:
-        self.first, self.what, self.passes = first, what, 0
+    def __init__(self, what: str, *batches: int) -> None:
+        self.what, self.bad = what, [batch(index) for index in batches]
         self.good = Pretrain(UniformSource(V), Polynomial())
 
     def loss(self, model: Any, ema: Any, x_1: Tensor, generator: Any) -> dict[str, Tensor]:
         parts = self.good.loss(model, ema, x_1, generator)
-        self.passes += 1
-        if self.passes == self.first and self.what == "gradient":
+        if not any(torch.equal(x_1, other) for other in self.bad):
+            return parts
+        if self.what == "gradient":
             zero = model.out.bias.sum() * 0.0
-            parts["loss"] = parts["loss"] + torch.sqrt(zero * zero)  # 0, of slope 0 / 0
-        elif self.passes == self.first:
-            parts["loss"] = parts["loss"] * float(self.what)
-        return parts
+            return {"loss": parts["loss"] + torch.sqrt(zero * zero)}  # 0, of slope 0 / 0
+        return {"loss": parts["loss"] * float(self.what)}
 
 
 @pytest.mark.parametrize("what", ["nan", "inf", "gradient"])
-@pytest.mark.parametrize("update", [0, 3, 4, 6])
-def test_what_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(
+@pytest.mark.parametrize("update", [0, 3, 6])
+def test_an_update_that_is_not_finite_is_skipped_and_counted(
     what: str, update: int, tmp_path: Path
 ) -> None:
-    kept: list[bytes] = []
-    path = tmp_path / "checkpoint.safetensors"
-
-    def note(step: int) -> None:
-        kept.append(path.read_bytes() if path.exists() else b"")
-
-    objective = NotFinite(2 * update + 1, what)
-    watcher = Recorder(note)
-    with pytest.raises(TrainingError, match="not finite") as caught:
-        Run(tmp_path, SETTINGS, make_task(objective), watcher).train(Toy())
-    assert ("checkpoint is kept" in str(caught.value)) == path.exists() == (update >= 3)
-    assert "\n" not in str(caught.value)
-    assert (path.read_bytes() if path.exists() else b"") == kept[-1] == kept[update]
+    """One of its two passes is bad; what the run keeps is as if it had not been there."""
+    objective = NotFinite(what, 2 * update + 1)
+    weights: list[dict[str, Tensor]] = []
+    model = Toy()
+    watcher = Recorder(lambda step: weights.append(copy.deepcopy(model.state_dict())))
+    assert Run(tmp_path, SETTINGS, make_task(objective), watcher).train(model)
+    for step, (before, after) in enumerate(itertools.pairwise(weights)):
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        assert same == (step == update)
+    lines = [m for m in metrics(tmp_path) if "loss" in m]
+    assert [m.get("skipped", 0) for m in lines] == [
+        int(low <= update < m["step"]) for low, m in zip((0, 2, 4, 6), lines, strict=True)
+    ]
+    assert all(math.isfinite(m["loss"]) for m in lines)
     assert all(p.isfinite().all() for p in watcher.exported.values())
-    assert all(math.isfinite(m.get("loss", 0.0)) for m in metrics_or_none(tmp_path))
-    assert not list(tmp_path.glob("*.partial"))
-    assert finish(tmp_path).steps[0] == update // 3 * 3  # with its cause gone it goes on from there
 
 
-def metrics_or_none(directory: Path) -> list[dict[str, Any]]:
-    return metrics(directory) if (directory / "metrics.jsonl").exists() else []
+def test_a_run_with_skipped_updates_resumes_to_the_last_bit(tmp_path: Path) -> None:
+    objective = NotFinite("nan", 2, 3, 5, 9)
+    whole = finish(tmp_path / "whole", objective)
+    for stop in range(1, 6):
+
+        def interrupt(step: int, stop: int = stop) -> None:
+            if step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        directory = tmp_path / str(stop)
+        directory.mkdir()
+        assert not Run(directory, SETTINGS, make_task(objective), Recorder(interrupt)).train(Toy())
+        assert_same_tensors(finish(directory, objective).exported, whole.exported)
+        files = (load_file(d / "checkpoint.safetensors") for d in (tmp_path / "whole", directory))
+        assert_same_tensors(*({k: x.nan_to_num(-1.0) for k, x in file.items()} for file in files))
+        assert metrics(directory) == metrics(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_optimizer_that_is_told_to_skip_changes_nothing(kind: str, first: bool) -> None:
+    def after(flags: list[bool]) -> tuple[Transformer, Any]:
+        model = network("log2", "uniform")
+        optimizer = make_optimizer(model, 0.1, kind)
+        optimizer.set_learning_rate(0.01)
+        good = itertools.count()
+        for flag in flags:
+            noise = generator(next(good) if flag else 99)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=noise) / float(flag)
+            optimizer.step(torch.tensor(flag))
+        return model, [optimizer.moments(p) for p in model.parameters()]
+
+    skipping, plain = [False, True, True] if first else [True, False, True], [True, True]
+    (a, kept), (b, expected) = after(skipping), after(plain)
+    assert_same_tensors(a.state_dict(), b.state_dict())
+    for one, other in zip(kept, expected, strict=True):
+        assert_same_tensors(one, other)
+
+
+@pytest.mark.parametrize("log_every", [1, 4, 100])
+def test_ten_in_a_row_that_are_not_finite_stop_the_run_with_advice(
+    log_every: int, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    settings = replace(SETTINGS, steps=40, log_every=log_every, evaluate_every=100)
+    bad = [2 * update for update in range(5, 14)]  # nine, and later ten
+    assert Run(kept, settings, make_task(NotFinite("nan", *bad)), Recorder()).train(Toy())
+    bad += [2 * update for update in range(20, 30)]
+    watcher = Recorder()
+    with pytest.raises(TrainingError, match="not finite in 10 updates in a row") as caught:
+        Run(tmp_path, settings, make_task(NotFinite("nan", *bad)), watcher).train(Toy())
+    assert "\n" not in str(caught.value) and "checkpoint is kept" in str(caught.value)
+    assert "learning_rate" in str(caught.value)
+    assert 29 <= watcher.steps[-1] <= 33
+    saved = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(x.isfinite().all() for name, x in saved.items() if not name.startswith("pending"))
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    model = Toy()
+
+    def ruin(step: int) -> None:
+        if step == 5:
+            with torch.no_grad():
+                model.out.bias[0] = math.inf
+
+    with pytest.raises(TrainingError, match="its last checkpoint is kept"):
+        Run(tmp_path, SETTINGS, make_task(), Recorder(ruin)).train(model)
+    assert finish(tmp_path).steps[0] == 3
 
 
 def test_evaluation_changes_neither_weights_nor_noise_nor_mode(
@@ -800,24 +896,15 @@ def test_evaluating_more_often_does_not_change_the_run(tmp_path: Path) -> None:
     assert_same_tensors(*runs)
 
 
-def test_validation_does_not_depend_on_how_it_is_cut_into_batches_for_equal_batches(
-    tmp_path: Path,
-) -> None:
-    """A remainder batch counts by its tokens: the mean is over tokens, not over batches."""
+def test_validation_does_not_depend_on_how_it_is_cut_into_batches(tmp_path: Path) -> None:
     model = Toy()
     state = TrainState(model, Ema(model, 0.9), make_optimizer(model, 0.0))
     task = replace(make_task(), validation=batch(7)[:3])
-    Run(tmp_path, replace(SETTINGS, batch_size=2), task, Recorder())._evaluate(state)
-    parts = []
-    for seed, rows in enumerate((batch(7)[:2], batch(7)[2:3])):
-        values = list(
-            loop_module.elbo_nats_per_token(
-                model, rows, UniformSource(V), Polynomial(), times=8, seed=seed
-            )
-        )
-        parts.append(sum(values) / len(values))
-    (record,) = metrics(tmp_path)
-    assert record["elbo_nats_per_token"] == pytest.approx((2 * parts[0] + parts[1]) / 3)
+    for size in (1, 2, 3, 64):
+        settings = replace(SETTINGS, batch_size=size)
+        Run(tmp_path, settings, task, Recorder())._evaluate(state)
+    whole, *others = (m["elbo_nats_per_token"] for m in metrics(tmp_path))
+    assert others == pytest.approx([whole] * 3, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------- checkpoint

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.rotary import Rotary, rotate
-from fsdfm.model.transformer import PRESETS, ModelConfig, Transformer, student_from_teacher
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import Transformer
 
 PUBLISHED = Path(__file__).parent / "fixtures" / "published"
 NETWORKS = [
@@ -126,6 +128,21 @@ def test_student_owns_its_weights() -> None:
 def test_student_cannot_change_or_lose_a_step_size_branch(own: Any, asked: Any) -> None:
     with pytest.raises(ConfigError, match=f"{asked} student .* {own}"):
         student_from_teacher(Transformer(small(step_embedding=own)), asked)
+
+
+@pytest.mark.parametrize("joint", [0, 2])
+@pytest.mark.parametrize("change", ["lacks", "has more"])
+def test_student_takes_every_tensor_of_its_teacher_or_says_which_not(
+    joint: int, change: str
+) -> None:
+    model = Transformer(small())
+    if change == "lacks":
+        del model.blocks[0].qw
+    else:
+        model.more = nn.Linear(2, 2, bias=False)
+    name = "blocks.0.qw.weight" if change == "lacks" else "more.weight"
+    with pytest.raises(ConfigError, match=f"do not agree in {name}\\.$"):
+        student_from_teacher(model, "none" if joint else "log2", joint)
 
 
 @torch.no_grad()

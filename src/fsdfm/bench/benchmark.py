@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import machine, measure, plan, specs_for, started
-from fsdfm.bench.sides import SIDES, Job, shape, sides_for
+from fsdfm.bench.jobs import SHAPES, Job, shape
+from fsdfm.bench.sides import SIDES, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.core.progress import Progress
-from fsdfm.model.transformer import PRESETS
 
 TRAINING_BATCH, TRAINING_LENGTH = 4, 256
 
@@ -24,8 +25,10 @@ TRAINING_BATCH, TRAINING_LENGTH = 4, 256
 class BenchSettings:
     """What is measured."""
 
-    shape: str = option("tiny", choices=PRESETS)
-    """Network: a preset, all of which are of the published kind."""
+    shape: str = option("tiny", choices=SHAPES)
+    """Network: a preset of the published kind, or adapted: that of the bundled model."""
+    model: Path | None = option(None, form="DIR", unset="none")
+    """Model or run whose shape is taken instead of a preset's; its weights are not read."""
     steps: int = option(8, within=AT_LEAST_1)
     """Model calls of the samplers."""
     length: int = option(1024, within=AT_LEAST_1)
@@ -52,9 +55,11 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
         The machine, and a row for each side.
 
     Raises:
-        ConfigError: a value out of range, or no such device.
+        ConfigError: a value out of range, no such model, or no such device.
+        CheckpointError: a directory that holds no model.
     """
-    config = shape(args.shape)
+    name = args.shape if args.model is None else args.model.resolve().name
+    config = shape(args.shape if args.model is None else str(args.model))
     device = pick_device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "mps":
         raise ConfigError("bench runs on cuda or cpu: say device=cpu.", "device")
@@ -70,7 +75,7 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
     rows: list[Row] = []
     before = 0
     for task, job in jobs.items():
-        specs = specs_for(task, sides[task], args.shape, config, str(device), dtype)
+        specs = specs_for(task, sides[task], name, config, str(device), dtype)
         tell = _part(progress, task, before, sum(totals.values()))
         with started(specs) as workers:
             rows += measure(workers, job, args.repeats, progress=tell)

@@ -22,10 +22,12 @@ from typing import Any
 import torch
 
 from fsdfm.bench.figures import Row, median
-from fsdfm.bench.sides import Job, dtype_of
+from fsdfm.bench.jobs import Job
+from fsdfm.bench.sides import dtype_of
 from fsdfm.core.errors import BenchError
 from fsdfm.core.progress import Progress
-from fsdfm.model.transformer import ModelConfig
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.networks import config_to_dict
 
 PATIENCE_SECONDS = 3600.0
 """How long one run may take."""
@@ -59,7 +61,7 @@ class Spec:
     def first_line(self) -> dict[str, Any]:
         """What the worker is told."""
         names = ("task", "side", "device", "dtype")
-        return {**{n: getattr(self, n) for n in names}, "config": self.config.to_dict()}
+        return {**{n: getattr(self, n) for n in names}, "config": config_to_dict(self.config)}
 
 
 def specs_for(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -23,8 +23,9 @@ from torch.nn import functional as F
 from fsdfm.flow.grid import SMALLEST_EXPONENT
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Polynomial, Schedule
-from fsdfm.model import transformer
-from fsdfm.model.transformer import Transformer
+from fsdfm.model import causal, transformer
+from fsdfm.model.rotary import rotate
+from fsdfm.model.transformer import FlowNetwork
 
 Rule = Literal["exact", "published", "euler"]
 
@@ -40,7 +41,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 @torch.no_grad()
 def reference_sample(
-    model: Transformer,
+    model: FlowNetwork,
     x_0: Tensor,
     steps: int,
     rule: Rule,
@@ -48,6 +49,7 @@ def reference_sample(
     *,
     schedule: Schedule | None = None,
     dtype: torch.dtype = torch.float32,
+    absorbing: bool = False,
 ) -> Tensor:
     """Walk x_0 over an even grid.
 
@@ -59,6 +61,7 @@ def reference_sample(
         generator: the only source of randomness, on the device of x_0.
         schedule: kappa; linear if not given.
         dtype: of the network's matrix products; all else is float32.
+        absorbing: whether a position that is no mask stays.
 
     Returns:
         Tokens, int64, shape (B, L).
@@ -68,25 +71,52 @@ def reference_sample(
     for t, then in itertools.pairwise(times):
         with autocast(x.device, dtype):
             logits = whole_logits(model, x, t.expand(batch), (then - t).expand(batch))
-        x = jump(rule, logits, x, t.expand(batch), then.expand(batch), schedule, generator)
+        y = jump(rule, logits, x, t.expand(batch), then.expand(batch), schedule, generator)
+        x = settled(x, y, logits.shape[-1], absorbing)
     return x
 
 
-def whole_logits(model: Transformer, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
+def settled(x: Tensor, y: Tensor, vocab_size: int, absorbing: bool) -> Tensor:
+    """Where a jump from x to y leads: with an absorbing source only masks move."""
+    return torch.where(x == vocab_size, y, x) if absorbing else y
+
+
+def whole_logits(model: FlowNetwork, x: Tensor, t: Tensor, h: Tensor) -> Tensor:
     """Logits of the data tokens at every position, float32, (B, L, V); t and h are (B,)."""
-    with _usual_attention():
+    with _usual_pieces():
         logits: Tensor = model(x, t.float(), h.float())
     return logits.float()[..., : model.config.vocab_size]
 
 
 @contextlib.contextmanager
-def _usual_attention() -> Iterator[None]:
-    """PyTorch's own attention in the network, whatever the project has in its place."""
+def _usual_pieces() -> Iterator[None]:
+    """Attention, norms and activations as PyTorch has them, whatever stands in their place."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+        shared = q.shape[1] != k.shape[1]
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shared)
+        return y.transpose(1, 2).flatten(2)
 
-    with mock.patch.object(transformer, "attend", attend):
+    def modulated_rms(
+        x: Tensor, weight: Tensor, bias: Tensor, epsilon: float, dtype: torch.dtype
+    ) -> Tensor:
+        return torch.addcmul(
+            bias[:, None], F.rms_norm(x, x.shape[-1:], eps=epsilon), weight[:, None]
+        ).to(dtype)
+
+    def swiglu(x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(x.transpose(1, 2), cos, sin)
+
+    pieces = (attend, modulated_rms, swiglu, turned)
+    usual: dict[str, Any] = {piece.__name__: piece for piece in pieces}
+    with (
+        mock.patch.object(transformer, "attend", attend),
+        mock.patch.multiple(causal, **usual),
+    ):
         yield
 
 
@@ -144,9 +174,9 @@ def categorical(weights: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def reference_distill_loss(
-    model: Transformer,
-    ema: Transformer,
-    teacher: Transformer,
+    model: FlowNetwork,
+    ema: FlowNetwork,
+    teacher: FlowNetwork,
     x_1: Tensor,
     generator: torch.Generator,
     *,
@@ -186,10 +216,10 @@ def reference_distill_loss(
     path = generalized_kl(log_p, x_t, x_1, schedule.rate(t).float())
     with torch.no_grad():
         whole_logits(teacher, x_t, t, h)
-        target = rk4_logits(ema, x_t, t, h, schedule, generator).softmax(-1)
+        target = rk4_logits(ema, x_t, t, h, schedule, generator, source.absorbing).softmax(-1)
     to_target = (torch.xlogy(target, target) - target * log_p).sum(-1)
     smallest = h == 2.0**-SMALLEST_EXPONENT
-    return torch.where(smallest[:, None], path, to_target).mean()
+    return mean_of_counted(torch.where(smallest[:, None], path, to_target), x_t, source)
 
 
 def generalized_kl(log_p: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tensor:
@@ -209,27 +239,40 @@ def generalized_kl(log_p: Tensor, x_t: Tensor, x_1: Tensor, g: Tensor) -> Tensor
 
 
 def rk4_logits(
-    ema: Transformer,
+    ema: FlowNetwork,
     x_t: Tensor,
     t: Tensor,
     h: Tensor,
     schedule: Schedule,
     generator: torch.Generator,
+    absorbing: bool,
 ) -> Tensor:
     """(l_1 + 2 l_2 + 2 l_3 + l_4) / 6 over three published half jumps, (B, L, V)."""
     half, middle = h / 2, t + h / 2
     l_1 = whole_logits(ema, x_t, t, half)
-    x_1 = jump("published", l_1, x_t, t, middle, schedule, generator)
-    l_2 = whole_logits(ema, x_1, middle, half)
-    x_2 = jump("published", l_2, x_1, middle, t + h, schedule, generator)
-    l_3 = whole_logits(ema, x_2, middle, half)
-    x_3 = jump("published", l_3, x_2, middle, t + h, schedule, generator)
-    l_4 = whole_logits(ema, x_3, t + h, half)
+
+    def jumped(logits: Tensor, x: Tensor, start: Tensor, end: Tensor) -> Tensor:
+        y = jump("published", logits, x, start, end, schedule, generator)
+        return settled(x, y, logits.shape[-1], absorbing)
+
+    def asked(x: Tensor, time: Tensor, before: Tensor) -> Tensor:
+        logits = whole_logits(ema, x, time, half)
+        # What has been revealed moves no more: the network has learned nothing about it.
+        return (
+            torch.where((x == logits.shape[-1])[..., None], logits, before) if absorbing else logits
+        )
+
+    x_1 = jumped(l_1, x_t, t, middle)
+    l_2 = asked(x_1, middle, l_1)
+    x_2 = jumped(l_2, x_1, middle, t + h)
+    l_3 = asked(x_2, middle, l_2)
+    x_3 = jumped(l_3, x_2, middle, t + h)
+    l_4 = asked(x_3, t + h, l_3)
     return (l_1 + 2 * l_2 + 2 * l_3 + l_4) / 6
 
 
 def pretrain_loss(
-    model: Transformer, x_1: Tensor, generator: torch.Generator, *, source: Source
+    model: FlowNetwork, x_1: Tensor, generator: torch.Generator, *, source: Source
 ) -> Tensor:
     """Cross-entropy at uniform times on the linear path, logits whole; nats a token."""
     t = torch.rand(x_1.shape[0], dtype=torch.float64, generator=generator, device=x_1.device)
@@ -238,10 +281,20 @@ def pretrain_loss(
     u = torch.rand(x_1.shape, generator=generator, device=x_1.device)
     x_t = torch.where(u < t[:, None], x_1, x_0)
     h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
-    return F.cross_entropy(whole_logits(model, x_t, t, h).flatten(0, 1), x_1.flatten())
+    logits = whole_logits(model, x_t, t, h).flatten(0, 1)
+    nats = F.cross_entropy(logits, x_1.flatten(), reduction="none").view_as(x_1)
+    return mean_of_counted(nats, x_t, source)
 
 
-def plain_optimizer(model: Transformer, learning_rate: float) -> torch.optim.AdamW:
+def mean_of_counted(nats: Tensor, x_t: Tensor, source: Source) -> Tensor:
+    """Mean over (B, L); with an absorbing source over masks alone: all else is known."""
+    if not source.absorbing:
+        return nats.mean()
+    counted = x_t == source.vocab_size
+    return (nats * counted).sum() / counted.sum().clamp_min(1)
+
+
+def plain_optimizer(model: FlowNetwork, learning_rate: float) -> torch.optim.AdamW:
     """AdamW as it comes."""
     return torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
@@ -249,7 +302,7 @@ def plain_optimizer(model: Transformer, learning_rate: float) -> torch.optim.Ada
 
 
 def plain_update(
-    loss: Tensor, model: Transformer, ema: Transformer, optimizer: torch.optim.Optimizer
+    loss: Tensor, model: FlowNetwork, ema: FlowNetwork, optimizer: torch.optim.Optimizer
 ) -> None:
     """Backward, clip, step, and the moving average, parameter by parameter."""
     loss.backward()  # type: ignore[no-untyped-call]

@@ -21,12 +21,16 @@ from typing import Any
 
 import torch
 
-from fsdfm.bench.sides import Job, Side, build_side, synchronise
+from fsdfm.bench.jobs import Job, Side, synchronise
+from fsdfm.bench.sides import build_side
 from fsdfm.core.errors import FsdfmError
-from fsdfm.model.transformer import ModelConfig
+from fsdfm.model.causal import CausalConfig
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.networks import config_from_dict
 
 TOY = ModelConfig(64, 64, blocks=1, heads=1, cond_size=64, context_length=16)
-"""A network to try a side with, before any measurement: packages load, libraries take memory."""
+TWIN_TOY = CausalConfig(64, 64, 1, 1, 64, 16, "mask", kv_heads=1, head_size=64, mlp_size=64)
+"""Networks to try a side with, before any measurement: packages load, libraries take memory."""
 PROCESS = Path("/proc/self")
 CROWDED_BYTES = 16 * 2**30
 """A GPU cache larger than this is given back after a run, so that the other sides fit."""
@@ -105,10 +109,11 @@ class Bench:
     """
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        self.config = ModelConfig.from_dict(spec["config"])
+        self.config = config_from_dict(spec["config"])
         self.device, self.dtype = torch.device(spec["device"]), getattr(torch, spec["dtype"])
         build = partial(build_side, spec["task"], spec["side"])
-        build(TOY, self.device, self.dtype).run(Job(1, TOY.context_length, 1), seed=0)
+        toy = TWIN_TOY if isinstance(self.config, CausalConfig) else TOY
+        build(toy, self.device, self.dtype).run(Job(1, toy.context_length, 1), seed=0)
         before = memory_before(self.device)
         self.side: Side = build(self.config, self.device, self.dtype)
         self.loaded_bytes = memory_kept(before, self.device)

@@ -22,7 +22,7 @@ ABOUT = """\
 Measure speed and memory on this machine, beside reference implementations.
 
 Each side runs in a process of its own, in turn with the others. Sampling is compared with the
-published sampler as the formulas have it, and with an autoregressive GPT-2 of the same size;
+published sampler as the formulas have it, and with an autoregressive model of the same size;
 distillation and pretraining with plain loops. Weights are random: they do not change the speed."""
 
 

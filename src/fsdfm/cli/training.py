@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
-from fsdfm.flow.sampler import Drawing, Noise, WholeSequences, sample
+from fsdfm.flow.posterior import Grouped, Sequences
+from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.live import printable
@@ -109,21 +110,22 @@ class TrainingConsole:
     def _preview(self, ema: FlowNetwork) -> str:
         """A short sample from the moving average; it draws from its own noise."""
         config, noise = ema.config, Noise([self.args.seed % 2**32])
-        device = next(ema.parameters()).device
+        network = Sequences(ema, next(ema.parameters()).device)
         x_0 = noise.start(
             make_source(config.source, config.vocab_size, absorbing=config.absorbing),
             min(PREVIEW_TOKENS, config.context_length),
         )
         states = sample(
-            WholeSequences(ema),
-            x_0.to(device),
+            network,
+            x_0,
             GRIDS[self.generation.get("grid", "even")](self.generation["steps"]),
             noise,
             vocab_size=config.vocab_size,
             schedule=Polynomial(config.schedule_power),
             absorbing=config.absorbing,
             drawing=Drawing(
-                STEP_RULES[self.generation["step"]], draws=self.generation.get("draws", 1)
+                STEP_RULES[self.generation["step"]],
+                posterior=Grouped(network, self.generation.get("draws", 1)),
             ),
         )
         *_, last = states

@@ -80,8 +80,18 @@ class TextSource(Protocol):
         """Token ids as text."""
         ...
 
-    def bound_nats(self, ids: Sequence[int], seed: int) -> float:
-        """Upper bound on the negative log-likelihood of a text, nats a token."""
+    def check(self, **options: Any) -> None:
+        """Raises ConfigError where texts with these options cannot be made."""
+        ...
+
+    def bound_nats(self, ids: Sequence[int], seed: int, number: int) -> float:
+        """Upper bound on the negative log-likelihood of a text, nats a token.
+
+        Args:
+            ids: its tokens.
+            seed: of all the texts.
+            number: of this one, which makes its noise its own.
+        """
         ...
 
 

@@ -64,7 +64,10 @@ class Shaping:
         self.temperature, self.top_p = column("temperature"), column("top_p")
         self.top_k, self.min_p = column("top_k").long(), column("min_p")
         self.penalty = column("repetition_penalty").log()
+        # Asked here, and not of the tensors, so that nothing waits for the device.
         self.penal = any(c.repetition_penalty != 1.0 for c in controls)
+        self.greedy = any(c.temperature == 0.0 for c in controls)
+        self.cutting = any(c.top_k > 0 or c.top_p < 1.0 or c.min_p > 0.0 for c in controls)
         self.banning = [i for i, c in enumerate(controls) if c.bans is not None]
 
     def posterior(self, logits: Tensor, rows: Tensor, x: Tensor, settled: Tensor) -> Tensor:
@@ -90,13 +93,13 @@ class Shaping:
         temperature = self.temperature[sequence]
         greedy = temperature == 0.0
         p = (logits / torch.where(greedy, 1.0, temperature)[:, None]).softmax(-1)
-        if bool(greedy.any()):
+        if self.greedy:
             best = F.one_hot(logits.argmax(-1), logits.shape[1]).float()
             p = torch.where(greedy[:, None], best, p)
-        top_k, top_p, min_p = self.top_k[sequence], self.top_p[sequence], self.min_p[sequence]
-        wanted = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
-        # Rows that keep everything are left alone: to sort and divide would round them.
-        if bool(wanted.any()):
+        if self.cutting:
+            top_k, top_p, min_p = self.top_k[sequence], self.top_p[sequence], self.min_p[sequence]
+            wanted = (top_k > 0) | (top_p < 1.0) | (min_p > 0.0)
+            # Rows that keep everything are left alone: to sort and divide would round them.
             p[wanted] = cut(p[wanted], top_k[wanted], top_p[wanted], min_p[wanted])
         return p
 

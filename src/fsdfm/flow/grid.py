@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fsdfm.core.errors import ConfigError
 
 SMALLEST_EXPONENT = 10
 """Training shows the step sizes 2 ** 0 ... 2 ** -10; times are multiples of the smallest."""
 SMALLEST_STEP = 2.0**-SMALLEST_EXPONENT
 """The smallest step size that a network is told; a grid may have smaller ones."""
+SHORTEST_STEP = 2.0**-52
+"""Between times near 1, in float64."""
 
 
 def even_grid(steps: int) -> Tensor:
@@ -31,23 +36,44 @@ def even_grid(steps: int) -> Tensor:
     return torch.arange(steps + 1, dtype=torch.float64) / steps
 
 
-def late_grid(steps: int, power: float = 2.0) -> Tensor:
+@dataclass(frozen=True, slots=True)
+class Late:
     """1 - (1 - k / N) ** power: long steps first, short ones towards the end.
 
     Near t = 0 a state says little, and a long step loses little; near 1 positions that move
-    together depend on each other.
+    together depend on each other. With power 8 the first step goes nearly all of the way and the
+    others redraw most positions, which suits a joint head: the first writes whole phrases, the
+    others correct them.
 
-    Args:
-        steps: the budget N, at least 1.
-        power: 1 is the even grid.
-
-    Returns:
-        float64, shape (N + 1,), exactly 0 and 1 at its ends.
-
-    Raises:
-        ValueError: steps < 1.
+    Towards 1 float64 can tell no times apart that are nearer than 2 ** -53, which is where N is
+    above 90 for power 8: what is left, 1 - t, is at least N - k times 2 ** -52. So the power holds
+    at any N but for the last few calls (16 of 1,024).
     """
-    return checked_grid(1.0 - (1.0 - even_grid(steps)) ** power)
+
+    power: float = 2.0
+    """At least 1, which is the even grid."""
+
+    def __post_init__(self) -> None:
+        if not 1.0 <= self.power < math.inf:
+            raise ConfigError(f"A late grid needs a finite power >= 1, got power={self.power}.")
+
+    def __call__(self, steps: int) -> Tensor:
+        """Times of N calls.
+
+        Args:
+            steps: the budget N, at least 1.
+
+        Returns:
+            float64, shape (N + 1,), exactly 0 and 1 at its ends.
+
+        Raises:
+            ValueError: steps < 1.
+        """
+        even = even_grid(steps)
+        if self.power == 1.0:
+            return even
+        least = torch.arange(steps, -1, -1, dtype=torch.float64) * SHORTEST_STEP
+        return checked_grid(1.0 - torch.maximum((1.0 - even) ** self.power, least))
 
 
 def checked_grid(times: Sequence[float] | Tensor) -> Tensor:
@@ -64,17 +90,9 @@ def checked_grid(times: Sequence[float] | Tensor) -> Tensor:
     return grid
 
 
-def latest_grid(steps: int) -> Tensor:
-    """The late grid of power 8: one long step, then steps near t = 1 that redraw most positions.
-
-    For models with a joint head: the first step writes whole phrases, the others correct them.
-    Beyond 32 steps the power is less, so that no step is shorter than 2 ** -40.
-    """
-    return late_grid(steps, power=min(8.0, 40.0 / math.log2(max(2, steps))))
-
-
 GRIDS: dict[str, Callable[[int], Tensor]] = {
-    "even": even_grid,
-    "late": late_grid,
-    "latest": latest_grid,
+    "even": Late(1.0),
+    "late": Late(2.0),
+    "latest": Late(8.0),
 }
+"""The powers that have a name."""

@@ -15,11 +15,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fsdfm.flow.grid import SMALLEST_STEP
-from fsdfm.flow.path import Source, mixture_state
+from fsdfm.flow.host import seeded, send
+from fsdfm.flow.path import Batch, Source, mixed, shown
+from fsdfm.flow.posterior import JointHead
 from fsdfm.flow.schedule import Polynomial, Schedule
 
 LATEST_TIME = 1.0 - 1e-3
 """Times are clipped here: the rate is singular at 1."""
+
+GOLDEN = (5.0**0.5 - 1.0) / 2.0
+"""Multiples of it fill [0, 1) evenly, however many there are."""
 
 CPU_CHUNK, OTHER_CHUNK = 2**25, 2**28
 """Logits that exist at a time on a CPU, and on any other device."""
@@ -40,7 +45,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 """(target probabilities (N, V), logits (N, V)) -> nats of each row (N,)."""
 
 
-class TrainableModel(Protocol):
+class TrainableModel(JointHead, Protocol):
     """What losses need of a network."""
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
@@ -240,19 +245,29 @@ def elbo_nats_per_token(
     h: float = SMALLEST_STEP,
     times: int = 16,
     seed: int = 0,
+    first: int = 0,
 ) -> Iterator[float]:
     """Upper bound on the negative log-likelihood, one estimate for each time.
 
-    The mean of what is yielded is the estimate; the times are stratified over [0, 1).
+    The mean of what is yielded is the estimate. A sequence's noise depends on the seed and on its
+    number alone, so batches of any size give the same.
+
+    Times near 1 are drawn more often, and count less: t = 1 - (1 - s) ** 2 with weight 2 (1 - s).
+    There few positions are hidden, and each counts 1 / (1 - t). A sequence has one s in each of
+    `times` equal parts of [0, 1), at a place that differs between sequences as evenly as can be.
+
+    Over seeds the standard deviation is about 8 nats / sqrt(times x tokens) (bundled model, text;
+    13 with even times), so 0.01 nats cost 0.6 M tokens forward.
 
     Args:
         model: the posterior.
-        x_1: data, int64, shape (B, L).
+        x_1: data, int64, shape (B, L), on the model's device.
         source: where x_0 comes from.
         schedule: kappa; linear if not given.
         h: step size shown to a step-aware network.
         times: number of times, and of model calls.
-        seed: of the noise.
+        seed: of the noise, at least 0.
+        first: number of the first sequence; the others follow.
 
     Yields:
         Nats a token at one time.
@@ -260,77 +275,103 @@ def elbo_nats_per_token(
     Source: Discrete Flow Matching, arXiv 2407.15595; the bound holds up to the clip at 0.999.
     """
     schedule = schedule or Polynomial()
-    generator = torch.Generator(x_1.device).manual_seed(seed)
-    batch, length = x_1.shape
+    length, numbers = x_1.shape[1], range(first, first + len(x_1))
+    generators = [seeded(seed, number) for number in numbers]
+    places = torch.rand(times, dtype=torch.float64, generator=seeded(seed))
+    shifts = torch.tensor([number * GOLDEN % 1.0 for number in numbers], dtype=torch.float64)
     for k in range(times):
-        # Shuffled and jittered: midpoints in order would tie each sequence to its own times.
-        jitter = torch.rand(batch, dtype=torch.float64, generator=generator, device=x_1.device)
-        order = torch.randperm(batch, generator=generator, device=x_1.device)
-        t = ((k + (order + jitter) / batch) / times).clamp_max(LATEST_TIME)
-        x_t = mixture_state(source.draw((batch, length), generator), x_1, t, schedule, generator)
-        counted = open_positions(x_t, source)
-        share = 1.0 if counted is None else len(counted) / x_1.numel()
+        left = 1.0 - (k + (places[k] + shifts) % 1.0) / times
+        t = (1.0 - left**2).clamp_max(LATEST_TIME)
+        x_0 = torch.stack([source.draw((length,), g) for g in generators])
+        data = torch.cat(
+            [shown(t[i : i + 1], length, schedule, g) for i, g in enumerate(generators)]
+        )
+        batch = mixed(x_0, x_1, data, t, torch.full_like(t, h), source)
+        share = len(batch.places) / x_1.numel()
         if share == 0.0:
             yield 0.0
             continue
-        loss = path_loss(
-            model, x_t, x_1, t, torch.full_like(t, h), source.vocab_size, schedule, rows=counted
-        )
+        loss = path_loss(model, batch, source.vocab_size, schedule, weight=2.0 * left)
         yield share * float(loss)
 
 
-def open_positions(x_t: Tensor, source: Source, frozen: Tensor | None = None) -> Tensor | None:
-    """Which of the B L positions a path loss counts, int64, (N,); None: all of them.
+def hidden_rows(model: TrainableModel, batch: Batch) -> Tensor:
+    """Hidden rows of all positions, (B L, D)."""
+    t, h = (send(each.float(), batch.x_t.device) for each in (batch.t, batch.h))
+    return model.body(batch.x_t, t, h).flatten(0, 1)
 
-    Left out are the frozen ones, and with an absorbing source those that are data already: there
-    the posterior is known, and the loss 0.
 
-    Args:
-        x_t: state, int64, shape (B, L).
-        source: where x_0 came from.
-        frozen: positions that were given, bool, shape (B, L).
+def told_rows(model: TrainableModel, batch: Batch) -> Tensor:
+    """Hidden rows of the positions that count, told what is known beside them, (N, D).
+
+    With a joint head that is another function than its plain rows, even where nothing is known:
+    training always passes through it.
     """
-    counted = x_t == source.vocab_size if source.absorbing else None
-    if frozen is not None:
-        counted = ~frozen if counted is None else counted & ~frozen
-    return None if counted is None else counted.flatten().nonzero()[:, 0]
+    hidden, device = hidden_rows(model, batch), batch.x_t.device
+    at = send(batch.places, device)
+    if batch.counted is not None:
+        hidden = hidden.index_select(0, at)
+    return model.told(hidden, at, batch.x_t, send(batch.known, device))
 
 
 def path_loss(
     model: TrainableModel,
-    x_t: Tensor,
-    x_1: Tensor,
-    t: Tensor,
-    h: Tensor,
+    batch: Batch,
     vocab_size: int,
     schedule: Schedule,
     position_loss: PositionLoss = generalized_kl,
     *,
-    rows: Tensor | None = None,
+    weight: Tensor | None = None,
 ) -> Tensor:
-    """Mean loss of a batch on the path.
+    """Mean loss on the path.
 
     Args:
         model: the posterior.
-        x_t, x_1: state and data, int64, shape (B, L).
-        t: times, shape (B,), at most LATEST_TIME.
-        h: step sizes shown to the network, shape (B,).
+        batch: states, times (at most LATEST_TIME) and data.
         vocab_size: V.
         schedule: kappa.
         position_loss: generalized KL, or cross-entropy.
-        rows: which of the B L positions count, int64, (N,); all if not given.
+        weight: of each sequence, multiplies its rate of jumping, shape (B,), on the CPU.
 
     Returns:
-        Scalar, nats for each token that counts; 0 where none does.
+        Scalar, nats for each position that counts; 0 where none does.
     """
-    hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
-    g = schedule.rate(t.double()).float().repeat_interleave(x_t.shape[1])
-    at, data = x_t.flatten(), x_1.flatten()
-    if rows is not None:
-        hidden, g, at, data = (x.index_select(0, rows) for x in (hidden, g, at, data))
+    rows, g = told_rows(model, batch), schedule.rate(batch.t)
+    if weight is not None:
+        g = g * weight
+    return mean_over_positions(model, rows, batch, batch.places, g, vocab_size, position_loss)
+
+
+def mean_over_positions(
+    model: TrainableModel,
+    rows: Tensor,
+    batch: Batch,
+    places: Tensor,
+    g: Tensor,
+    vocab_size: int,
+    position_loss: PositionLoss,
+) -> Tensor:
+    """Mean of a position loss over some of the B L positions.
+
+    Args:
+        model: owner of the head.
+        rows: hidden rows, (N, D).
+        batch: their states, times and data.
+        places: which positions they are, int64, (N,), on the CPU.
+        g: rate of jumping of each sequence, shape (B,), on the CPU.
+        vocab_size: V.
+        position_loss: of each row.
+
+    Returns:
+        Scalar, nats.
+    """
+    device = rows.device
+    at = send(places, device)
+    here, data = (x.flatten().index_select(0, at) for x in (batch.x_t, batch.x_1))
+    rates = send(g.float()[places // batch.x_t.shape[1]], device)
 
     def loss(part: slice) -> RowLoss:
-        here, there, rate = at[part], data[part], g[part]
-        return lambda logits, piece: position_loss(logits, here[piece], there[piece], rate[piece])
+        a, b, rate = here[part], data[part], rates[part]
+        return lambda logits, piece: position_loss(logits, a[piece], b[piece], rate[piece])
 
-    return mean_over_rows(model, hidden, loss, vocab_size)
+    return mean_over_rows(model, rows, loss, vocab_size)

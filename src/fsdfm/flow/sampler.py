@@ -1,77 +1,24 @@
-"""The sampling loop: a grid, a model, a step rule.
+"""The sampling loop: choose the movers, ask the posterior for their tokens, place them.
 
-Shapes: B sequences, L positions, D hidden, V data tokens.
+Shapes: B sequences, L positions, N movers of one call, D hidden, V data tokens.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from fsdfm.core.errors import ConfigError
+from fsdfm.flow.host import send
 from fsdfm.flow.path import Source
+from fsdfm.flow.posterior import INDEPENDENT, Call, Posterior, Sampled
 from fsdfm.flow.schedule import Polynomial, Schedule
-from fsdfm.flow.step import EXACT, Movers, StepRule, advance, independent_movers, sharpen
-
-
-class FlowModel(Protocol):
-    """A posterior in two halves: every row's hidden state, and the head on some of them."""
-
-    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
-        """States (B, L), times (B,), step sizes (B,) -> hidden rows (B, L, D)."""
-        ...
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Hidden rows (N, D) -> logits (N, V), or more columns, of which the first V count."""
-        ...
-
-
-class Sampled(Protocol):
-    """What sampling needs of a network: all sequences share a time, and few rows are wanted."""
-
-    def hidden(self, x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
-        """States (B, L), time, step size, some of the B L positions, ascending -> rows (N, D)."""
-        ...
-
-    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
-        """Rows (N, D) at positions (N,), the state (B, L), what has been drawn (B, L) -> (N, D)."""
-        ...
-
-    def head(self, rows: Tensor) -> Tensor:
-        """Hidden rows (N, D) -> logits (N, V), or more columns, of which the first V count."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class WholeSequences:
-    """Any `FlowModel` as the sampler calls it: its body runs on the sequences that have movers.
-
-    With many steps most short sequences stand still in a given one: 1,024 steps move one of 12
-    positions about 80 times.
-    """
-
-    model: FlowModel
-
-    def hidden(self, x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
-        """See `Sampled`."""
-        wanted, place = torch.unique_consecutive(rows // x.shape[1], return_inverse=True)
-        times, steps = (
-            torch.full((len(wanted),), v, dtype=torch.float32, device=x.device) for v in (t, h)
-        )
-        return self.model.body(x[wanted], times, steps)[place, rows % x.shape[1]]
-
-    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
-        """See `Sampled`; a model without a joint head tells its rows nothing."""
-        told = getattr(self.model, "told", None)
-        return rows if told is None else told(rows, at, x, known)
-
-    def head(self, rows: Tensor) -> Tensor:
-        """See `Sampled`."""
-        return self.model.head(rows)
+from fsdfm.flow.step import EXACT, Movers, StepRule, independent_movers, landed, sharpen
 
 
 class Noise:
@@ -100,25 +47,61 @@ class Noise:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """How tokens are drawn from the model's posterior."""
+    """How tokens are drawn from the model's posterior.
+
+    Raises:
+        ConfigError: a number out of range, or a rule and a posterior that cannot go together.
+    """
 
     rule: StepRule = EXACT
     movers: Movers = independent_movers
+    posterior: Posterior = INDEPENDENT
+    """Whether the movers of a call see each other; `Grouped` for a network with a joint head."""
     temperature: float = 1.0
     """Divides the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
     """Mass of the nucleus that is kept."""
-    draws: int = 1
-    """Groups in which the movers of one call are drawn, each knowing the ones before (with a joint
-    head; without one they are drawn as one)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
-            raise ValueError(f"temperature must be >= 0, got {self.temperature}.")
+            raise ConfigError(f"temperature must be >= 0, got {self.temperature}.")
         if not 0.0 < self.top_p <= 1.0:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}.")
-        if self.draws < 1:
-            raise ValueError(f"draws must be at least 1, got {self.draws}.")
+            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.")
+        self.posterior.check(self.rule)
+
+    def tokens(
+        self,
+        head: Callable[[Tensor], Tensor],
+        a: float,
+        vocab_size: int,
+        hidden: Tensor,
+        x: Tensor,
+        rows: Tensor,
+        u: Tensor,
+    ) -> Tensor:
+        """Where movers land.
+
+        Args:
+            head: hidden rows -> logits of V columns or more.
+            a: mover probability.
+            vocab_size: V.
+            hidden: what the movers are drawn from, (N, D), where the network is.
+            x: tokens as they stand, int64, shape (B L,).
+            rows: the movers among them, int64, shape (N,).
+            u: uniform in [0, 1), shape (N,), float64 where the device has it.
+
+        Returns:
+            int64, shape (N,).
+        """
+        return landed(
+            x[rows],
+            lambda block: head(hidden[block])[:, :vocab_size].to(x.device),
+            u.new_full((len(u),), a),
+            u,
+            self.rule,
+            lambda block: sharpen(block, self.temperature, self.top_p),
+            vocab_size=vocab_size,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,13 +134,14 @@ def sample(
     """Walk x_0 along the grid; yields the start and then the state after every step.
 
     Args:
-        model: the posterior; `WholeSequences(network)` for one that has a body and a head only.
-        x_0: start, int64, shape (B, L), on the model's device; frozen positions hold their tokens.
+        model: the network; `Sequences(network)` for one that has a body only.
+        x_0: start, int64, shape (B, L), on a device with float64; frozen positions hold their
+            tokens.
         grid: times from 0 to 1, float64, shape (N + 1,); N is the budget.
         noise: the sequences' random numbers, after `noise.start`.
         vocab_size: V; logits beyond it (a mask id) are never drawn.
         schedule: kappa; linear if not given.
-        drawing: step rule, movers, temperature, top-p; the exact rule if not given.
+        drawing: step rule, movers, posterior, temperature, top-p; the exact rule if not given.
         frozen: positions that never move, bool, shape (B, L); none if not given.
         absorbing: whether only positions that hold the mask id, V, move (`Source.absorbing`).
 
@@ -168,68 +152,23 @@ def sample(
     free = torch.ones(x_0.shape, dtype=torch.bool) if frozen is None else ~frozen.cpu()
     if absorbing:
         free = free & (x_0 == vocab_size).cpu()
-    x, calls, head_rows = x_0, 0, 0
+    x, device, calls, head_rows = x_0, x_0.device, 0, 0
     yield State(x, 0, float(grid[0]), calls, head_rows)
     for step, (t, then) in enumerate(itertools.pairwise(grid.tolist()), start=1):
-        h = then - t
-        times = torch.tensor((t, h), dtype=torch.float64)
+        times = torch.tensor((t, then - t), dtype=torch.float64)
         a = float(drawing.rule.mover_probability(schedule, *times))
         u, offset = noise.uniform(x.shape[1]), noise.uniform(1)[:, 0]
-        movers = drawing.movers(a, u, free, offset).flatten()
-        u_land = noise.uniform(x.shape[1]).flatten()[movers]
+        movers = drawing.movers(a, u, free, offset)
+        u_land = noise.uniform(x.shape[1])[movers]
         if len(u_land):
-            # Counted, picked and grouped on the CPU, so that nothing here waits for the device.
-            places = movers.nonzero()[:, 0]
-            rows = _send(places, x.device)
-            hidden = model.hidden(x, t, h, rows)
-            u_rows = _send(u_land, x.device)
-            known = ~_send(free, x.device)
-            for picked in groups(places % x.shape[1], drawing.draws):
-                part = None if picked is None else _send(picked, x.device)
-                at = rows if part is None else rows[part]
-                few = hidden if part is None else hidden[part.to(hidden.device)]
-                if part is not None:
-                    few = model.told(few, at, x, known)
-                    known = known.flatten().index_fill(0, at, True).view_as(known)
-
-                def logits(block: slice, few: Tensor = few) -> Tensor:
-                    return model.head(few[block])[:, :vocab_size].to(x_0.device)
-
-                x = advance(
-                    x,
-                    at,
-                    logits,
-                    torch.full((len(at),), a, dtype=torch.float64, device=x.device),
-                    u_rows if part is None else u_rows[part],
-                    drawing.rule,
-                    lambda block: sharpen(block, drawing.temperature, drawing.top_p),
-                    vocab_size=vocab_size,
-                )
+            # Counted and picked on the CPU, so that nothing here waits for the device.
+            places = movers.flatten().nonzero()[:, 0]
+            rows, known, u_rows = (send(each, device) for each in (places, ~free, u_land))
+            hidden = model.hidden(x, t, then - t, rows)
+            draw = partial(drawing.tokens, model.head, a, vocab_size)
+            call = Call(x, places, rows, hidden, known, u_rows, draw)
+            x = x.flatten().index_copy(0, rows, drawing.posterior.tokens(call)).view_as(x)
             calls, head_rows = calls + 1, head_rows + len(rows)
             if absorbing:
-                free = free & ~movers.view_as(free)
+                free = free & ~movers
         yield State(x, step, then, calls, head_rows)
-
-
-def groups(position: Tensor, draws: int) -> Iterator[Tensor | None]:
-    """Which movers are drawn together: every `draws`-th position, from left to right.
-
-    Args:
-        position: of each mover in its sequence, int64, shape (N,).
-        draws: number of groups.
-
-    Yields:
-        Indices into the movers, of each group that has any; None, once, if all are drawn as one.
-    """
-    if draws == 1:
-        yield None
-        return
-    for k in range(draws):
-        part = (position % draws == k).nonzero()[:, 0]
-        if len(part):
-            yield part
-
-
-def _send(x: Tensor, device: torch.device) -> Tensor:
-    """To the device; from pinned memory a CUDA stream takes it without being waited for."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)

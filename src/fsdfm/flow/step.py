@@ -38,6 +38,8 @@ class StepRule:
     """a(schedule, t, h): chance that a position may move; exactly 1 when t + h = 1."""
     land: Callable[[Tensor, Tensor, Tensor], Tensor]
     """land(p, x_t, a): next-token weights of movers; p (N, V), x_t (N,), a (N,) -> (N, V)."""
+    redraws: bool = True
+    """Whether every mover lands on a fresh draw from p: none may stay for being where it was."""
 
 
 def _land_on_posterior(p: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
@@ -72,7 +74,7 @@ def _land_published(p: Tensor, x_t: Tensor, a: Tensor) -> Tensor:
 
 EXACT = StepRule("exact", jump_probability, _land_on_posterior)
 """The solution of the token-wise chain with p held fixed: movers are drawn from p."""
-PUBLISHED = StepRule("published", jump_probability, _land_published)
+PUBLISHED = StepRule("published", jump_probability, _land_published, redraws=False)
 """The update of FS-DFM, arXiv 2509.20624."""
 EULER = StepRule("euler", _euler_probability, _land_on_posterior)
 """The baseline of the papers: as exact, with the rate frozen at the start of the step."""
@@ -172,25 +174,26 @@ def sharpen(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Ten
 def draw(weights: Tensor, u: Tensor) -> Tensor:
     """One token per row by inverse CDF, in two levels: a block of tokens, then one within it.
 
-    Sums are float64: in float32 the tail of a peaked distribution over a large vocabulary is
-    rounded away, which lowers the effective temperature. A token of weight 0 is never drawn.
+    Sums are in the format of u. For texts that is float64: in float32 the tail of a peaked
+    distribution over a large vocabulary is rounded away, which lowers the effective temperature.
+    A token of weight 0 is never drawn in either.
 
     Args:
         weights: non-negative, not all zero in any row, shape (N, V); need not be normalised.
-        u: uniform in [0, 1), float64, shape (N,).
+        u: uniform in [0, 1), float64 or float32, shape (N,); 1 counts as just below.
 
     Returns:
         Token ids, int64, shape (N,).
     """
     whole = weights.shape[1] // DRAW_BLOCK * DRAW_BLOCK
     blocks = weights[:, :whole].reshape(len(weights), whole // DRAW_BLOCK, DRAW_BLOCK)
-    blocks = blocks.sum(-1, dtype=torch.float64)
-    tail = weights[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)
+    blocks = blocks.sum(-1, dtype=u.dtype)
+    tail = weights[:, whole:].sum(-1, keepdim=True, dtype=u.dtype)
     block, rest = _invert(torch.cat((blocks, tail), -1), u)
     # The columns of the block that was drawn; those past the end get no weight.
     column = block[:, None] * DRAW_BLOCK + torch.arange(DRAW_BLOCK, device=u.device)
     inside = column < weights.shape[1]
-    within = weights.gather(1, column.clamp_max(weights.shape[1] - 1)).double()
+    within = weights.gather(1, column.clamp_max(weights.shape[1] - 1)).to(u.dtype)
     token, _ = _invert(torch.where(inside, within, 0.0), rest)
     return block * DRAW_BLOCK + token
 
@@ -220,29 +223,53 @@ def advance(
     *,
     vocab_size: int,
 ) -> Tensor:
-    """The state after one step. Logits are asked for on exactly the movers.
+    """The state after one step in which `rows` move, each on its own.
 
     Args:
         x_t: current state, int64, shape (B, L).
         rows: the movers, indices into the B L positions, int64, shape (N,).
-        logits: some of the movers, as a slice of rows -> (n, V).
+        logits, a, u, rule, sharpening, vocab_size: see `landed`.
+
+    Returns:
+        The next state, int64, shape (B, L); x_t is left as it was.
+    """
+    x = x_t.flatten()
+    tokens = landed(x[rows], logits, a, u, rule, sharpening, vocab_size=vocab_size)
+    return x.index_copy(0, rows, tokens).view_as(x_t)
+
+
+def landed(
+    at: Tensor,
+    logits: Callable[[slice], Tensor],
+    a: Tensor,
+    u: Tensor,
+    rule: StepRule = EXACT,
+    sharpening: Callable[[Tensor], Tensor] = sharpen,
+    *,
+    vocab_size: int,
+) -> Tensor:
+    """Where movers land. Logits are asked for on exactly them, few at a time.
+
+    Args:
+        at: the movers' tokens, int64, shape (N,).
+        logits: some of the movers, as a slice of them -> (n, V).
         a: mover probability of each mover, shape (N,).
-        u: uniform in [0, 1), float64, shape (N,); one number decides where a mover lands.
+        u: uniform in [0, 1), shape (N,), in the format to draw in; one number decides where a
+            mover lands.
         rule: the step rule.
         sharpening: logits (n, V) -> the posterior to draw from, float32.
         vocab_size: V.
 
     Returns:
-        The next state, int64, shape (B, L); x_t is left as it was.
+        Their next tokens, int64, shape (N,).
     """
-    x, cpu = x_t.flatten().clone(), x_t.device.type == "cpu"
+    tokens, cpu = at.clone(), at.device.type == "cpu"
     chunk = max(1, (CPU_LOGITS if cpu else OTHER_LOGITS) // vocab_size)
     some = max(1, (CPU_WEIGHTS if cpu else OTHER_WEIGHTS) // vocab_size)
-    for start in range(0, len(rows), chunk):
+    for start in range(0, len(at), chunk):
         block = logits(slice(start, start + chunk))
         for first in range(0, len(block), some):
             part = slice(start + first, start + min(first + some, len(block)))
-            at = rows[part]
             p = sharpening(block[first : first + some])
-            x[at] = draw(rule.land(p, x[at], a[part].to(p.dtype)), u[part])
-    return x.view_as(x_t)
+            tokens[part] = draw(rule.land(p, at[part], a[part].to(p.dtype)), u[part])
+    return tokens

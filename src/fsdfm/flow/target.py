@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fsdfm.flow.host import send
 from fsdfm.flow.path import Source
-from fsdfm.flow.sampler import FlowModel
+from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import StepRule, advance, sharpen
 
@@ -49,15 +50,24 @@ class Target:
         return sum((p.mul_(w[rows][piece, None]) for p, w in weighted), torch.zeros(()))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Jumper:
-    """The sampler's own step, as targets take it: independent movers, temperature 1."""
+    """The sampler's own step, as targets take it: independent movers, temperature 1.
+
+    Times, steps and random numbers are on the CPU, where who moves is decided; states and hidden
+    rows are where the network is. Nothing here waits for them. A mover is drawn in float32, which
+    all devices have: of 50,000 tokens it misplaces less than 1e-4 of the mass, and the law of a
+    target's middle state need not be nearer.
+    """
 
     model: FlowModel
     schedule: Schedule
     rule: StepRule
     source: Source
     generator: torch.Generator
+    open: Tensor | None = None
+    """Positions that may still move, bool, shape (B, L), on the CPU; None: all of them, for good.
+    A mover is not open any more, as it is data (see `Source.absorbing`)."""
 
     def hidden(self, x: Tensor, t: Tensor, h: Tensor, before: Tensor | None = None) -> Tensor:
         """Final hidden rows, (B, L, D), float32: means of bfloat16 rows would lose digits.
@@ -68,7 +78,14 @@ class Jumper:
                 that has been revealed keeps its row: it moves no more, and of such positions the
                 network has learned nothing.
         """
-        rows = self.model.body(x, t.float(), h.float()).float()
+        times, steps = (send(each.float(), x.device) for each in (t, h))
+        rows = self.model.body(x, times, steps)
+        if self.open is None:
+            known = torch.zeros_like(x, dtype=torch.bool)
+        else:
+            known = send(~self.open, x.device)
+        at = torch.arange(x.numel(), device=x.device)
+        rows = self.model.told(rows.flatten(0, 1), at, x, known).float().view(*x.shape, -1)
         if before is None or not self.source.absorbing:
             return rows
         return torch.where((x == self.source.vocab_size)[..., None], rows, before)
@@ -76,28 +93,30 @@ class Jumper:
     def jump(self, x: Tensor, hidden: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """The state after a step of size h from (x, t), whose hidden rows are given; (B, L)."""
         a = self.rule.mover_probability(self.schedule, t, h)
-        u = torch.rand(
-            (2, *x.shape), dtype=torch.float64, generator=self.generator, device=x.device
-        )
-
+        u = torch.rand((2, *x.shape), dtype=torch.float64, generator=self.generator)
         movers = u[0] < a[:, None]
-        if self.source.absorbing:
-            movers = movers & (x == self.source.vocab_size)
-        rows = movers.flatten().nonzero()[:, 0]
-        few = hidden.flatten(0, 1)[rows]
+        if self.open is not None:
+            movers = movers & self.open
+            self.open = self.open & ~movers
+        places = movers.flatten().nonzero()[:, 0]
+        rows, chances, u_rows = (
+            send(each, x.device)
+            for each in (places, a[places // x.shape[1]].float(), u[1][movers].float())
+        )
+        few = hidden.flatten(0, 1).index_select(0, rows)
         return advance(
             x,
             rows,
             lambda part: self.model.head(few[part])[:, : self.source.vocab_size],
-            a[rows // x.shape[1]],
-            u[1].flatten()[rows],
+            chances,
+            u_rows,
             self.rule,
             vocab_size=self.source.vocab_size,
         )
 
 
 TargetRule = Callable[[Jumper, Tensor, Tensor, Tensor], Target]
-"""(jumper, x_t (B, L), t (B,), h (B,)), t and h float64 -> the target of a step of size h."""
+"""(jumper, x_t (B, L), t (B,), h (B,)), t and h float64 on the CPU -> the target of a step h."""
 
 
 def rk4_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Target:
@@ -144,7 +163,7 @@ def semigroup_target(jumper: Jumper, x_t: Tensor, t: Tensor, h: Tensor) -> Targe
     l_2 = jumper.hidden(jumper.jump(x_t, l_1, t, half), middle, half, l_1)
     k_t, k_u, k_s = (jumper.schedule.kappa(time) for time in (t, middle, t + h))
     w = ((1 - k_s) * (k_u - k_t) / ((1 - k_u) * (k_s - k_t))).float()
-    w = w.repeat_interleave(x_t.shape[1])
+    w = send(w.repeat_interleave(x_t.shape[1]), x_t.device)
     return Target((l_1.flatten(0, 1), l_2.flatten(0, 1)), (w, 1.0 - w))
 
 

@@ -117,12 +117,7 @@ def answer_file(
         DataError: a file that cannot be read or written, or results that are none.
         ConfigError: somebody else is writing the results.
     """
-    try:
-        lines = Path(source).read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"Cannot read {source}: {one_line(error)}.") from None
-    if not any(line.strip() for line in lines):
-        raise DataError(f"{source} is empty: give one request a line.")
+    lines = _lines(source)
     bad: list[int] = []
 
     def refuse(number: int, reason: object) -> None:
@@ -151,6 +146,16 @@ def answer_file(
             if progress is not None:
                 progress("requests", skipped + written, len(asked))
     return Answered(written, skipped, len(bad))
+
+
+def _lines(source: str | Path) -> list[bytes]:
+    try:
+        lines = Path(source).read_bytes().split(b"\n")
+    except OSError as error:
+        raise DataError(f"Cannot read {source}: {one_line(error)}.") from None
+    if not any(line.strip() for line in lines):
+        raise DataError(f"{source} is empty: give one request a line.")
+    return lines
 
 
 @contextlib.contextmanager
@@ -207,7 +212,7 @@ def _finished(out: Path) -> set[str]:
     if whole < len(data):
         os.truncate(out, whole)
     found = set()
-    for number, line in enumerate(data[:whole].splitlines(), start=1):
+    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
         try:
             found.add(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError):

@@ -19,20 +19,21 @@ from torch import Tensor
 from fsdfm.core.device import pick_device
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.flow.grid import GRIDS
+from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
 from fsdfm.flow.sampler import State
+from fsdfm.flow.step import STEP_RULES
+from fsdfm.generate.layout import LONGEST_DEFAULT
 from fsdfm.generate.options import DEFAULTS, Options, SamplingOptions, split
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.generate.request import LARGEST_SEED, Request, Result
 from fsdfm.generate.results import Generation, Sample, Snapshot
-from fsdfm.generate.rows import Rows, integer_rows
+from fsdfm.generate.rows import Rows, given_rows
 from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
 from fsdfm.generate.track import Track, call, start
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
-
-LONGEST_DEFAULT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,22 +135,9 @@ class Generator:
         """
         if excess := sorted({"length", "num_samples", "prompt"} & options.keys()):
             raise ConfigError(f"fill takes no {', '.join(excess)}: the rows of token_ids say it.")
-        ids = integer_rows("token_ids", token_ids)
-        given = integer_rows("frozen", frozen)
-        lengths = {len(row) for row in (*ids, *given)}
-        if len(lengths) != 1 or len(ids) != len(given):
-            raise ConfigError("fill needs token_ids and frozen of one shape, all rows as long.")
-        if not all(flag in (0, 1) for row in given for flag in row):
-            raise ConfigError("fill needs frozen as bools, or as 0 and 1.")
-        shape: Options = {"length": lengths.pop(), "num_samples": len(ids)}
+        fixed, mask = given_rows(token_ids, frozen, self.config.vocab_size)
+        shape: Options = {"length": fixed.shape[1], "num_samples": len(fixed)}
         request = self._request({**options, **shape})
-        kept = [
-            [token if flag else 0 for token, flag in zip(*rows, strict=True)]
-            for rows in zip(ids, given, strict=True)
-        ]
-        if not all(0 <= token < self.config.vocab_size for row in kept for token in row):
-            raise ConfigError(f"fill needs token ids from 0 to {self.config.vocab_size - 1}.")
-        fixed, mask = torch.tensor(kept), torch.tensor(given, dtype=torch.bool)
         request = replace(request, fixed=fixed, frozen=mask)
         return Generation([sample for batch in self._batches(request) for sample in batch])
 
@@ -259,7 +247,6 @@ class Generator:
             noise = torch.Generator().manual_seed(request.seed + number)
             frozen, fixed = request.frozen[number], request.fixed[number]
             x = torch.where(frozen, fixed, start(self, noise, request.length))
-            # What a row freezes with the mask's id is no text, and stays.
             how, controls = request.sampling, request.sampling.controls()
             tracks.append(Track(x, ~frozen, request.grid.tolist(), how, controls, noise))
         calls = 0
@@ -316,7 +303,7 @@ class Generator:
                 f"got seed={seed} for {num_samples} samples.",
                 "seed",
             )
-        self.check(sampling)
+        self.posterior(sampling)
         prompt, shape = self._encode(wanted.prompt, length), (num_samples, length)
         return _Request(
             steps=sampling.steps,
@@ -330,11 +317,12 @@ class Generator:
             frozen=(torch.arange(length) < len(prompt)).expand(*shape),
         )
 
-    def check(self, sampling: SamplingOptions) -> None:
-        """Refuse what this model cannot do.
+    def posterior(self, sampling: SamplingOptions) -> Posterior:
+        """How the movers of a call are drawn.
 
         Raises:
-            ConfigError: several draws a call of a model without a joint head.
+            ConfigError: several draws a call of a model without a joint head, or of a step rule
+                that cannot go with them.
         """
         if sampling.draws > 1 and not self.config.neighbours:
             raise ConfigError(
@@ -342,6 +330,9 @@ class Generator:
                 f"draws={sampling.draws} out, or use a model that was distilled to one.",
                 "draws",
             )
+        found = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
+        found.check(STEP_RULES[sampling.step])
+        return found
 
     def pieces(self) -> list[str]:
         """The text of every token of the network on its own; of EOS and of masks there is none."""

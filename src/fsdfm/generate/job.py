@@ -53,7 +53,7 @@ class Job:
     def __init__(self, generator: Generator, request: Request) -> None:
         self.generator, self.request = generator, request
         self.sampling = request.sampling(generator.defaults)
-        generator.check(self.sampling)
+        generator.posterior(self.sampling)
         self.layout = lay_out(request, generator)
         self.end = ending(request, self.layout)
         self.phrases = phrases(request, generator)
@@ -179,7 +179,7 @@ class Job:
             free = fresh & ~stays if config.absorbing else fresh
         if self.phrases:
             rows: list[Tensor] = []
-            probe = Probe(x, 0.0, 1.0, torch.arange(len(x)), rows.append)
+            probe = Probe(x, 0.0, 1.0, torch.arange(len(x)), ~fresh, rows.append)
             yield [probe]
             self.calls += probe.calls
             places = choose(self.phrases, rows[0], fresh, self.sampling.temperature, seed)

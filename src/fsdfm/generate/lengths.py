@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fsdfm.generate.layout import Layout
 from fsdfm.generate.request import Request
-from fsdfm.generate.template import Gap
+from fsdfm.generate.template import Fixed, Gap
 from fsdfm.generate.track import Probe, Task, start
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def choose_lengths(
 ) -> Asks[list[Task], None, tuple[Layout, int]]:
     """Lengths for the gaps that have none, from left to right.
 
-    Gaps to the right of the one that is tried are at the middle of their range.
+    Gaps to the right of the one that is tried are at the middle of their range; so is one with
+    nothing but gaps behind it.
 
     Returns:
         A layout in which every gap has its length, and the calls that it took.
@@ -54,6 +55,9 @@ def choose_lengths(
         if number == len(layout.pieces) - 1:
             layout = replace(layout.with_length(number, piece.high), least=piece.low)
             continue
+        if not any(isinstance(later, Fixed) for later in layout.pieces[number + 1 :]):
+            layout = layout.with_length(number, (piece.low + piece.high) // 2)
+            continue  # nothing is there to judge by
         settled = _settled(layout, number)
         scores: dict[int, float] = {}
         probes = [
@@ -117,9 +121,9 @@ def _probe(
     x = torch.where(hidden, start(generator, noise, len(given)), given)
     t = float(1.0 - hidden.float().mean()) ** (1.0 / generator.config.schedule_power)
     t = min(t, 1.0 - 1.0 / len(x))
-    return Probe(x, t, 1.0 - t, behind, partial(_score, scores, length, given[behind]))
+    return Probe(x, t, 1.0 - t, behind, ~hidden, partial(_score, scores, length, given[behind]))
 
 
 def _score(scores: dict[int, float], length: int, behind: Tensor, logp: Tensor) -> None:
     """Note the score of a length: rows of what is behind the gap, (b, V)."""
-    scores[length] = float(logp.gather(1, behind[:, None]).sum()) if len(behind) else 0.0
+    scores[length] = float(logp.gather(1, behind[:, None]).sum())

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -39,6 +40,36 @@ def integer_rows(name: str, rows: Any) -> list[list[int]]:
                     + ("; any will do where nothing is frozen." if name == "token_ids" else ".")
                 )
     return plain
+
+
+def given_rows(token_ids: Any, frozen: Any, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """What `Generator.fill` is given.
+
+    Args:
+        token_ids: tokens of each sample.
+        frozen: which of them are given.
+        vocab_size: V.
+
+    Returns:
+        Tokens, int64, 0 where none is given, and which are given, bool; both (B, L).
+
+    Raises:
+        ConfigError: rows that are no integers, do not fit each other, or are out of the vocabulary.
+    """
+    ids = integer_rows("token_ids", token_ids)
+    given = integer_rows("frozen", frozen)
+    lengths = {len(row) for row in (*ids, *given)}
+    if len(lengths) != 1 or len(ids) != len(given):
+        raise ConfigError("fill needs token_ids and frozen of one shape, all rows as long.")
+    if not all(flag in (0, 1) for row in given for flag in row):
+        raise ConfigError("fill needs frozen as bools, or as 0 and 1.")
+    kept = [
+        [token if flag else 0 for token, flag in zip(*rows, strict=True)]
+        for rows in zip(ids, given, strict=True)
+    ]
+    if not all(0 <= token < vocab_size for row in kept for token in row):
+        raise ConfigError(f"fill needs token ids from 0 to {vocab_size - 1}.")
+    return torch.tensor(kept), torch.tensor(given, dtype=torch.bool)
 
 
 def _listed(values: Any, name: str) -> list[Any]:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from fsdfm.flow.controls import Controls, Shaping
+from fsdfm.flow.host import send
 from fsdfm.flow.path import make_source
-from fsdfm.flow.sampler import groups
+from fsdfm.flow.posterior import Call
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import MOVERS, STEP_RULES, draw
 from fsdfm.generate.options import SamplingOptions
@@ -106,6 +107,8 @@ class Probe:
     h: float
     positions: Tensor
     """Whose rows, ascending, int64, shape (n,)."""
+    known: Tensor
+    """Positions that hold a token of the text, bool, shape (L,)."""
     read: Callable[[Tensor], None]
     """Told their log-probabilities, float32, (n, V), on the CPU."""
     done: bool = False
@@ -138,7 +141,8 @@ def _look(generator: Generator, probes: Sequence[Probe]) -> None:
     length, engine = len(probes[0].x), generator.engine
     rows = torch.cat([p.positions + i * length for i, p in enumerate(probes)])
     x = torch.stack([p.x for p in probes]).to(generator.state_device)
-    hidden = engine.hidden(x, probes[0].t, probes[0].h, rows.to(x.device))
+    known, rows = torch.stack([p.known for p in probes]).to(x.device), rows.to(x.device)
+    hidden = engine.told(engine.hidden(x, probes[0].t, probes[0].h, rows), rows, x, known)
     sizes = [len(p.positions) for p in probes]
     for probe, few in zip(probes, torch.split(hidden, sizes), strict=True):
         logits = engine.head(few)[:, : generator.config.vocab_size]
@@ -176,20 +180,23 @@ def _draw(
         for name in ("x", "free", "settled")
     )
     places = torch.stack(movers).flatten().nonzero()[:, 0]
-    rows, u, known = places.to(device), torch.cat(landings).to(device), ~free
+    rows, u = send(places, device), send(torch.cat(landings), device)
     shaping = Shaping([track.controls for track in tracks], device)
     hidden = engine.hidden(x, t, h, rows)
-    entropy, logp = torch.zeros(len(rows)), torch.zeros(len(rows))
-    for picked in groups(places % x.shape[1], tracks[0].sampling.draws):
-        part = torch.arange(len(rows)) if picked is None else picked
-        at, few = rows[part.to(device)], hidden[part.to(hidden.device)]
-        if picked is not None:
-            few = engine.told(few, at, x, known)
-        drawn = _tokens(generator, few, at, (x, settled), (u[part.to(device)], a), shaping, tracks)
-        x.view(-1)[at] = drawn[0]
-        for flags in (known, settled):
-            flags.view(-1)[at] = True
-        logp[part], entropy[part] = drawn[1].cpu(), drawn[2].cpu()
+    noted = torch.zeros((2, len(rows)), device=device)
+    how = tracks[0].sampling
+    paced = any(track.pace is not None for track in tracks)
+
+    def drawn(few: Tensor, now: Tensor, at: Tensor, u: Tensor) -> Tensor:
+        state = now.view_as(x), settled
+        token, *facts = _tokens(generator, few, at, state, (u, a, how.step, paced), shaping)
+        settled.view(-1)[at] = True
+        noted[:, torch.searchsorted(rows, at)] = torch.stack(facts)
+        return token
+
+    asked = Call(x, places, rows, hidden, ~free, u, drawn)
+    x = x.flatten().index_copy(0, rows, generator.posterior(how).tokens(asked)).view_as(x)
+    logp, entropy = noted.cpu()
     of = places // x.shape[1]
     for i, (track, mine) in enumerate(zip(tracks, movers, strict=True)):
         track.x, track.settled = x[i].cpu(), settled[i].cpu()
@@ -205,9 +212,8 @@ def _tokens(
     hidden: Tensor,
     at: Tensor,
     state: tuple[Tensor, Tensor],
-    chance: tuple[Tensor, float],
+    chance: tuple[Tensor, float, str, bool],
     shaping: Shaping,
-    tracks: Sequence[Track],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Next tokens of rows (N, D) at positions (N,), their log p under the model, and its entropy.
 
@@ -216,12 +222,10 @@ def _tokens(
         hidden: what is drawn from.
         at: where, of the B L positions.
         state: tokens and which of them are settled, both (B, L).
-        chance: u (N,), and the mover probability.
-        shaping: of the tracks.
-        tracks: whose entropy is wanted, where they go at a pace.
+        chance: u (N,), the mover probability, the step rule, and whether the entropy is wanted.
+        shaping: of the sequences.
     """
-    (x, settled), (u, a), size = state, chance, generator.config.vocab_size
-    rule, paced = STEP_RULES[tracks[0].sampling.step], any(t.pace is not None for t in tracks)
+    (x, settled), (u, a, step, paced), size = state, chance, generator.config.vocab_size
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     some = max(1, LOGITS_AT_ONCE // size)
     for start in range(0, len(at), some):
@@ -229,7 +233,7 @@ def _tokens(
         logits = generator.engine.head(hidden[part])[:, :size].to(x.device).float()
         now = x.view(-1)[at[part]]
         p = shaping.posterior(logits, at[part], x, settled)
-        token = draw(rule.land(p, now, p.new_full((len(p),), a)), u[part])
+        token = draw(STEP_RULES[step].land(p, now, p.new_full((len(p),), a)), u[part])
         total = logits.logsumexp(-1)
         logp = logits.gather(1, token[:, None])[:, 0] - total
         spread = total - ((logits - total[:, None]).exp() * logits).sum(-1) if paced else total

@@ -20,9 +20,12 @@ from torch.nn import functional as F
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.attention import attend
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.fused import modulated_rms, product_dtype, swiglu, turned
+from fsdfm.model.joint import JointHead
+from fsdfm.model.layers import fuse, fuser
 from fsdfm.model.rotary import Rotary
-from fsdfm.model.transformer import FlowNetwork, JointHead, ModelConfig, _fuser, fuse, silence
+from fsdfm.model.transformer import FlowNetwork, silence
 
 Attention = Literal["bidirectional", "causal"]
 
@@ -126,7 +129,7 @@ class CausalBlock(nn.Module):
         self.norm2 = RmsNorm(width, config.norm_epsilon)
         self.mlp_in = nn.Linear(width, 2 * config.mlp_size, bias=False)
         self.mlp_out = nn.Linear(config.mlp_size, width, bias=False)
-        self.condition_fuser = _fuser(config)
+        self.condition_fuser = fuser(config)
         self.modulation = nn.Linear(config.cond_size, 4 * width)
 
     def forward(self, x: Tensor, c: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -159,7 +162,7 @@ class CausalOutput(nn.Module):
         self.norm_final = RmsNorm(config.hidden_size, config.norm_epsilon)
         if not config.tied:
             self.linear = nn.Linear(config.hidden_size, config.embedding_rows, bias=False)
-        self.condition_fuser = _fuser(config)
+        self.condition_fuser = fuser(config)
         self.modulation = nn.Linear(config.cond_size, 2 * config.hidden_size)
 
     def modulations(self, c: Tensor) -> Tensor:

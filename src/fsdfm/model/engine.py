@@ -23,15 +23,9 @@ from fsdfm.model.attention import attend
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import modulated_rms, turned
 from fsdfm.model.int8 import int8_linear
-from fsdfm.model.transformer import (
-    Block,
-    FlowNetwork,
-    JointHead,
-    Transformer,
-    fuse,
-    known_around,
-    neighbourhood,
-)
+from fsdfm.model.joint import JointHead, known_around, neighbourhood
+from fsdfm.model.layers import fuse
+from fsdfm.model.transformer import Block, FlowNetwork, Transformer
 
 ROWS_AT_ONCE = 512
 """Positions that pass the blocks together on a CPU: more are no faster, and take more memory."""

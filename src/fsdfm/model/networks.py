@@ -6,7 +6,8 @@ from typing import Any
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig, CausalNetwork
-from fsdfm.model.transformer import FlowNetwork, ModelConfig, Transformer
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.transformer import FlowNetwork, Transformer
 
 PUBLISHED = "published"
 """The network of a config that names none."""

@@ -7,6 +7,7 @@ makes float32 of them: this is for files, not for products.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -39,6 +40,13 @@ def packable(tensor: Tensor) -> bool:
     return tensor.ndim == 2 and tensor.numel() >= SMALLEST and tensor.numel() % GROUP == 0
 
 
+def bits_of(name: str, tensor: Tensor, bits: Mapping[str, int]) -> int | None:
+    """Bits of a weight, by the first prefix that its name begins with; None: it is not packed."""
+    if not packable(tensor):
+        return None
+    return next((count for prefix, count in bits.items() if name.startswith(prefix)), None)
+
+
 def pack(tensor: Tensor, bits: int) -> Packed:
     """Round a tensor to codes.
 
@@ -50,10 +58,16 @@ def pack(tensor: Tensor, bits: int) -> Packed:
     groups = tensor.detach().float().reshape(-1, GROUP)
     codes, scales = [], []
     for some in groups.split(GROUPS_AT_ONCE):  # type: ignore[no-untyped-call]
-        scale = _best_scales(some, top)
+        scale = best_scales(some, top)
         scales.append(scale)
-        codes.append(_rounded(some, scale.float(), top).add_(top).to(torch.uint8))
-    return Packed(_squeeze(torch.cat(codes).flatten(), bits), torch.cat(scales).flatten())
+        codes.append(rounded(some, scale.float(), top))
+    return join(torch.cat(codes), torch.cat(scales), bits)
+
+
+def join(codes: Tensor, scales: Tensor, bits: int) -> Packed:
+    """Whole numbers from -(2 ** (bits - 1)) + 1 up, and the float16 scales of their groups."""
+    codes = codes.flatten().add(2 ** (bits - 1) - 1).to(torch.uint8)
+    return Packed(_squeeze(codes, bits), scales.flatten())
 
 
 def unpack(packed: Packed, bits: int, shape: tuple[int, ...]) -> Tensor:
@@ -74,21 +88,29 @@ def unpack(packed: Packed, bits: int, shape: tuple[int, ...]) -> Tensor:
     return codes.mul_(packed.scales.float()[:, None]).view(shape)
 
 
-def _best_scales(groups: Tensor, top: int) -> Tensor:
-    """The scale of each group that loses least, float16, (groups, 1)."""
+def best_scales(groups: Tensor, top: int, cost: Tensor | None = None) -> Tensor:
+    """The scale of each group that loses least, float16, (groups, 1).
+
+    Args:
+        groups: numbers, (groups, GROUP).
+        top: largest code.
+        cost: of a squared error, by place in the group, (GROUP,); None: the same everywhere.
+    """
     largest = groups.abs().amax(1, keepdim=True) / top
     best = torch.full_like(largest, torch.inf)
     scales = torch.zeros_like(largest, dtype=torch.float16)
     for part in SHRINKINGS:
         scale = (largest * part).to(torch.float16)
-        rounded = _rounded(groups, scale.float(), top).mul_(scale.float())
-        lost = rounded.sub_(groups).square_().sum(1, keepdim=True)
+        kept = rounded(groups, scale.float(), top).mul_(scale.float())
+        errors = kept.sub_(groups).square_()
+        lost = errors.sum(1, keepdim=True) if cost is None else errors @ cost[:, None]
         better = lost < best
         best, scales = torch.where(better, lost, best), torch.where(better, scale, scales)
     return scales
 
 
-def _rounded(groups: Tensor, scale: Tensor, top: int) -> Tensor:
+def rounded(groups: Tensor, scale: Tensor, top: int) -> Tensor:
+    """Codes of numbers under their scales, as float32."""
     tiny = torch.finfo(torch.float16).tiny
     return (groups / scale.clamp_min(tiny)).round_().clamp_(-top, top)
 

@@ -16,7 +16,7 @@ from fsdfm.flow.path import SOURCES
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.causal import Attention
-from fsdfm.model.transformer import PRESETS, Source
+from fsdfm.model.config import PRESETS, Source
 from fsdfm.train.objective import STEP_WEIGHTS
 from fsdfm.train.settings import TrainSettings
 

@@ -19,17 +19,13 @@ from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
+from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
 from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.networks import config_to_dict
-from fsdfm.model.transformer import (
-    PRESETS,
-    FlowNetwork,
-    ModelConfig,
-    Transformer,
-    student_from_teacher,
-)
+from fsdfm.model.student import student_from_teacher
+from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.directory import claimed
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
@@ -106,7 +102,7 @@ def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrai
         ConfigError: settings or data that contradict it.
     """
     start = load_pretrained(init)
-    _same_tokenizer(start, init, store, settings.data)
+    same_tokenizer(start, init, store, settings.data)
     config = start.model.config
     if config.source != settings.source:
         raise ConfigError(
@@ -167,7 +163,7 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
     """
     store = TokenStore.open(settings.data)
     teacher = load_pretrained(settings.teacher)
-    _same_tokenizer(teacher, settings.teacher, store, settings.data)
+    same_tokenizer(teacher, settings.teacher, store, settings.data)
     torch.manual_seed(settings.seed)
     joint = settings.target == JOINT
     embedding = teacher.model.config.step_embedding if joint else settings.step_embedding
@@ -282,7 +278,7 @@ def _with_context(model: FlowNetwork, length: int) -> FlowNetwork:
     return longer
 
 
-def _same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Path) -> None:
+def same_tokenizer(start: Pretrained, where: Path, store: TokenStore, data: Path) -> None:
     """Raises ConfigError unless a model and a data directory speak the same token ids."""
     ours, theirs = (
         Tokenizer.from_json(text).fingerprint

@@ -36,7 +36,12 @@ class TrainState(Generic[Module]):
     elapsed_seconds: float = 0.0
     """Spent on these updates, over all sessions."""
     pending: dict[str, list[Tensor]] = field(default_factory=dict)
-    """What the objective returned, pass by pass, since the last line of metrics; on the device."""
+    """What the objective returned, pass by pass, since the last line of metrics; on the device.
+    `skipped` says of each update whether it was: 1, or 0."""
+    skipped: int = 0
+    """Updates that were skipped until the last line of metrics, as they were not finite."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones without a good one in between."""
 
 
 def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
@@ -55,6 +60,8 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         "step": state.step,
         "ema_updates": state.ema.updates,
         "elapsed_seconds": state.elapsed_seconds,
+        "skipped": state.skipped,
+        "skipped_in_a_row": state.skipped_in_a_row,
     }
     partial = real(path).with_suffix(".partial")
     try:
@@ -88,6 +95,8 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
             facts = json.loads((file.metadata() or {})["state"])
             state.step, state.ema.updates = int(facts["step"]), int(facts["ema_updates"])
             state.elapsed_seconds = float(facts.get("elapsed_seconds", 0.0))
+            state.skipped = int(facts.get("skipped", 0))
+            state.skipped_in_a_row = int(facts.get("skipped_in_a_row", 0))
             with torch.no_grad():
                 for name, parameter in state.model.named_parameters():
                     parameter.copy_(_like(file.get_tensor(f"model.{name}"), parameter))
@@ -101,6 +110,7 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                 for name in file.keys()  # noqa: SIM118
                 if name.startswith("pending.")
             }
+            skipped = state.skipped + sum(float(x) for x in state.pending.get("skipped", ()))
             if state.step > 0:
                 keys = set(file.keys())
                 held = {key.partition(".")[2] for key in keys if key.startswith(MOMENTS)}
@@ -114,7 +124,7 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                         for moment in MOMENTS
                         if f"{moment}.{name}" in keys
                     }
-                    state.optimizer.restore(parameter, moments, state.step)
+                    state.optimizer.restore(parameter, moments, state.step - int(skipped))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         missing = "it lacks " if isinstance(error, KeyError) else ""
         raise CheckpointError(

@@ -11,6 +11,27 @@ from torch import nn
 Module = TypeVar("Module", bound=nn.Module)
 
 
+START_SHARE = 0.1
+"""Of an average, how much of it may be its start when a run ends."""
+
+
+def within(decay: float, updates: int) -> float:
+    """The decay, or the largest one that leaves START_SHARE of the start after so many updates.
+
+        min(decay, START_SHARE ** (1 / updates))
+
+    A student whose targets come from its own average then follows it sooner, too. That is the
+    lesser evil: with the longer one a short run neither learns from itself nor is judged by what
+    it learned.
+
+    Args:
+        decay: of an average without a warm-up, in [0, 1).
+        updates: of the whole run, at least 1.
+    """
+    longest: float = START_SHARE ** (1.0 / updates)
+    return min(decay, longest)
+
+
 class Ema(Generic[Module]):
     """A second network whose weights follow the first one's slowly.
 

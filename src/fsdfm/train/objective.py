@@ -5,13 +5,14 @@ Shapes: B sequences, L positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fsdfm.flow.grid import SMALLEST_EXPONENT
+from fsdfm.flow.host import send
 from fsdfm.flow.loss import (
     LATEST_TIME,
     Divergence,
@@ -20,13 +21,15 @@ from fsdfm.flow.loss import (
     TrainableModel,
     cross_entropy,
     generalized_kl,
+    hidden_rows,
     kl,
+    mean_over_positions,
     mean_over_rows,
-    open_positions,
     path_loss,
+    told_rows,
 )
-from fsdfm.flow.path import Source, mixture_state
-from fsdfm.flow.sampler import FlowModel
+from fsdfm.flow.path import Batch, Source, on_the_path
+from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import PUBLISHED, StepRule
 from fsdfm.flow.target import Jumper, TargetRule, rk4_target
@@ -47,8 +50,9 @@ class Objective(Protocol):
         Args:
             model: the network in training.
             ema: its moving average; no gradient flows into it.
-            x_1: data, int64, shape (B, L).
-            generator: the only source of randomness, on the device of x_1.
+            x_1: data, int64, shape (B, L), on the device of the network.
+            generator: the only source of randomness, on the CPU wherever x_1 is. What is drawn is
+                sent; nothing waits for the device.
         """
         ...
 
@@ -75,25 +79,19 @@ class Pretrain:
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """See `Objective`."""
-        t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
-        x_0 = self.source.draw(tuple(x_1.shape), generator)
-        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
-        frozen = None
-        if self.frozen_share > 0.0:
-            frozen = frozen_at_random(x_1.shape[0], x_1.shape[1], self.frozen_share, generator)
-            x_t = torch.where(frozen, x_1, x_t)
-        loss = path_loss(
-            model,
-            x_t,
-            x_1,
-            t,
-            torch.full_like(t, 2.0**-SMALLEST_EXPONENT),
-            self.source.vocab_size,
-            self.schedule,
-            self.position_loss,
-            rows=open_positions(x_t, self.source, frozen),
-        )
+        batch = self.batch(x_1, generator)
+        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
         return {"loss": loss}
+
+    def batch(self, x_1: Tensor, generator: torch.Generator) -> Batch:
+        """What the network is shown of data (B, L), and the positions that count."""
+        t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
+        h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
+        batch = on_the_path(x_1, t, h, self.source, self.schedule, generator)
+        if self.frozen_share == 0.0:
+            return batch
+        count, length = x_1.shape
+        return batch.given(frozen_at_random(count, length, self.frozen_share, generator))
 
 
 def frozen_at_random(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:
@@ -162,33 +160,19 @@ class Distill:
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """See `Objective`."""
-        batch = x_1.shape[0]
-        t, h = self._times(batch, generator)
-        x_0 = self.source.draw(tuple(x_1.shape), generator)
-        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
-        small = h <= 2.0**-SMALLEST_EXPONENT
-        parts: dict[str, Tensor] = {}
-        share: dict[str, int] = {}
-        if small.any():
-            parts["path_loss"] = path_loss(
-                model,
-                x_t[small],
-                x_1[small],
-                t[small],
-                h[small],
-                self.source.vocab_size,
-                self.schedule,
-                self.position_loss,
-                rows=open_positions(x_t[small], self.source),
-            )
-            share["path_loss"] = int(small.sum())
-        if not small.all():
-            parts["kl"] = self._consistency(
-                model, ema, x_t[~small], t[~small], h[~small], generator
-            )
-            share["kl"] = batch - share.get("path_loss", 0)
-        loss = torch.stack([parts[name] * share[name] for name in parts]).sum() / batch
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        batch = on_the_path(
+            x_1, *self._times(len(x_1), generator), self.source, self.schedule, generator
+        )
+        small = batch.h <= 2.0**-SMALLEST_EXPONENT
+        ours, theirs = (each.nonzero()[:, 0] for each in (small, ~small))
+        parts: dict[str, tuple[Tensor, int]] = {}
+        if len(ours):
+            parts["path_loss"] = self._path_loss(model, batch.select(ours)), len(ours)
+        if len(theirs):
+            some = batch.select(theirs)
+            parts["kl"] = self._consistency(model, ema, some, generator), len(theirs)
+        loss = torch.stack([part * rows for part, rows in parts.values()]).sum() / len(x_1)
+        return {"loss": loss, **{name: part.detach() for name, (part, _) in parts.items()}}
 
     def _times(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t and h, float64, shape (B,): multiples of the smallest h with t + h <= 1."""
@@ -200,31 +184,28 @@ class Distill:
         start = (u * (cells - span + 1)).floor()
         return start / cells, span.double() / cells
 
+    def _path_loss(self, model: Network, batch: Batch) -> Tensor:
+        """On data, at the smallest step."""
+        return path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
+
     def _consistency(
-        self,
-        model: Network,
-        ema: Network,
-        x_t: Tensor,
-        t: Tensor,
-        h: Tensor,
-        generator: torch.Generator,
+        self, model: Network, ema: Network, batch: Batch, generator: torch.Generator
     ) -> Tensor:
         """KL(target || student) at steps h, the target from the moving average at h / 2."""
         vocab_size = self.source.vocab_size
         with torch.no_grad():
-            jumper = Jumper(ema, self.schedule, self.rule, self.source, generator)
-            target = self.target(jumper, x_t, t, h)
-        hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)
-        counted = open_positions(x_t, self.source)
-        if counted is not None:
-            hidden, target = hidden.index_select(0, counted), target.select(counted)
+            jumper = Jumper(ema, self.schedule, self.rule, self.source, generator, batch.counted)
+            target = self.target(jumper, batch.x_t, batch.t, batch.h)
+        rows = told_rows(model, batch)
+        if batch.counted is not None:
+            target = target.select(send(batch.places, rows.device))
 
-        def loss(rows: slice) -> RowLoss:
+        def loss(part: slice) -> RowLoss:
             with torch.no_grad():
-                logits = target.logits(ema, rows, vocab_size)
-            return lambda student, piece: self.divergence(target.mix(logits, rows, piece), student)
+                logits = target.logits(ema, part, vocab_size)
+            return lambda student, piece: self.divergence(target.mix(logits, part, piece), student)
 
-        return mean_over_rows(model, hidden, loss, vocab_size)
+        return mean_over_rows(model, rows, loss, vocab_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,8 +215,9 @@ class Joint:
     Drawing the movers of a step from the joint posterior of x_1 given x_t, instead of each on its
     own, leaves the law of the path exact at any number of steps. What is known follows the groups
     that `sample` draws: the first r of every K positions, or a part of them; in a good quarter of
-    the rows nothing is, which keeps the plain posterior. The body stays the teacher's, so an
-    update costs half of a whole one; the output layer is tuned with the head.
+    the rows nothing is, which keeps the plain posterior; and in some a prompt or what lies around a
+    gap is known as well, as it is where texts are continued or filled. The body stays the
+    teacher's, so an update costs half of a whole one; the output layer is tuned with the head.
     """
 
     source: Source
@@ -243,34 +225,32 @@ class Joint:
     position_loss: PositionLoss = cross_entropy
     zero_share: float = 0.25
     """Of the rows at t = 0, where every budget starts; the others are uniform over [0, 1)."""
+    frozen_share: float = 0.25
+    """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
 
     def loss(
         self, model: Any, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """See `Objective`; the network has a joint head."""
-        batch, length = x_1.shape
-        u = stratified(batch, generator)
+        count, length = x_1.shape
+        u = stratified(count, generator)
         t = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0, LATEST_TIME)
-        x_0 = self.source.draw(tuple(x_1.shape), generator)
-        x_t = mixture_state(x_0, x_1, t, self.schedule, generator)
+        batch = on_the_path(x_1, t, t, self.source, self.schedule, generator)
         # The posterior is that of any step; a network that is told h learns so.
-        span = torch.rand(batch, dtype=torch.float64, generator=generator, device=t.device)
+        span = torch.rand(count, dtype=torch.float64, generator=generator)
         h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
-        known = known_at_random(batch, length, generator)
-        if self.source.absorbing:
-            known = known | (x_t != self.source.vocab_size)
-        at = (~known).flatten().nonzero()[:, 0]
+        known = known_at_random(count, length, generator)
+        frozen = frozen_at_random(count, length, self.frozen_share, generator)
+        batch = replace(batch, h=h).given(frozen)
+        known = known | batch.known
+        places = (~known).flatten().nonzero()[:, 0]
+        at = send(places, x_1.device)
         with torch.no_grad():  # the body is the teacher's: only what the head adds is learned
-            hidden = model.body(x_t, t.float(), h.float()).flatten(0, 1)[at]
-        rows = model.told(hidden, at, x_1, known)
-        here, data = x_t.flatten()[at], x_1.flatten()[at]
-        g = self.schedule.rate(t).float().repeat_interleave(length)[at]
-
-        def loss(part: slice) -> RowLoss:
-            a, b, c = here[part], data[part], g[part]
-            return lambda logits, piece: self.position_loss(logits, a[piece], b[piece], c[piece])
-
-        return {"loss": mean_over_rows(model, rows, loss, self.source.vocab_size)}
+            hidden = hidden_rows(model, batch).index_select(0, at)
+        rows = model.told(hidden, at, x_1, send(known, x_1.device))
+        g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
+        loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
+        return {"loss": loss}
 
 
 def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tensor:

@@ -29,10 +29,21 @@ class Optimizer:
             for group in part.param_groups:
                 group["lr"] = value
 
-    def step(self) -> None:
-        """One update."""
+    @torch.no_grad()
+    def step(self, healthy: Tensor | None = None) -> None:
+        """One update, or none.
+
+        Args:
+            healthy: scalar, bool, on the parameters' device; where it is false nothing changes,
+                neither parameters nor moments, and nobody waits to know.
+        """
         for part in self.parts:
-            part.step()
+            if isinstance(part, torch.optim.Muon):
+                _muon_step(part, healthy)
+            else:
+                # What GradScaler tells a fused optimizer: 1 skips the update.
+                part.found_inf = None if healthy is None else (~healthy).float()  # type: ignore[attr-defined]
+                part.step()
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -63,6 +74,24 @@ class Optimizer:
         if wanted == ADAMW_MOMENTS:
             counted = torch.tensor(float(step), device=parameter.device)
             part.state[parameter]["step"] = counted
+
+
+def _muon_step(part: torch.optim.Muon, healthy: Tensor | None) -> None:
+    """One update, or none: Muon has no way to skip one, so what it changes is put back."""
+    if healthy is None:
+        part.step()  # type: ignore[no-untyped-call]
+        return
+    before = []
+    for parameter in (p for group in part.param_groups for p in group["params"]):
+        if parameter.grad is not None:
+            momentum = part.state[parameter].get("momentum_buffer")
+            instead = torch.zeros_like(parameter) if momentum is None else momentum
+            # The buffer moves towards the gradient: towards itself it stays, to the last bit.
+            parameter.grad = torch.where(healthy, parameter.grad, instead)
+            before.append((parameter, parameter.clone()))
+    part.step()  # type: ignore[no-untyped-call]
+    for parameter, old in before:
+        parameter.copy_(torch.where(healthy, parameter, old))
 
 
 def _holds(part: torch.optim.Optimizer, parameter: nn.Parameter) -> bool:

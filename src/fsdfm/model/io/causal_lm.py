@@ -16,7 +16,7 @@ from torch import Tensor
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.packaged import locate, own_name, reading
 from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
-from fsdfm.model.transformer import Source
+from fsdfm.model.config import Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that a `CausalNetwork` can hold."""

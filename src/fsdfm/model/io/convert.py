@@ -22,9 +22,9 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import is_taken, one_line
+from fsdfm.model.config import PRESETS, ModelConfig, Source
 from fsdfm.model.io.pretrained import build, save_pretrained, vocabulary_size
 from fsdfm.model.rotary import Rotary
-from fsdfm.model.transformer import PRESETS, ModelConfig, Source
 
 NETWORKS = {
     "student_ema": "student_ema_model",

@@ -25,9 +25,10 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
+from fsdfm.model.config import ModelConfig
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
-from fsdfm.model.packed import Packed, pack, packable, unpack
-from fsdfm.model.transformer import FlowNetwork, ModelConfig
+from fsdfm.model.packed import Packed, bits_of, pack, unpack
+from fsdfm.model.transformer import FlowNetwork
 
 FORMAT = "fsdfm"
 FORMAT_VERSION = 2
@@ -68,6 +69,7 @@ def save_pretrained(
     generation: Mapping[str, Any] | None = None,
     dtype: torch.dtype | None = None,
     bits: Mapping[str, int] | None = None,
+    packed: Mapping[str, Packed] | None = None,
     ancestors: Sequence[str] = (),
 ) -> None:
     """Write a model directory; an older model there is replaced whole or not at all.
@@ -80,6 +82,7 @@ def save_pretrained(
         dtype: number format of the saved weights; None keeps the model's own.
         bits: of a weight in the large matrices (`fsdfm.model.packed`), from 3 to 8, by the
             beginning of the tensor's name; all that is not named, or small, is saved in float16.
+        packed: matrices that were rounded already (`fsdfm.model.rounding`), with these very bits.
         ancestors: names of the models that it descends from, such as SmolLM2-135M; those that its
             start had, and the start itself where it is a known model.
 
@@ -106,7 +109,7 @@ def save_pretrained(
         "tokenizer_sha256": _digest(tokenizer_json),
     }
     if bits:
-        metadata["packed"] = json.dumps(_pack(tensors, model, bits))
+        metadata["packed"] = json.dumps(_pack(tensors, model, bits, packed or {}))
     generated = json.dumps(dict(generation or {}), indent=2) + "\n"
     texts = {CONFIG: json.dumps(header, indent=2) + "\n", TOKENIZER: tokenizer_json}
     _commit(directory, tensors, metadata, texts | {GENERATION: generated})
@@ -129,7 +132,7 @@ def load_pretrained(
         ConfigError: the device cannot be used.
     """
     directory = _resolve(directory_or_hub_id)
-    config, ancestors = _read_config(directory)
+    config, ancestors = read_config(directory)
     state, metadata = _read_weights(_find(directory, WEIGHTS))
     _check_metadata(metadata, (config, ancestors), directory)
     model = build(config, state, str(_find(directory, WEIGHTS)))
@@ -277,7 +280,12 @@ def _check_metadata(
         )
 
 
-def _read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+def read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
+    """Shape and conventions of a model directory, and its ancestors; no weights are read.
+
+    Raises:
+        CheckpointError: no model directory, or one that is foreign, newer or damaged.
+    """
     path = _find(directory, CONFIG)
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG}.")
@@ -329,15 +337,18 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _pack(
-    tensors: dict[str, Tensor], model: FlowNetwork, bits: Mapping[str, int]
+    tensors: dict[str, Tensor],
+    model: FlowNetwork,
+    bits: Mapping[str, int],
+    done: Mapping[str, Packed],
 ) -> dict[str, dict[str, Any]]:
     """Replace tensors by their codes and scales; returns bits and shape of each."""
     described = {}
     for name, exact in model.state_dict().items():
-        count = next((b for prefix, b in bits.items() if name.startswith(prefix)), None)
-        if count is None or not packable(exact):
+        count = bits_of(name, exact, bits)
+        if count is None:
             continue
-        packed = pack(exact.cpu(), count)
+        packed = done.get(name) or pack(exact.cpu(), count)
         del tensors[name]
         tensors |= {f"{name}.codes": packed.codes, f"{name}.scales": packed.scales}
         described[name] = {"bits": count, "shape": list(exact.shape)}

@@ -1,0 +1,193 @@
+"""Samplers to compare: ours, the formulas written out, and an autoregressive model."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdfm.bench import autoregressive, reference
+from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
+from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, synchronise
+from fsdfm.flow.grid import GRIDS, even_grid
+from fsdfm.flow.path import make_source
+from fsdfm.flow.posterior import INDEPENDENT, Grouped
+from fsdfm.flow.sampler import Drawing, Noise, sample
+from fsdfm.flow.step import EXACT, STEP_RULES
+from fsdfm.model.config import ModelConfig
+from fsdfm.model.engine import ROWS_AT_ONCE, Engine
+from fsdfm.model.transformer import FlowNetwork
+
+NEIGHBOURS, DRAWS = 3, 8
+"""Of a joint head, as `fsdfm distill` and `fsdfm generate` have them."""
+ENGINE_METHODS = ("hidden", "told", "head")
+"""What `split` times; the rest of a run is the draw."""
+
+
+def make_engine(model: FlowNetwork, device: torch.device, dtype: torch.dtype) -> Any:
+    """What this project samples with: the one place where benchmarks make it."""
+    return Engine(model.to(device), dtype)
+
+
+class Timed:
+    """An engine whose methods in ENGINE_METHODS are timed; all else is passed on."""
+
+    def __init__(self, engine: Any, device: torch.device) -> None:
+        self.engine, self.device = engine, device
+        self.seconds = dict.fromkeys(ENGINE_METHODS, 0.0)
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.engine, name)
+        if name not in ENGINE_METHODS:
+            return found
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            synchronise(self.device)
+            started = time.perf_counter()
+            result = found(*args, **kwargs)
+            synchronise(self.device)
+            self.seconds[name] += time.perf_counter() - started
+            return result
+
+        return timed
+
+
+class _Sampler:
+    """What samplers share: a job's steps repeat, so a part of them will do."""
+
+    def warm_up(self, job: Job) -> Job:
+        """One step."""
+        return replace(job, steps=1)
+
+    def peak(self, job: Job) -> Job:
+        """Two steps: the first with some rows, the last with all."""
+        return replace(job, steps=min(2, job.steps))
+
+
+class OurSampler(_Sampler):
+    """This project's sampler, with a network that has no joint head."""
+
+    draws = 1
+
+    def rule(self, job: Job) -> str:
+        """Name of its step rule."""
+        return job.rule
+
+    def grid(self, steps: int) -> Tensor:
+        """Times of its calls."""
+        return even_grid(steps)
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device = config, device
+        self.engine = make_engine(random_model(config), device, dtype)
+
+    def run(self, job: Job, seed: int) -> Cost:
+        """See `Side`."""
+        return self._sample(self.engine, job, seed)
+
+    def split(self, job: Job, seed: int) -> dict[str, float]:
+        """Shares of one run's time in each of the engine's methods, and in the draw."""
+        timed, started = Timed(self.engine, self.device), time.perf_counter()
+        self._sample(timed, job, seed)
+        total = time.perf_counter() - started
+        shares = {name: seconds / total for name, seconds in timed.seconds.items() if seconds}
+        return {**shares, "draw": 1.0 - sum(shares.values())}
+
+    def _sample(self, engine: Any, job: Job, seed: int) -> Cost:
+        config = self.config
+        noise = Noise(range(seed * job.batch, (seed + 1) * job.batch))
+        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        posterior = Grouped(engine, self.draws) if config.neighbours else INDEPENDENT
+        states = sample(
+            engine,
+            noise.start(source, job.length).to(self.device),
+            self.grid(job.steps),
+            noise,
+            vocab_size=config.vocab_size,
+            drawing=Drawing(STEP_RULES[self.rule(job)], posterior=posterior),
+            absorbing=source.absorbing,
+        )
+        (last,) = deque(states, maxlen=1)
+        last.x.tolist()
+        flops = last.calls * body_flops(config, job.batch, job.length)
+        if job.batch == 1 or (job.length > ROWS_AT_ONCE // 2 and self.device.type == "cpu"):
+            # A sequence that passes alone leaves the last block with its movers only.
+            still = last.calls * last.x.numel() - last.head_rows
+            flops -= still * last_block_flops(config, job.length)
+        flops += head_flops(config, last.head_rows)
+        return Cost(last.x.numel(), flops + joint_flops(config, last.head_rows))
+
+
+class JointSampler(OurSampler):
+    """The same with a joint head, as `fsdfm generate` draws from one: in groups, on its grid."""
+
+    draws = DRAWS
+
+    def rule(self, job: Job) -> str:
+        """Exact: the published rule cannot draw in groups."""
+        return EXACT.name
+
+    def grid(self, steps: int) -> Tensor:
+        """Latest, where more positions move in a call than on an even one; even after masks."""
+        return even_grid(steps) if self.config.absorbing else GRIDS["latest"](steps)
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")
+        super().__init__(config, device, dtype)
+
+
+class PlainSampler(_Sampler):
+    """The published sampler."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.model = random_model(config).to(device).eval()
+
+    def run(self, job: Job, seed: int) -> Cost:
+        """See `Side`."""
+        config, generator = self.config, torch.Generator(self.device).manual_seed(seed)
+        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        x_0 = source.draw((job.batch, job.length), generator)
+        x = reference.reference_sample(
+            self.model,
+            x_0,
+            job.steps,
+            job.rule,
+            generator,
+            dtype=self.dtype,
+            absorbing=source.absorbing,
+        )
+        x.tolist()
+        one_call = body_flops(config, job.batch, job.length) + head_flops(config, x.numel())
+        return Cost(x.numel(), job.steps * one_call)
+
+
+class Autoregressive:
+    """GPT-2 or Llama of the same shape: it makes one call a token, whatever a job's steps."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        torch.manual_seed(0)
+        self.model = autoregressive.build(config, device, dtype)
+
+    def run(self, job: Job, seed: int) -> Cost:
+        """See `Side`."""
+        torch.manual_seed(seed)
+        tokens = autoregressive.generate(self.model, job.batch, job.length)
+        assert tokens.shape == (job.batch, job.length)
+        tokens.tolist()
+        return Cost(tokens.numel(), None)
+
+    def warm_up(self, job: Job) -> Job:
+        """A few tokens."""
+        return replace(job, length=min(FEW_TOKENS, job.length))
+
+    def peak(self, job: Job) -> Job:
+        """All of it: the cache grows to the last token."""
+        return job
+
+
+# Training.

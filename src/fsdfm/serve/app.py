@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import logging
 import re
@@ -22,7 +23,6 @@ from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-import fsdfm
 from fsdfm.core.errors import FsdfmError
 from fsdfm.generate.generator import Generator
 from fsdfm.serve.batcher import Batcher, Begun, Done, Moved, Refused, Submission, Update, quiet
@@ -296,9 +296,8 @@ def create_app(models: Mapping[str, Generator], settings: ServeSettings | None =
         yield
         await asyncio.to_thread(service.batcher.close, settings.drain)
 
-    app = FastAPI(
-        title="fsdfm", version=fsdfm.__version__, lifespan=lifespan, docs_url=None, redoc_url=None
-    )
+    version = importlib.metadata.version("fsdfm")
+    app = FastAPI(title="fsdfm", version=version, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.service = service
     for kind in (Problem, HTTPException, Exception):
         app.add_exception_handler(kind, told)

@@ -120,16 +120,18 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=2, help="requests of each client")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--texts", type=int, default=16, help="made offline")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: dict[str, Any] = {"load_average": os.getloadavg(), "tokens": args.tokens}
-    rows["offline_before"] = [offline(n, b, args) for n, b in ((2, 1), (16, args.batch_size))]
+    counts = ((args.texts // 4, 1), (args.texts, args.batch_size))
+    rows["offline_before"] = [offline(n, b, args) for n, b in counts]
     with server(args.model, args.batch_size) as url:
         with httpx.Client(base_url=url, timeout=600) as http:
             ask(http, 0, args)
         rows["served"] = [load(url, clients, args) for clients in args.clients]
-    rows["offline_after"] = [offline(16, args.batch_size, args)]
+    rows["offline_after"] = [offline(args.texts, args.batch_size, args)]
     text = json.dumps(rows, indent=1)
     print(text)
     if args.out is not None:

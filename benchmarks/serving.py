@@ -4,8 +4,8 @@
 
 The server is a process of its own and the load comes from this one, over loopback. Each client
 sends its requests one after another, streaming with drafts. Offline is `Generator.answer` with the
-server's batch size, in a process of its own, before and after: on a shared machine they differ, and
-by how much says what the figures are worth.
+server's batch size, in a process of its own, before and after each number of clients: on a shared
+machine these differ, and by how much says what the figures are worth.
 """
 
 from __future__ import annotations
@@ -125,13 +125,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows: dict[str, Any] = {"load_average": os.getloadavg(), "tokens": args.tokens}
-    counts = ((args.texts // 4, 1), (args.texts, args.batch_size))
-    rows["offline_before"] = [offline(n, b, args) for n, b in counts]
+    rows["offline"] = [
+        offline(args.texts // 4, 1, args),
+        offline(args.texts, args.batch_size, args),
+    ]
     with server(args.model, args.batch_size) as url:
         with httpx.Client(base_url=url, timeout=600) as http:
             ask(http, 0, args)
-        rows["served"] = [load(url, clients, args) for clients in args.clients]
-    rows["offline_after"] = [offline(args.texts, args.batch_size, args)]
+        rows["served"] = []
+        for clients in args.clients:
+            rows["served"].append(load(url, clients, args))
+            rows["offline"].append(offline(args.texts, args.batch_size, args))
     text = json.dumps(rows, indent=1)
     print(text)
     if args.out is not None:

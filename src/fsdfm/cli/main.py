@@ -27,6 +27,7 @@ COMMANDS = (
     "baseline",
     "convert",
     "bench",
+    "serve",
 )
 
 HELP = """\
@@ -44,6 +45,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm baseline ngram --data DATA --out TEXTS.jsonl
                                                texts of a plain language model, to compare with
   fsdfm convert FILE DIR --tokenizer FILE      a published checkpoint -> model directory
+  fsdfm serve --model STUDENT                  an API that OpenAI's clients speak, and a page
   fsdfm bench                                  speed and memory here, beside references
 
 Each command explains its flags: fsdfm COMMAND --help.  fsdfm --version prints the version.

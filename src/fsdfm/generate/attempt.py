@@ -87,6 +87,14 @@ class Attempt:
         more = 0 if self.ended else -(-left // stride) * each
         return self.steps + self.track.step, self.steps + each + more
 
+    @property
+    def kept(self) -> int:
+        """Positions before it hold what was given or drawn; see `upto` for those that stay."""
+        if self.track is None:
+            return self.upto
+        waiting = (~self.track.settled).nonzero()[:1, 0].tolist()
+        return self.window[0] + waiting[0] if waiting else self.window[1]
+
     def now(self, mask: int) -> list[int]:
         """The tokens with those of the window that is being written; a mask where none is yet."""
         x, hidden = self.x.clone(), self.free.clone()

@@ -23,6 +23,7 @@ from fsdfm.generate.request import Request, Result
 from fsdfm.generate.template import Gap
 from fsdfm.generate.track import Probe, Task, Track, start
 from fsdfm.generate.words import bans, check_room, choose, offenders, phrases
+from fsdfm.text.tokenizer import HALF
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
@@ -107,17 +108,31 @@ class Job:
             return Composed("", [], 0, "cancelled")
         return self._composed(self.attempts[0])
 
-    def settled(self) -> str:
-        """The beginning of the text that no later call changes."""
-        if not self.attempts or len(self.attempts) > 1:
-            return ""
-        attempt = self.attempts[0]
-        ids, size = attempt.x[: attempt.upto].tolist(), self.generator.tokenizer.vocab_size
-        shown = self.generator.tokenizer.character_cut([min(i, size - 1) for i in ids], len(ids))
-        hidden = [self.generator.config.vocab_size] * (len(attempt.x) - shown)
-        text = self._composed(attempt, ids[:shown] + hidden).text if shown else ""
-        held = max(map(len, self.request.stop), default=1) - 1
-        return text[: len(text) - held]
+    def settled(self) -> Composed:
+        """The beginning of the text that no later call changes, with the spans of it."""
+        nothing = Composed("", [], 0, "length")
+        if len(self.attempts) != 1 or self.request.ban:  # the likeliest is chosen; drawn anew
+            return nothing
+        attempt, mask = self.attempts[0], self.generator.config.vocab_size
+        shown = attempt.kept if self.generator.config.absorbing else attempt.upto
+        ids = attempt.now(mask)
+        composed = self._composed(attempt, ids[:shown] + [mask] * (len(ids) - shown))
+        if composed.finish != "length":
+            return composed
+        gaps = (
+            place
+            for piece, place in zip(attempt.layout.pieces, attempt.layout.places(), strict=True)
+            if isinstance(piece, Gap)
+        )
+        for number, (_, last) in enumerate(gaps):
+            if last > shown:  # the first gap that is not whole
+                spans = composed.spans[: number + 1]
+                first, end = spans[-1]
+                end = max(first, end - max(map(len, self.request.stop), default=1) + 1)
+                end = first + len(composed.text[first:end].rstrip(HALF))  # of a character
+                spans[-1] = first, end
+                return Composed(composed.text[:end], spans, shown, "length")
+        return composed
 
     def cancelled(self) -> Result:
         """What there is, if nobody wants more."""

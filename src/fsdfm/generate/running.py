@@ -99,8 +99,8 @@ class Running:
         return self._jobs[ticket].draft().text
 
     def settled(self, ticket: int) -> str:
-        """The beginning of a request's text that no later call changes: whole windows of it."""
-        return self._jobs[ticket].settled()
+        """The beginning of a request's text that no later call changes."""
+        return self._jobs[ticket].settled().text
 
     def step(self) -> list[Event]:
         """One call: of the request whose turn it is, and of what can join.

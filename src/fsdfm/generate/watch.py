@@ -37,13 +37,14 @@ def _snapshots(
     while True:
         if job.attempts and (step := job.attempts[0].planned[0]) > shown:
             shown = step
-            yield _snapshot(generator, job, time.perf_counter() - began)
+            yield snapshot(generator, job, time.perf_counter() - began)
         if not len(running):
             return
         done += [event.result for event in running.step() if event.result is not None]
 
 
-def _snapshot(generator: Generator, job: Job, seconds: float) -> Snapshot:
+def snapshot(generator: Generator, job: Job, seconds: float) -> Snapshot:
+    """A job as it stands, once its texts are begun."""
     attempt = job.attempts[0]
     ids, frozen = attempt.now(generator.config.vocab_size), (~attempt.fresh).tolist()
     step, steps = attempt.planned

@@ -1,0 +1,84 @@
+"""`fsdfm serve`: an HTTP server that OpenAI's clients speak with, and a page to watch it write."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fsdfm.cli.console import note, status
+from fsdfm.cli.flags import Flags, parse
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.options import check, option
+from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.precision import PRECISIONS
+from fsdfm.serve.settings import LOOPBACK, ServeSettings
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Own:
+    """What is served."""
+
+    model: tuple[str, ...] = option((), form="DIR")
+    """Model or run directory, or org/name on the Hugging Face Hub; without any, the bundled model.
+    Clients name a directory by its last part, and the first is for those who name none."""
+    device: str | None = option(None, form="DEVICE", unset="cuda, else mps, else cpu")
+    """cpu, cuda, cuda:N or mps."""
+    precision: str | None = option(None, choices=PRECISIONS, unset="bfloat16 where it is fast")
+    """Of the matrix products; int8 is faster for large models on CPUs with AVX512-VNNI or AMX."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+ABOUT = """\
+Serve models over HTTP, in the shapes that OpenAI's clients speak: /v1/completions,
+/v1/chat/completions, /v1/edit/completions, /v1/models; /health, /metrics, /docs; and a page at / to
+watch a text settle."""
+KEY = "FSDFM_API_KEY"
+
+
+def run(argv: Sequence[str]) -> None:
+    """Serve until it is told to stop."""
+    groups = Flags(of=_Own, repeated=("model",)), Flags(of=ServeSettings, repeated=("cors_origin",))
+    own, given = parse("serve", ABOUT, argv, *groups)
+    settings = ServeSettings(**given)
+    if settings.api_key is None and os.environ.get(KEY):
+        settings = dataclasses.replace(settings, api_key=os.environ[KEY])
+    try:
+        from fsdfm.serve.run import serve
+    except ImportError as error:
+        raise ConfigError(
+            f"Serving needs {error.name}: pip install 'fsdfm[serve]' brings it."
+        ) from None
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    models = _models(_Own(**own))
+    if settings.host not in LOOPBACK and settings.api_key is None:
+        note(f"Everybody who reaches {settings.host} may use it: api_key is not set.")
+    serve(models, settings, lambda address: note(f"Serving {', '.join(models)} at {address}"))
+
+
+def _models(own: _Own) -> dict[str, Generator]:
+    """Models by the names that clients say."""
+    found: dict[str, Generator] = {}
+    for place in own.model or (None,):
+        name = BUNDLED if place is None else _name(place)
+        if name in found:
+            raise ConfigError(f"model has two of the name {name!r}: rename one.", "model")
+        with status(f"Loading {name}"):
+            found[name] = load(place, device=own.device, precision=own.precision)
+    return found
+
+
+def _name(place: str) -> str:
+    path = Path(place)
+    return path.resolve().name if path.exists() else place

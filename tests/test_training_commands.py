@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fsdfm.cli import main as cli
 from fsdfm.cli.training import TrainingConsole
@@ -32,7 +33,7 @@ from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
 from fsdfm.text.packing import PrepareSettings, prepare
-from fsdfm.text.store import TokenStore
+from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
@@ -192,6 +193,26 @@ def test_a_student_starts_from_its_teacher_and_remembers_how_to_be_sampled(
         torch.testing.assert_close(
             student.model(x, t, h), start.model(x, t, h), rtol=1e-3, atol=1e-3
         )
+
+
+def test_a_run_that_goes_on_from_another_sees_other_batches(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    batch = TokenSplit.batch
+
+    def watched(self: TokenSplit, step: int, **how: Any) -> Tensor:
+        seen.append(batch(self, step, **how))
+        return seen[-1]
+
+    monkeypatch.setattr(TokenSplit, "batch", watched)
+    assert pretrain(pretrain_args(data, tmp_path / "first", steps=4))
+    first, seen[:] = seen[:], []
+    assert pretrain(pretrain_args(data, tmp_path / "again", steps=4))
+    again, seen[:] = seen[:], []
+    assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+    assert pretrain(pretrain_args(data, tmp_path / "second", steps=4, init=tmp_path / "first"))
+    assert not any(torch.equal(*pair) for pair in zip(first, seen, strict=True))
 
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])

@@ -216,13 +216,14 @@ def _train(
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(settings.device)
+    start = digest(tensor_bytes(model.parameters()))
     facts = {
         "format": "fsdfm-run",
         "command": type(settings).__name__.removesuffix("Settings").lower(),
         "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
         "model": config_to_dict(model.config),
         "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
-        "start_sha256": digest(tensor_bytes(model.parameters())),
+        "start_sha256": start,
     }
     source, schedule = objective_parts(model.config)
     count = min(settings.validation_sequences, store.validation.blocks(length))
@@ -230,7 +231,7 @@ def _train(
         objective=objective,
         source=source,
         schedule=schedule,
-        batch=_batches(store, settings.batch_size, length, settings.seed),
+        batch=_batches(store, settings.batch_size, length, _order(settings.seed, start)),
         validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
         device=device,
         autocast=preferred_dtype(device),
@@ -262,6 +263,15 @@ def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
     return make_source(config.source, config.vocab_size, absorbing=config.absorbing), Polynomial(
         config.schedule_power
     )
+
+
+def _order(seed: int, start: str) -> int:
+    """Seed of the data's order: of the run's seed and its starting weights.
+
+    A run that goes on from another's weights would else see the same first batches again, and learn
+    them by heart (LOG.md has what that costs).
+    """
+    return seed ^ int(start[:12], 16)
 
 
 def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Callable[[int], Tensor]:

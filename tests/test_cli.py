@@ -77,7 +77,7 @@ def test_the_module_runs_as_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", ["prepare", "pretrain", "distill", "generate", "convert", "bench"]
+    "command", ["prepare", "pretrain", "distill", "generate", "convert", "bench", "serve"]
 )
 def test_every_command_explains_itself(run: Run, command: str) -> None:
     code, out, err = run(command, "--help")

@@ -243,3 +243,32 @@ def test_the_best_of_several_is_the_likeliest(generators: dict[str, Generator]) 
     likeliest = max(alone, key=lambda result: result.score)
     assert (best.text, best.seed) == (likeliest.text, likeliest.seed)
     assert best.calls == sum(result.calls for result in alone)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        {"prompt": "the miller", "suffix": " at the end.", "length": 150},
+        {"prompt": "the miller", "suffix": " at the end.", "length": 40},
+        {"template": "the [[5]] saw [[6]] and"},
+        {"length": 150, "end": "never"},
+    ],
+    ids=["long, with a suffix", "a suffix", "gaps", "long"],
+)
+def test_what_has_settled_begins_the_text_that_comes(
+    generators: dict[str, Generator], source: str, wanted: dict[str, Any]
+) -> None:
+    running = Running(generators[source])
+    ticket = running.admit(Request(seed=3, steps=4, **wanted))
+    before, texts = "", []
+    while running:
+        settled = running.settled(ticket)
+        assert settled.startswith(before)
+        before = settled
+        texts += [settled]
+        for event in running.step():
+            if event.result is not None:
+                assert all(event.result.text.startswith(text) for text in texts)
+                return
+    raise AssertionError("no result came")

@@ -5,7 +5,8 @@
 The server is a process of its own and the load comes from this one, over loopback. Each client
 sends its requests one after another, streaming with drafts. Offline is `Generator.answer` with the
 server's batch size, in a process of its own, before and after each number of clients: on a shared
-machine these differ, and by how much says what the figures are worth.
+machine these differ, and by how much says what the figures are worth. Seconds of the processor, of
+the server's process and of the offline one, depend less on what else runs.
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ length = tokens + len(g.tokenizer.encode(prompt))
 asked = [Request(prompt=prompt, length=length, steps=steps, seed=k, end="never")
          for k in range(count)]
 g.answer(asked[:1])
-began = time.perf_counter()
+began = time.perf_counter(), time.process_time()
 g.answer(asked, batch_size=batch)
-print(time.perf_counter() - began)
+print(time.perf_counter() - began[0], time.process_time() - began[1])
 """
 
 
 @contextmanager
-def server(model: str | None, batch: int) -> Iterator[str]:
-    """A server on a free port."""
+def server(model: str | None, batch: int) -> Iterator[tuple[str, int]]:
+    """A server on a free port: its address and process."""
     command = [sys.executable, "-m", "fsdfm", "serve", "--port", "0", "--batch-size", str(batch)]
     command += ["--model", model] if model else []
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -55,7 +56,7 @@ def server(model: str | None, batch: int) -> Iterator[str]:
                 break
         url = line.split(" at ")[1].strip()
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        yield url
+        yield url, process.pid
     finally:
         process.terminate()
         process.wait()
@@ -75,7 +76,15 @@ def ask(http: httpx.Client, seed: int, args: argparse.Namespace) -> tuple[float,
     return total if first is None else first, total
 
 
-def load(url: str, clients: int, args: argparse.Namespace) -> dict[str, float]:
+def spent(url: str, pid: int) -> tuple[float, float, float]:
+    """Seconds of the processor so far, calls, and texts in calls."""
+    ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    page = httpx.get(f"{url}/metrics").text
+    counts = [float(page.split(f"fsdfm_call_texts_{n} ")[1].split()[0]) for n in ("count", "sum")]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), counts[0], counts[1]
+
+
+def load(url: str, pid: int, clients: int, args: argparse.Namespace) -> dict[str, float]:
     """Some clients at once."""
     found: list[tuple[float, float]] = []
 
@@ -85,12 +94,13 @@ def load(url: str, clients: int, args: argparse.Namespace) -> dict[str, float]:
                 found.append(ask(http, number * args.each + k, args))
 
     threads = [threading.Thread(target=client, args=(k,)) for k in range(clients)]
-    began = time.perf_counter()
+    began, before = time.perf_counter(), spent(url, pid)
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - began
+    cpu, calls, texts = (b - a for a, b in zip(before, spent(url, pid), strict=True))
     ends = sorted(total for _, total in found)
     assert len(ends) == clients * args.each, "a request was lost"
     return {
@@ -98,6 +108,8 @@ def load(url: str, clients: int, args: argparse.Namespace) -> dict[str, float]:
         "requests": len(ends),
         "requests_per_second": len(ends) / seconds,
         "tokens_per_second": len(ends) * args.tokens / seconds,
+        "tokens_per_cpu_second": len(ends) * args.tokens / cpu,
+        "texts_a_call": texts / calls,
         "p50_seconds": statistics.median(ends),
         "p99_seconds": ends[min(len(ends) - 1, int(0.99 * len(ends)))],
         "first_draft_p50_seconds": statistics.median(first for first, _ in found),
@@ -108,9 +120,11 @@ def offline(count: int, batch: int, args: argparse.Namespace) -> dict[str, float
     """Texts from Python."""
     told = json.dumps([args.model, count, batch, PROMPT, args.tokens, args.steps])
     command = [sys.executable, "-c", OFFLINE, told]
-    seconds = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    seconds, cpu = map(float, done.stdout.split())
     found = {"batch_size": batch, "texts": count, "seconds": seconds}
-    return found | {"tokens_per_second": count * args.tokens / seconds}
+    found |= {"tokens_per_second": count * args.tokens / seconds}
+    return found | {"tokens_per_cpu_second": count * args.tokens / cpu}
 
 
 def main() -> None:
@@ -129,12 +143,12 @@ def main() -> None:
         offline(args.texts // 4, 1, args),
         offline(args.texts, args.batch_size, args),
     ]
-    with server(args.model, args.batch_size) as url:
+    with server(args.model, args.batch_size) as (url, pid):
         with httpx.Client(base_url=url, timeout=600) as http:
             ask(http, 0, args)
         rows["served"] = []
         for clients in args.clients:
-            rows["served"].append(load(url, clients, args))
+            rows["served"].append(load(url, pid, clients, args))
             rows["offline"].append(offline(args.texts, args.batch_size, args))
     text = json.dumps(rows, indent=1)
     print(text)

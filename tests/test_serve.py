@@ -137,6 +137,27 @@ def test_a_stream_adds_up_to_the_text(up: Up, model: str, seed: int) -> None:
         assert ("diffusion_frame" in frames) == diffusing
 
 
+@pytest.mark.parametrize("model", ["twin", "uniform"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "the 🦊 ", "suffix": " — end.", "max_tokens": 14, "echo": True},
+        {"prompt": "the ", "suffix": " — end.", "max_tokens": 14},
+        {"template": "a [[4]] 🦊 [[2-5]], [[3]] c"},
+        {"template": "a [[4]] b [[20]]", "stop": ["e", "o", "the"]},
+        {"prompt": "the ", "max_tokens": 14, "ban": ["e"], "best_of": 2},
+        {"prompt": "the ", "max_tokens": 30, "require": ["fox"]},
+    ],
+)
+def test_a_stream_of_any_kind_adds_up_to_the_text(up: Up, model: str, body: Any) -> None:
+    body = {"model": model, "steps": 12, "seed": 3, **body}
+    (choice,) = up.post(**body).json()["choices"]
+    lines = up.post(stream=True, **body).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == choice["text"]
+    assert chunks[-1]["choices"][0]["finish_reason"] == choice["finish_reason"]
+
+
 def test_a_masked_text_settles_before_its_end(up: Up) -> None:
     body = {"prompt": PROMPT, "max_tokens": 40, "seed": 1, "steps": 40, "stream": True}
     with up.http.stream("POST", "/v1/completions", json=body | {"end": "never"}) as response:

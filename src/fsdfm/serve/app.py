@@ -353,7 +353,9 @@ def _look_routes(app: FastAPI, service: Service) -> None:
     async def models() -> dict[str, Any]:
         return service.listed()
 
-    @app.get("/v1/models/{name:path}", summary="A model.")
+    none: dict[int | str, dict[str, Any]] = {404: {"description": "No such model."}}
+
+    @app.get("/v1/models/{name:path}", summary="A model.", responses=none)
     async def model(name: str) -> dict[str, Any]:
         return service.described(name)
 

@@ -70,6 +70,7 @@ def operation(kind: type[Common], *, stream: bool = True) -> dict[str, Any]:
         401: "No key, or a wrong one.",
         404: "No such model.",
         413: "The body is too large.",
+        415: "The body is not sent as JSON.",
         429: "Too many requests wait: come again after Retry-After seconds.",
         500: "A bug of the server.",
         503: "The server stops, or lacks memory.",

@@ -41,6 +41,18 @@ def test_the_cuts_keep_the_likeliest_by_number_mass_and_share() -> None:
     torch.testing.assert_close(kept, want)
 
 
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]), (0.71, [1, 3, 0]), (1.0, range(5))],
+)
+def test_top_p_keeps_the_nucleus_and_drops_the_rest(top_p: float, kept: list[int]) -> None:
+    p = torch.tensor([0.2, 0.4, 0.06, 0.3, 0.04])
+    expected = torch.zeros(5)
+    expected[list(kept)] = p[list(kept)] / p[list(kept)].sum()
+    found = cut(p[None], torch.tensor([0]), torch.tensor([top_p]), torch.tensor([0.0]))[0]
+    torch.testing.assert_close(found, expected)
+
+
 def test_every_sequence_has_its_own_controls() -> None:
     kinds = [
         Controls(),
@@ -62,7 +74,8 @@ def test_every_sequence_has_its_own_controls() -> None:
         )
         assert torch.equal(alone, together[mine])
     torch.testing.assert_close(together[0:2], logits[0:2].softmax(-1))
-    torch.testing.assert_close(together[4:6], sharpen(logits[4:6], 0.5, 0.7))
+    nucleus = (torch.tensor([v] * 2) for v in (0, 0.7, 0.0))
+    torch.testing.assert_close(together[4:6], cut(sharpen(logits[4:6], 0.5), *nucleus))
     assert (together[2:4].max(-1).values == 1).all() and (together[6:8].max(-1).values == 1).all()
     assert (together[12, :9] == 0).all() and together[12, 9:].sum() == pytest.approx(1.0)
     assert together[13, 10] == 0 and (together[13, :10] > 0).all()

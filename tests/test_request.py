@@ -11,6 +11,11 @@ from steering_fixtures import SOURCES, make_generators
 
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.options import options
+from fsdfm.flow.grid import GRIDS
+from fsdfm.flow.path import make_source
+from fsdfm.flow.sampler import Drawing, Noise, sample
+from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.step import MOVERS, STEP_RULES
 from fsdfm.generate.generator import Generator
 from fsdfm.generate.options import SamplingOptions
 from fsdfm.generate.request import Request
@@ -272,3 +277,51 @@ def test_what_has_settled_begins_the_text_that_comes(
                 assert all(event.result.text.startswith(text) for text in texts)
                 return
     raise AssertionError("no result came")
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"step": "published", "draws": 1},
+        {"step": "euler", "movers": "systematic", "temperature": 0.7},
+        {"temperature": 0.0, "grid": "late"},
+        {"temperature": 1.3, "draws": 1},
+    ],
+    ids=repr,
+)
+def test_texts_are_those_of_the_sampler(
+    generators: dict[str, Generator], source: str, how: dict[str, Any]
+) -> None:
+    """Tracks, which know every control, against the plain loop of `flow/sampler.py`."""
+    generator, seeds = generators[source], [4, 5, 6]
+    config, sampling = generator.config, SamplingOptions(**{**generator.defaults, **how})
+    noise, origin = (
+        Noise(seeds),
+        make_source(config.source, config.vocab_size, absorbing=config.absorbing),
+    )
+    x_0, frozen = noise.start(origin, 24), torch.zeros((3, 24), dtype=torch.bool)
+    given = torch.tensor([[7, 3, 9]]).expand(3, 3)
+    x_0[:, :3], frozen[:, :3] = given, True
+    drawing = Drawing(
+        STEP_RULES[sampling.step],
+        MOVERS[sampling.movers],
+        generator.posterior(sampling),
+        sampling.temperature,
+    )
+    grid = GRIDS[sampling.grid](5)
+    schedule = Polynomial(config.schedule_power)
+    *_, last = sample(
+        generator.engine,
+        x_0,
+        grid,
+        noise,
+        origin,
+        schedule=schedule,
+        drawing=drawing,
+        frozen=frozen,
+    )
+    found = generator.fill(x_0.tolist(), frozen.tolist(), steps=5, seed=4, batch_size=3, **how)
+    assert [s.token_ids for s in found.samples] == last.x.tolist()
+    assert {s.nfe for s in found.samples} == {last.calls}

@@ -57,15 +57,11 @@ class Drawing:
     posterior: Posterior = INDEPENDENT
     """Whether the movers of a call see each other; `Grouped` for a network with a joint head."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
-    top_p: float = 1.0
-    """Mass of the nucleus that is kept."""
+    """Divides the logits; 0 takes the likeliest token. Texts have more controls (`controls.py`)."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
             raise ConfigError(f"temperature must be >= 0, got {self.temperature}.", "temperature")
-        if not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be in (0, 1], got {self.top_p}.", "top_p")
         self.posterior.check(self.rule)
 
     def tokens(
@@ -98,7 +94,7 @@ class Drawing:
             u.new_full((len(u),), a),
             u,
             self.rule,
-            lambda block: sharpen(block, self.temperature, self.top_p),
+            lambda block: sharpen(block, self.temperature),
             vocab_size=vocab_size,
         )
 
@@ -140,7 +136,7 @@ def sample(
         source: where the path starts. Logits beyond its V tokens (a mask id) are never drawn; where
             it absorbs, only positions that hold the mask id move.
         schedule: kappa; linear if not given.
-        drawing: step rule, movers, posterior, temperature, top-p; the exact rule if not given.
+        drawing: step rule, movers, posterior, temperature; the exact rule if not given.
         frozen: positions that never move, bool, shape (B, L); none if not given.
 
     Yields:

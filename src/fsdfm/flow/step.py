@@ -148,13 +148,12 @@ MOVERS: dict[str, Movers] = {
 }
 
 
-def sharpen(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """The posterior that is drawn from: softmax(logits / temperature), cut to its top_p nucleus.
+def sharpen(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """The posterior at a temperature, softmax(logits / temperature).
 
     Args:
         logits: (N, V), any float dtype; taken to float32 first.
         temperature: positive; 0 puts all mass on the likeliest token.
-        top_p: in (0, 1]; the smallest set of likeliest tokens with at least this mass is kept.
 
     Returns:
         p, float32, shape (N, V), rows summing to 1.
@@ -162,13 +161,7 @@ def sharpen(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Ten
     logits = logits.float()
     if temperature == 0.0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    p = (logits / temperature).softmax(-1)
-    if top_p >= 1.0:
-        return p
-    ordered, order = p.sort(dim=-1, descending=True, stable=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p  # mass before this token already suffices
-    kept = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
-    return kept / kept.sum(-1, keepdim=True)
+    return (logits / temperature).softmax(-1)
 
 
 def draw(weights: Tensor, u: Tensor) -> Tensor:

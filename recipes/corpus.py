@@ -3,7 +3,7 @@
     python recipes/corpus.py PACKED.jsonl.gz [...] --sources austen sotu:0.5 --out prose.jsonl
 
 A share after a name keeps that part of its documents, spread evenly.
-Each line of the packed files is {"source": ..., "text": ...}; recipes/README.md says from which
+Each line of the packed files (.jsonl, .jsonl.gz) is {"source": ..., "text": ...}; recipes/README.md says from which
 packages a stranger rebuilds them.
 """
 
@@ -28,7 +28,8 @@ def main() -> None:
     due = dict.fromkeys(shares, 0.0)
     with args.out.open("w", encoding="utf-8") as out:
         for path in args.packed:
-            with gzip.open(path, "rt", encoding="utf-8") as lines:
+            unpack = gzip.open if path.suffix == ".gz" else open
+            with unpack(path, "rt", encoding="utf-8") as lines:
                 for line in lines:
                     document = json.loads(line)
                     prefix = next((n for n in shares if document["source"].startswith(n)), None)

@@ -2,11 +2,12 @@
 
     python recipes/stories.py OUT.jsonl --minutes 30
 
-A model that writes all positions at once learns the text of another model sooner than the text of people, because it
-varies less (sequence-level distillation, Kim and Rush 2016). Each story is asked for by a few words drawn from lists.
-Run it again to add more: the seed follows from the size of OUT. Each line of OUT is {"source", "ask", "text"}.
-Two cores with AMX write 500 tokens a second. Key-value caches are kept in place and all prompts of a batch
-have one length, which is twice as fast as `generate` of transformers.
+A model that writes all positions at once learns the text of another model sooner than that of
+people, because it varies less (sequence-level distillation, Kim and Rush 2016). Each story is asked
+for by a few words from story_words.txt. Run it again to add more: the seed follows from the size of
+OUT. Each line of OUT is {"source", "ask", "text"}. Two cores with AMX write 500 tokens a second,
+twice as many as `generate` of transformers: caches stay in place, and the prompts of a batch have
+one length.
 """
 
 from __future__ import annotations
@@ -26,25 +27,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from fsdfm.core.packaged import locate
 
-NOUNS = """apple baby bag ball basket bear bed bee bell bird boat book bottle box boy bread bridge brother bucket bus button
-cake candle cap car castle cat cave chair cherry chicken clock cloud coat cook corn cow crab cradle crow cup dance daughter
-deer desk dinner dog doll donkey door dragon dream drum duck eagle egg elephant farm farmer father feather field fire fish
-flag flower fly forest fox friend frog game garden gate ghost giant girl goat gold goose grandmother grape grass guest hat
-hen hill hole honey horse house ice island jar journey key king kitchen kite knife lady lake lamp leaf letter lion map
-market mill mirror mistake money monkey moon mother mountain mouse mud music neighbor nest night nose oak ocean orange owl
-painting palace path pear pen picture pie pig pipe pirate pocket pond poet pony potato prince princess promise puppy queen
-question rabbit race rain ring river road robe rock roof rope rose sailor salt sand school sea secret servant sheep ship
-shoe shop sister snake snow soldier son song soup spider spoon spring star stone storm stove stranger summer sun swan
-table tail tailor teacher tent thief tiger toad tower town toy train treasure tree turtle uncle valley village voice wagon
-wall watch water well whale wheel wind window winter witch wolf wood wool world""".split()
-NAMES = """Adam Alice Amy Anna Arthur Ben Bella Carl Clara Daisy Daniel David Edward Ella Emily Emma Eva Felix Frank
-George Grace Hannah Harry Helen Henry Ida Jack James Jane Joe John Julia Kate Laura Leo Lily Lucy Maria Mark Martha Mary Max
-Mia Molly Nina Nora Oliver Oscar Paul Peter Rachel Robert Rosa Rose Ruth Sam Sara Simon Sofia Thomas Tim Tom Will""".split()
-KINDS = """story|story for a young child|fairy tale|bedtime story|fable with a lesson|story set long ago|story about a journey|
-story with a happy end|story of two friends|story with some talk in it|story about a family|funny story|sad story|
-story about a brave child|story about an old man|story about something lost""".replace(
-    "\n", ""
-).split("|")
+WORDS = dict(
+    line.split(": ", 1)
+    for line in Path(__file__).with_name("story_words.txt").read_text(encoding="utf-8").splitlines()
+)
+NOUNS, NAMES, KINDS = (WORDS[name].split(", ") for name in ("nouns", "names", "kinds"))
 PLOTS = (
     "about {a} and {b}",
     "about {name} and {a}",
@@ -53,7 +40,8 @@ PLOTS = (
     "in which {name} meets {other}",
 )
 UNWANTED = re.compile(
-    r"\*\*|^#|^\d+\.|\bAI\b|I'm sorry|I cannot|[Hh]ere(?:'s| is) a|[Tt]h(?:e|is) story (?:is|of|tells|begins)|<\|",
+    r"\*\*|^#|^\d+\.|\bAI\b|I'm sorry|I cannot|[Hh]ere(?:'s| is) a|<\|"
+    r"|[Tt]h(?:e|is) story (?:is|of|tells|begins)",
     re.MULTILINE,
 )
 SENTENCE = re.compile(r'.*[.!?]["\u201d\u2019]?(?=\s|$)', re.DOTALL)
@@ -76,7 +64,7 @@ def repetition(text: str, n: int = 4) -> float:
 
 
 class Writer:
-    """A Llama without gradients: bfloat16, norms folded into the products behind them, one cache kept in place."""
+    """A Llama without gradients, in bfloat16: norms folded into products, caches kept in place."""
 
     def __init__(self, network: torch.nn.Module, batch: int, capacity: int) -> None:
         config, weights = network.config, network.state_dict()
@@ -93,7 +81,9 @@ class Writer:
             rest = (at("self_attn.o_proj"), at("mlp.down_proj"))
             self.layers.append(tuple(map(narrow, (qkv, rest[0], wide, rest[1]))))
         embedding = weights["model.embed_tokens.weight"]
-        head = weights.get("lm_head.weight", embedding).float() * weights["model.norm.weight"].float()
+        head = (
+            weights.get("lm_head.weight", embedding).float() * weights["model.norm.weight"].float()
+        )
         self.embedding, self.head = narrow(embedding), narrow(head)
         theta = getattr(config, "rope_theta", None) or config.rope_parameters["rope_theta"]
         self.frequencies = theta ** (-torch.arange(0, self.width, 2).float() / self.width)
@@ -104,7 +94,7 @@ class Writer:
         return F.rms_norm(x, (x.shape[-1],), None, self.epsilon)
 
     def read(self, tokens: Tensor, start: int, row: int = 0) -> Tensor:
-        """The last hidden row after `tokens` [B, T] at positions start..; their keys go to the cache from `row`."""
+        """The last hidden row after tokens (B, T) from position `start`, row `row` of caches."""
         batch, length = tokens.shape
         angles = torch.arange(start, start + length).float()[:, None] * self.frequencies
         cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
@@ -137,7 +127,7 @@ class Writer:
     def write(
         self, prompts: Tensor, limit: int, ends: set[int], temperature: float, top_k: int
     ) -> Iterator[tuple[int, list[int], bool]]:
-        """(row, token ids, whole) for each of `prompts` [B, P]; a few that are slow to end are cut."""
+        """(row, token ids, whole) for each of the prompts (B, P); the last few are cut."""
         batch, start = prompts.shape
         hidden = torch.cat([self.read(p, 0, 16 * i) for i, p in enumerate(prompts.split(16))])
         alive, written = torch.arange(batch), [[] for _ in range(batch)]

@@ -25,7 +25,7 @@ from torch import Tensor
 from fsdfm.cli import main as cli
 from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
-from fsdfm.generate.generator import load
+from fsdfm.generate.loading import load
 from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io import pretrained as pretrained_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained

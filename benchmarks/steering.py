@@ -20,7 +20,8 @@ import torch
 
 from fsdfm.eval.heldout import HeldOut
 from fsdfm.eval.judge import load_judge
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load
 from fsdfm.generate.request import Request
 
 WORDS = ("river", "morning", "captain", "green")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fsdfm.model import engine as engine_module
+from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
+from fsdfm.model.int8 import has_int8
+from fsdfm.model.networks import build_network
 from fsdfm.model.transformer import Transformer
 
 T, H = 0.3, 0.125
@@ -112,3 +118,27 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(
     together = ours.hidden(x, T, H, rows)
     alone = [ours.hidden(x[b : b + 1], T, H, some_rows(1, 60)) for b in (0, 2)]
     assert torch.equal(together, torch.cat(alone))
+
+
+TWIN = CausalConfig(83, 48, 2, 4, 16, 64, neighbours=2, kv_heads=2, head_size=12, mlp_size=32)
+PUBLISHED = ModelConfig(83, 48, 2, 3, 16, 64, neighbours=2, step_embedding="log2")
+
+
+@pytest.mark.parametrize("config", [TWIN, replace(TWIN, tied=False), PUBLISHED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_matrix_is_held_once_in_the_format_of_its_product(
+    config: ModelConfig, dtype: torch.dtype
+) -> None:
+    if dtype == torch.int8 and not has_int8():
+        pytest.skip("this CPU has no fast 8-bit products")
+    model = build_network(config)
+    held = {n: StorageWeakRef(p.untyped_storage()) for n, p in model.named_parameters()}
+    ours = Engine(model, dtype)
+    assert list(dict(model.named_parameters())) == list(held)  # the network is whole
+    del model
+    gc.collect()
+    left = {name for name, storage in held.items() if not storage.expired()}
+    read_as_they_are = ("embed", "modulation", "Modulation", "norm", "bias", "fuser")
+    assert {n for n in left if not any(part in n for part in read_as_they_are)} == set()
+    assert {n for n in held if n.endswith(("embed.weight", "norm1.weight"))} <= left
+    assert ours.head(ours.hidden(tokens(1, 9), T, H, torch.arange(9))).isfinite().all()

@@ -7,7 +7,6 @@ answered by a line: figures, or {"error": ...}.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -23,6 +22,7 @@ import torch
 
 from fsdfm.bench.jobs import Job, Side, synchronise
 from fsdfm.bench.sides import build_side
+from fsdfm.core.device import give_back_memory
 from fsdfm.core.errors import FsdfmError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import ModelConfig
@@ -46,8 +46,7 @@ def memory_before(device: torch.device) -> dict[str, int] | None:
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"now": torch.cuda.memory_allocated(device)}
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     try:
         (PROCESS / "clear_refs").write_text("5")
     except OSError:

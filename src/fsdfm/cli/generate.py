@@ -17,8 +17,9 @@ from fsdfm.core.errors import ConfigError, DataError, FsdfmError
 from fsdfm.core.files import write_whole
 from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.generate.files import answer_file, in_order
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
 from fsdfm.generate.live import printable, show
+from fsdfm.generate.loading import load
 from fsdfm.generate.precision import PRECISIONS
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.running import Running

@@ -14,7 +14,8 @@ from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load
 from fsdfm.generate.precision import PRECISIONS
 from fsdfm.serve.settings import LOOPBACK, ServeSettings
 

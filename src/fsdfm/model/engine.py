@@ -10,6 +10,7 @@ Shapes: B sequences, L positions, N rows (some of the B L positions), D hidden, 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -37,19 +38,21 @@ NormWeights = tuple[Tensor, Tensor]
 class Engine:
     """p(. given x, t, h) at the rows that a sampler asks for.
 
-    It equals `Transformer` under autocast but for rounding. The network's weights must not change
-    afterwards: the engine has converted some of them.
+    It equals `Transformer` under autocast but for rounding. Of the matrices it holds only what the
+    products read; the network itself stays as it is, and is no longer held when its owner lets go.
 
     Args:
-        model: the network, on the device to run on.
+        model: the network, on the device to run on; its weights must not change afterwards.
         dtype: of the matrix products; int8 (on a CPU with `has_int8`) rounds what goes into linear
             layers to 8 bits, and does the rest in bfloat16.
     """
 
     def __init__(self, model: FlowNetwork, dtype: torch.dtype) -> None:
-        self.model = model
+        self.model = model = _other_tree(model)
         self.device = model.vocab_embed.weight.device
         self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+        self._head = _linear(*model.head_parameters(), dtype)
+        self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
         self.kind: _Published | _Twin
         if isinstance(model, CausalNetwork):
             self.kind = _Twin(model)
@@ -58,8 +61,9 @@ class Engine:
             assert isinstance(model, Transformer)
             self.kind = _Published(model)
             self.layers = [_PublishedLayer(block, dtype) for block in model.blocks]
-        self._head = _linear(*model.head_parameters(), dtype)
-        self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
+        # From here on a matrix is held by its product alone, in the format of the products.
+        _leave_out(model, "joint")
+        _leave_out(model.output_layer, "linear")
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
 
@@ -232,6 +236,7 @@ class _TwinLayer:
         self._out = _linear(block.attn_out.weight, None, dtype)
         self._mlp_in = _linear(block.mlp_in.weight, None, dtype)
         self._mlp_out = _linear(block.mlp_out.weight, None, dtype)
+        _leave_out(block, "qkv", "attn_out", "mlp_in", "mlp_out")
 
     def modulation(self, c: Tensor) -> _Modulation:
         """See `_Layer`."""
@@ -270,6 +275,7 @@ class _PublishedLayer:
         self._out = _linear(block.attn_out.weight, None, dtype)
         self.up = _gelu_linear(up.weight, up.bias, dtype)
         self.down = _linear(down.weight, down.bias, dtype)
+        _leave_out(block, "qw", "kw", "vw", "attn_out", "mlp")
 
     def modulation(self, c: Tensor) -> _Modulation:
         """See `_Layer`."""
@@ -310,6 +316,18 @@ class _Joint:
     def told(self, rows: Tensor, around: Tensor) -> Tensor:
         """Rows (N, D), their neighbours (N, 2 R D) -> (N, D)."""
         return rows + self.out(self.inner(torch.cat((around.to(rows.dtype), rows), 1)))
+
+
+def _other_tree(model: FlowNetwork) -> FlowNetwork:
+    """The same tensors as modules of our own, from which parts can be left out."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _leave_out(module: nn.Module, *names: str) -> None:
+    """Let go of parts, where the module has them."""
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

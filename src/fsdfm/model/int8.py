@@ -47,7 +47,8 @@ def int8_linear(
     scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
     rounded = (weight / scales[:, None]).round_().to(torch.int8)
     packed = torch.ops.onednn.qlinear_prepack(rounded, None)
-    zeros = torch.zeros(len(weight), dtype=torch.int64)
+    outputs = len(weight)  # not the weight itself: a closure would hold it
+    zeros = torch.zeros(outputs, dtype=torch.int64)
     after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
     def product(x: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ def int8_linear(
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             x8, scale, zero, packed, scales, zeros, b, 1.0, 0, dtype, *after
         )
-        return y.view(*x.shape[:-1], len(weight))
+        return y.view(*x.shape[:-1], outputs)
 
     return product
 

@@ -6,9 +6,7 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
@@ -19,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError
-from fsdfm.core.files import one_line, real
+from fsdfm.core.files import one_line, real, replacing
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
 
@@ -63,25 +61,16 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    partial = real(path).with_suffix(".partial")
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"state": json.dumps(facts)},
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(real(path))
+        with replacing(real(path)) as partial:
+            save_file(whole, partial, metadata={"state": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot write checkpoint {path} ({one_line(error)}); free some space or choose "
             f"another out, then run the same command again.",
             "out",
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, state: TrainState[Module]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -97,6 +98,7 @@ def test_a_draft_is_written_anew(run: Run, model: Path, tmp_path: Path) -> None:
         ("--strength 0.5", "--strength is of a draft: give --initial or --edit too."),
         ("--temperature nan", "--temperature must be a finite number >= 0, got nan."),
         ("--steps otto", "otto"),
+        ("--logprobs --length 4", "--logprobs are told in JSON: give --json too."),
         ("--require x --ban x", "--require has 'x', which --ban excludes"),
         ("--requests TEXT", "--requests needs a file for the results: give --out."),
         ("--requests EMPTY --out OUT", "empty.txt is empty: give one request a line."),
@@ -152,6 +154,20 @@ def test_a_file_of_requests_is_answered_in_order(run: Run, model: Path, tmp_path
         (alone,) = generator.answer([Request.from_dict({"steps": 2, **line})])
         assert (record["text"], record["token_ids"]) == (alone.text, alone.token_ids)
         assert record["nfe"] == alone.calls
+
+
+def test_a_file_of_requests_tells_how_far_and_how_fast_it_is(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, *LINES[:2])
+    argv = "--requests", source, "--out", out, "--batch-size", 1, "--steps", 2
+    assert run("generate", "--model", model, *argv)[0] == 0
+    write_lines(source, *LINES)
+    _, _, err = run("generate", "--model", model, *argv)
+    assert "requests  1/3  " in err and "requests  3/3  " in err  # of those that are left
+    assert re.search(r"3/3  [\d.]+/(s|min)  ETA 0.0 min", err)
+    assert err.endswith(f"3 results written to {out}, 2 were there\n")
 
 
 def test_a_bad_line_is_told_with_its_number_and_loses_no_other(

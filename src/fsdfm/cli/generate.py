@@ -71,6 +71,8 @@ def run(argv: Sequence[str]) -> None:
     flags = Flags(of=Request, without=ELSEWHERE, repeated=REPEATED)
     request, given = parse("generate", ABOUT, argv, flags, Flags(of=_Own))
     own = _Own(**given)
+    if own.logprobs and not own.json and own.requests is None:
+        raise ConfigError("logprobs are told in JSON: give json too.", "logprobs", "json")
     fields = values(request, own)
     if own.requests is not None:
         _batch(fields, own)

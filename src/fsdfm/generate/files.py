@@ -111,7 +111,7 @@ def answer_file(
         batch_size: sequences that share a call, at most.
         logprobs: whether results have their token ids and log-probabilities.
         refused: told of every line that cannot be done, in one sentence with its number.
-        progress: told ("requests", done, in all).
+        progress: told ("requests", done, in all), of those that have no result yet.
 
     Raises:
         DataError: a file that cannot be read or written, or results that are none.
@@ -144,7 +144,7 @@ def answer_file(
             written += 1
             _append(file, replace(result, id=line.id).record(logprobs=logprobs))
             if progress is not None:
-                progress("requests", skipped + written, len(asked))
+                progress("requests", written, len(todo))
     return Answered(written, skipped, len(bad))
 
 

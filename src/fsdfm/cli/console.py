@@ -27,7 +27,6 @@ from fsdfm.core.errors import DataError
 from fsdfm.core.files import one_line
 from fsdfm.core.progress import Progress as Told
 
-
 LINE_EVERY = 30.0
 """Seconds between two lines of progress, where there is no terminal."""
 

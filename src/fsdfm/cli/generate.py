@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +19,12 @@ from fsdfm.core.files import write_whole
 from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.generate.files import answer_file, in_order
 from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.gif import gif, needs_pillow
 from fsdfm.generate.live import printable, show
 from fsdfm.generate.precision import PRECISIONS
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.running import Running
+from fsdfm.generate.trace import Recorder, page
 from fsdfm.generate.watch import watch
 
 SEPARATOR = "---"
@@ -45,6 +48,10 @@ class _Own:
     """File with a request a line, as JSON; other flags say what its lines leave open."""
     out: str | None = option(None, form="FILE", unset="standard output")
     """File for the text, or for the results of requests; those that it has are not done again."""
+    trace: str | None = option(None, form="FILE.html", unset="none")
+    """Page that shows how the text came about, with a slider over the calls; of one text."""
+    gif: str | None = option(None, form="FILE.gif", unset="none")
+    """The same as a picture that moves; needs Pillow."""
     num_samples: int = option(1, within=AT_LEAST_1)
     """Texts to generate; each takes the next seed."""
     batch_size: int = option(1, within=AT_LEAST_1)
@@ -78,6 +85,9 @@ def run(argv: Sequence[str]) -> None:
         _batch(fields, own)
         return
     wanted = list(asked(fields, own.num_samples))
+    if own.trace is not None or own.gif is not None:
+        _watched(wanted, own)
+        return
     generator = _load(own)
     if own.out is not None:
         _into(generator, wanted, own)
@@ -111,6 +121,37 @@ def _shown(result: Result, number: int, own: _Own) -> str:
     return f"{SEPARATOR}\n{text}" if number else text
 
 
+def _watched(wanted: list[tuple[int, Request]], own: _Own) -> None:
+    """One text, and how it came about in files; nothing is written where one of them cannot be.
+
+    Raises:
+        ConfigError: several texts, or no Pillow for a GIF.
+    """
+    if len(wanted) > 1:
+        name = "trace" if own.trace is not None else "gif"
+        raise ConfigError(f"{name} is of one text: leave num_samples out.", name, "num_samples")
+    if own.gif is not None:
+        needs_pillow()
+    generator, terminal, done = _load(own), Console(), list[Result]()
+    recorder = Recorder(generator)
+    snapshots = watch(generator, wanted[0][1], done, recorder.see)
+    if terminal.is_terminal and not terminal.is_dumb_terminal and not own.json:
+        show(snapshots, terminal)
+    else:
+        with status("Generating"):
+            deque(snapshots, maxlen=0)
+    trace = recorder.trace(done[0])
+    if own.trace is not None:
+        write_whole(own.trace, page(trace))
+    if own.gif is not None:
+        write_whole(own.gif, gif(trace))
+    text = _shown(done[0], 0, own)
+    if own.out is not None:
+        write_whole(own.out, text)
+    else:
+        write(printable(text) if terminal.is_terminal and not own.json else text)
+
+
 def _into(generator: Generator, wanted: list[tuple[int, Request]], own: _Own) -> None:
     """Texts into a file, whole."""
     found = in_order(generator, wanted, batch_size=own.batch_size, refused=_fail)
@@ -127,6 +168,9 @@ def _batch(found: dict[str, Any], own: _Own) -> None:
     """
     if own.out is None or own.requests is None:
         raise ConfigError("requests needs a file for the results: give out.", "requests", "out")
+    if own.trace is not None or own.gif is not None:
+        name = "trace" if own.trace is not None else "gif"
+        raise ConfigError(f"{name} is of one text: leave requests out.", name, "requests")
     if own.num_samples > 1:
         raise ConfigError("num_samples is 1 for each of requests: leave it out.", "num_samples")
     Request.from_dict(found)

@@ -36,6 +36,8 @@ class _Own:
 
     model: str | None = option(None, form="DIR", unset="the bundled model")
     """Model or run directory, or org/name on the Hugging Face Hub."""
+    adapter: str | None = option(None, form="DIR", unset="none")
+    """Run directory of a training with lora, whose weights are added to those of the model."""
     prompt_file: str | None = option(None, form="FILE", unset="none; - for standard input")
     """File with the prompt, in UTF-8; one line end at its end is left out."""
     edit: str | None = option(None, form="FILE", unset="none; - for standard input")
@@ -107,7 +109,7 @@ def run(argv: Sequence[str]) -> None:
 
 def _load(own: _Own) -> Generator:
     with status("Loading the model"):
-        return load(own.model, device=own.device, precision=own.precision)
+        return load(own.model, adapter=own.adapter, device=own.device, precision=own.precision)
 
 
 def _fail(_: Any, error: FsdfmError) -> None:

@@ -31,6 +31,7 @@ from fsdfm.generate.rows import Rows, given_rows
 from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
 from fsdfm.generate.track import Track, call, start
 from fsdfm.model.engine import Engine
+from fsdfm.model.io.adapter import add_adapter
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
@@ -365,6 +366,7 @@ class Generator:
 def load(
     model: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str | None = None,
 ) -> Generator:
@@ -373,16 +375,20 @@ def load(
     Args:
         model: a model directory, a run directory of `pretrain` or `distill`, or `org/name` on the
             Hugging Face Hub; None takes the model that comes with the package.
+        adapter: a run directory of a training with `lora`, whose weights are added.
         device: where to run; cuda if there is one, else mps, else cpu.
         precision: of the matrix products. None: bfloat16 where it is fast, else float32. int8 is
             faster still for large networks, on CPUs with AVX512-VNNI or AMX, and slightly coarser.
 
     Raises:
-        CheckpointError: the model is missing, damaged, or not one of ours.
+        CheckpointError: the model is missing, damaged, or not one of ours; or the adapter is, or is
+            another model's.
         ConfigError: the device or the precision cannot be used.
     """
     place = pick_device(device)
     loaded = load_pretrained(_bundled() if model is None else model, device=place)
+    if adapter is not None:
+        add_adapter(loaded.model, adapter)
     tokenizer = Tokenizer.from_json(loaded.tokenizer_json)
     return Generator(
         loaded.model,

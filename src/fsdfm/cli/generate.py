@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fsdfm.cli.asked import ELSEWHERE, REPEATED, asked, values
@@ -108,8 +110,11 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _load(own: _Own) -> Generator:
+    device, place = own.device, os.environ.get("LOCAL_RANK")
+    if device is None and place is not None and torch.cuda.is_available():
+        device = f"cuda:{place}"  # torchrun has a process for each
     with status("Loading the model"):
-        return load(own.model, adapter=own.adapter, device=own.device, precision=own.precision)
+        return load(own.model, adapter=own.adapter, device=device, precision=own.precision)
 
 
 def _fail(_: Any, error: FsdfmError) -> None:
@@ -188,6 +193,8 @@ def _batch(found: dict[str, Any], own: _Own) -> None:
             refused=note,
             progress=progress,
         )
+    if done.rank:
+        return
     there = f", {done.found:,} were there" if done.found else ""
     note(f"{done.written:,} results written to {own.out}{there}")
     if done.refused:

@@ -297,7 +297,8 @@ class Generator:
         if length > context:
             raise ConfigError(
                 f"length={length} is more than this model's context of {context} tokens: "
-                f"ask for {context} at most.",
+                f"ask for {context} at most, or give a Request of this length to answer, which "
+                "makes it in windows.",
                 "length",
             )
         num_samples, seed = wanted.num_samples, wanted.seed

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -56,6 +57,8 @@ def save_adapter(directory: str | Path, model: FlowNetwork, base_sha256: str) ->
             os.fsync(file.fileno())
         partial.replace(place / TENSORS)
         write_whole(place / FACTS, json.dumps(facts, indent=2) + "\n", error=CheckpointError)
+        # The library makes a file readable by its owner alone; follow the umask instead.
+        shutil.copymode(place / FACTS, place / TENSORS)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"Cannot save an adapter in {place}: {one_line(error)}.") from None
     finally:

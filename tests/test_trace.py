@@ -178,6 +178,9 @@ def test_the_command_writes_the_page_and_the_picture(run: Run, model: Path, tmp_
     assert run("generate", "--model", model, *argv) == (0, plain, "")
     assert len(data_of(files[0].read_text())["frames"]) == 4
     assert files[1].read_bytes().startswith(b"GIF89a")
+    argv = "--length", 20, "--steps", 3, "--trace", tmp_path  # which is a directory
+    code, text, err = run("generate", "--model", model, *argv)
+    assert (code, text) == (2, plain) and err.startswith(f"error: Cannot write {tmp_path}")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def _shown(result: Result, number: int, own: _Own) -> str:
 
 
 def _watched(wanted: list[tuple[int, Request]], own: _Own) -> None:
-    """One text, and how it came about in files; nothing is written where one of them cannot be.
+    """One text, and how it came about in files; a file that cannot be written loses no text.
 
     Raises:
         ConfigError: several texts, or no Pillow for a GIF.
@@ -148,15 +148,15 @@ def _watched(wanted: list[tuple[int, Request]], own: _Own) -> None:
         with status("Generating"):
             deque(snapshots, maxlen=0)
     trace = recorder.trace(done[0])
-    if own.trace is not None:
-        write_whole(own.trace, page(trace))
-    if own.gif is not None:
-        write_whole(own.gif, gif(trace))
     text = _shown(done[0], 0, own)
     if own.out is not None:
         write_whole(own.out, text)
     else:
         write(printable(text) if terminal.is_terminal and not own.json else text)
+    if own.trace is not None:
+        write_whole(own.trace, page(trace))
+    if own.gif is not None:
+        write_whole(own.gif, gif(trace))
 
 
 def _into(generator: Generator, wanted: list[tuple[int, Request]], own: _Own) -> None:

@@ -100,16 +100,22 @@ class Bench:
         (found,) = self.judge.judge([text], [prefix])
         return found.score.nats, len(text.encode())
 
+    @cached_property
+    def draws(self) -> dict[int, tuple[random.Random, list[list[int]]]]:
+        """Of each size of a piece, its random numbers and those that were drawn."""
+        return {}
+
     def piece(self, size: int, number: int) -> list[int]:
         """A held-out piece of `size` tokens; the same number gives the same one."""
-        draw = random.Random(f"{size} {number}")
-        while True:
+        draw, found = self.draws.setdefault(size, (random.Random(0), []))
+        while len(found) <= number:
             text = draw.choice(self.held_out)
             begin = draw.randrange(max(1, len(text) - 4000))
             ids = self.generator.tokenizer.encode(text[begin : begin + 4000])
             if len(ids) > size:
                 first = draw.randrange(len(ids) - size)
-                return ids[first : first + size]
+                found.append(ids[first : first + size])
+        return found[number]
 
 
 def per_byte(pairs: Iterable[tuple[float, int]]) -> dict[str, float]:

@@ -221,7 +221,8 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
         ({"length": 0}, "length must be a whole number >= 1, got 0."),
         (
             {"length": 65},
-            "length=65 is more than this model's context of 64 tokens: ask for 64 at most.",
+            "length=65 is more than this model's context of 64 tokens: ask for 64 at most, or "
+            "give a Request of this length to answer, which makes it in windows.",
         ),
         ({"num_samples": 0}, "num_samples must be a whole number >= 1, got 0."),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0."),

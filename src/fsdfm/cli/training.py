@@ -19,6 +19,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.live import printable
 from fsdfm.model.transformer import FlowNetwork
+from fsdfm.recipes.settings import BASE, FlowSettings, PretrainSettings
 from fsdfm.recipes.watch import Plan
 
 PREVIEW_TOKENS = 96
@@ -103,9 +104,17 @@ class TrainingConsole:
                 f"command again to go on."
             )
         elif self.first_step == self.step:
-            self.say(f"Finished already, nothing to do: try  fsdfm generate --model {out}")
+            self.say(f"Finished already, nothing to do: try  fsdfm generate {self._model()}")
         else:
-            self.say(f"Done: try  fsdfm generate --model {out}")
+            self.say(f"Done: try  fsdfm generate {self._model()}")
+
+    def _model(self) -> str:
+        """Flags that name what was trained."""
+        args = self.args
+        if not isinstance(args, FlowSettings) or args.lora is None:
+            return f"--model {args.out}"
+        base = args.init if isinstance(args, PretrainSettings) else args.out / BASE
+        return f"--model {base} --adapter {args.out}"
 
     def _preview(self, ema: FlowNetwork) -> str:
         """A short sample from the moving average; it draws from its own noise."""

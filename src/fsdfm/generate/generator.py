@@ -203,7 +203,7 @@ class Generator:
         for first in range(0, len(seeds), request.batch_size):
             batch = seeds[first : first + request.batch_size]
             began = time.perf_counter()
-            (last,) = deque(self._states(request, first, len(batch)), maxlen=1)
+            ((_, last),) = deque(self._states(request, first, len(batch)), maxlen=1)
             rows: list[list[int]] = last.x.tolist()
             seconds = time.perf_counter() - began
             free = (~request.frozen[first : first + len(batch)]).sum(1).tolist()
@@ -223,7 +223,7 @@ class Generator:
     def _snapshots(self, request: _Request) -> Iterator[Snapshot]:
         began = time.perf_counter()
         frozen: list[bool] = request.frozen[0].tolist()
-        for state in self._states(request, 0, 1):
+        for tracks, state in self._states(request, 0, 1):
             ids: list[int] = state.x[0].tolist()
             yield Snapshot(
                 step=state.step,
@@ -235,10 +235,13 @@ class Generator:
                 token_ids=ids,
                 text=self.decode(ids),
                 pieces=[self.piece(i) for i in ids],
+                moved=tracks[0].drawn_in.tolist(),
             )
 
-    def _states(self, request: _Request, first: int, count: int) -> Iterator[State]:
-        """States of samples first, ..., first + count - 1."""
+    def _states(
+        self, request: _Request, first: int, count: int
+    ) -> Iterator[tuple[list[Track], State]]:
+        """Samples first, ..., first + count - 1 from call to call."""
         tracks = []
         for number in range(first, first + count):
             noise = torch.Generator().manual_seed(request.seed + number)
@@ -248,10 +251,10 @@ class Generator:
             tracks.append(Track(x, ~frozen, request.grid.tolist(), how, controls, noise))
         calls = 0
         try:
-            yield self._state(tracks, calls)
+            yield tracks, self._state(tracks, calls)
             while not tracks[0].done:
                 calls += call(self, tracks)
-                yield self._state(tracks, calls)
+                yield tracks, self._state(tracks, calls)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"{self.device} has not enough memory for {count} x {request.length} tokens: "
@@ -290,7 +293,8 @@ class Generator:
         if length > context:
             raise ConfigError(
                 f"length={length} is more than this model's context of {context} tokens: "
-                f"ask for {context} at most.",
+                f"ask for {context} at most, or give a Request of this length to answer, which "
+                "makes it in windows.",
                 "length",
             )
         num_samples, seed = wanted.num_samples, wanted.seed

@@ -225,6 +225,7 @@ class Job:
             again = self._again(attempt, position, window)
             yield [again]
             attempt.take(again, window)
+            attempt.steps += again.step
             self.calls += again.calls
 
     def _again(self, attempt: Attempt, position: int, window: tuple[int, int]) -> Track:

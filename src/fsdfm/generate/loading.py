@@ -10,6 +10,7 @@ import torch
 from fsdfm.core.device import give_back_memory, pick_device
 from fsdfm.core.errors import CheckpointError
 from fsdfm.generate.generator import Generator
+from fsdfm.model.io.adapter import add_adapter
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -17,6 +18,7 @@ from fsdfm.text.tokenizer import Tokenizer
 def load(
     model: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str | None = None,
 ) -> Generator:
@@ -25,15 +27,17 @@ def load(
     Args:
         model: a model directory, a run directory of `pretrain` or `distill`, or `org/name` on the
             Hugging Face Hub; None takes the model that comes with the package.
+        adapter: a run directory of a training with `lora`, whose weights are added.
         device: where to run; cuda if there is one, else mps, else cpu.
         precision: of the matrix products. None: bfloat16 where it is fast, else float32. int8 is
             faster still for large networks, on CPUs with AVX512-VNNI or AMX, and slightly coarser.
 
     Raises:
-        CheckpointError: the model is missing, damaged, or not one of ours.
+        CheckpointError: the model is missing, damaged, or not one of ours; or the adapter is, or is
+            another model's.
         ConfigError: the device or the precision cannot be used.
     """
-    generator = load_with_network(model, device=device, precision=precision)[0]
+    generator = load_with_network(model, adapter=adapter, device=device, precision=precision)[0]
     give_back_memory()  # the network's float32 matrices are free by now
     return generator
 
@@ -41,12 +45,15 @@ def load(
 def load_with_network(
     model: str | Path | None = None,
     *,
+    adapter: str | Path | None = None,
     device: str | torch.device | None = None,
     precision: str | None = None,
 ) -> tuple[Generator, Pretrained]:
     """As `load`, and what the directory holds: the network in float32, which a generator drops."""
     place = pick_device(device)
     found = load_pretrained(_bundled() if model is None else model, device=place)
+    if adapter is not None:
+        add_adapter(found.model, adapter)
     generator = Generator(
         found.model,
         Tokenizer.from_json(found.tokenizer_json),

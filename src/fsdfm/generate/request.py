@@ -55,7 +55,7 @@ class Request:
     """The text ends before the first of these in what was written after the last given part."""
     ban: tuple[str, ...] = option((), form="TEXT")
     """Words or phrases that are not written."""
-    ban_ids: tuple[int, ...] = option((), within=Range(0), form="ID")
+    ban_ids: tuple[int, ...] = option((), within=Range(0), unset="none", form="ID")
     """Token ids that are not written."""
     require: tuple[str, ...] = option((), form="TEXT")
     """Words or phrases that are written."""

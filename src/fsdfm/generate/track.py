@@ -56,12 +56,15 @@ class Track:
     """Positions that hold what was given or drawn, and no noise, bool, shape (L,)."""
     logprobs: Tensor = field(init=False)
     """log p of each token as it was drawn last, nats, float32, shape (L,); NaN where it was not."""
+    drawn_in: Tensor = field(init=False)
+    """Step in which each position was drawn last, from 1, int64, shape (L,); 0 where it was not."""
     entropy: float = math.nan
     """Mean of the rows of the last call, nats."""
 
     def __post_init__(self) -> None:
         self.fresh, self.settled = self.free.clone(), ~self.free
         self.logprobs = torch.full(self.x.shape, math.nan)
+        self.drawn_in = torch.zeros_like(self.x)
 
     @property
     def done(self) -> bool:
@@ -200,7 +203,7 @@ def _draw(
     of = places // x.shape[1]
     for i, (track, mine) in enumerate(zip(tracks, movers, strict=True)):
         track.x, track.settled = x[i].cpu(), settled[i].cpu()
-        track.logprobs[mine] = logp[of == i]
+        track.logprobs[mine], track.drawn_in[mine] = logp[of == i], track.step + 1
         track.entropy = float(entropy[of == i].mean())
         track.calls, track.rows = track.calls + 1, track.rows + int(mine.sum())
         if generator.config.absorbing:

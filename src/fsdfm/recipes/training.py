@@ -13,25 +13,29 @@ from torch import Tensor
 
 from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.files import digest, tensor_bytes
+from fsdfm.core.files import digest
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.io.adapter import base_digest, save_adapter
 from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
 from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
+from fsdfm.model.lora import add_lora
 from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.directory import claimed
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
+    BASE,
     JOINT,
     AdaptSettings,
     DistillSettings,
+    FlowSettings,
     PretrainSettings,
     RunSettings,
 )
@@ -216,7 +220,7 @@ def _train(
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(settings.device)
-    start = digest(tensor_bytes(model.parameters()))
+    start = base_digest(model)
     facts = {
         "format": "fsdfm-run",
         "command": type(settings).__name__.removesuffix("Settings").lower(),
@@ -244,18 +248,31 @@ def _train(
         settings.batch_size * settings.accumulate * length,
     )
 
-    def export(ema: FlowNetwork) -> None:
+    def keep(where: Path, network: FlowNetwork) -> None:
         save_pretrained(
-            settings.out,
-            ema,
+            where,
+            network,
             tokenizer_json=store.tokenizer_json,
             generation=generation,
             ancestors=ancestors,
         )
 
+    def export(ema: FlowNetwork) -> None:
+        if rank is None:
+            keep(settings.out, ema)
+        else:
+            save_adapter(settings.out, ema, start)
+
+    rank = settings.lora if isinstance(settings, FlowSettings) else None
     with claimed(settings.out, facts), watch(plan) as watcher:
+        model = model.to(device)
+        if rank is not None:
+            base = settings.out / BASE
+            if isinstance(settings, AdaptSettings) and not (base / "config.json").exists():
+                keep(base, model)
+            add_lora(model, rank, settings.seed)
         run = Run(settings.out, settings, task, Exporting(export, watcher))
-        return run.train(model.to(device))
+        return run.train(model)
 
 
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:

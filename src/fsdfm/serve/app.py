@@ -25,6 +25,7 @@ from starlette.exceptions import HTTPException
 
 from fsdfm.core.errors import FsdfmError
 from fsdfm.generate.generator import Generator
+from fsdfm.generate.trace import with_look
 from fsdfm.serve.batcher import Batcher, Begun, Done, Moved, Refused, Submission, Update, quiet
 from fsdfm.serve.bodies import Chat, Common, Completion, Edit, understood
 from fsdfm.serve.guard import Guard, Problem, json_body, plain, problem, told
@@ -370,7 +371,7 @@ def _look_routes(app: FastAPI, service: Service) -> None:
 
 def _page(name: str) -> Response:
     """A page of ours, which may use its own script and style, this server, and nothing else."""
-    html = (resources.files("fsdfm.serve") / name).read_text("utf-8")
+    html = with_look((resources.files("fsdfm.serve") / name).read_text("utf-8"))
     rules = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'"]
     for tag in ("script", "style"):
         (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

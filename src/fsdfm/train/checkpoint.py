@@ -7,6 +7,7 @@ them.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
@@ -14,7 +15,7 @@ from typing import Generic
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError
 from fsdfm.core.files import one_line, real, replacing
@@ -48,9 +49,9 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
     Raises:
         CheckpointError: the file cannot be written (no space, no permission); the old one is kept.
     """
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in state.model.named_parameters()}
-    tensors |= {f"ema.{name}": p for name, p in state.ema.model.named_parameters()}
-    for name, parameter in state.model.named_parameters():
+    tensors: dict[str, Tensor] = {}
+    for name, parameter, average in _trained(state):
+        tensors |= {f"model.{name}": parameter, f"ema.{name}": average}
         for moment, value in state.optimizer.moments(parameter).items():
             tensors[f"{moment}.{name}"] = value
     tensors |= {f"pending.{name}": torch.stack(values) for name, values in state.pending.items()}
@@ -87,10 +88,9 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
             state.skipped = int(facts.get("skipped", 0))
             state.skipped_in_a_row = int(facts.get("skipped_in_a_row", 0))
             with torch.no_grad():
-                for name, parameter in state.model.named_parameters():
+                for name, parameter, average in _trained(state):
                     parameter.copy_(_like(file.get_tensor(f"model.{name}"), parameter))
-                for name, parameter in state.ema.model.named_parameters():
-                    parameter.copy_(_like(file.get_tensor(f"ema.{name}"), parameter))
+                    average.copy_(_like(file.get_tensor(f"ema.{name}"), average))
             device = next(state.model.parameters()).device
             state.pending = {
                 name.removeprefix("pending."): list(
@@ -120,6 +120,16 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
             f"Cannot resume from {path} ({missing}{one_line(error)}); delete it to start this run "
             f"anew."
         ) from None
+
+
+def _trained(
+    state: TrainState[Module],
+) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Parameters that training changes, and their averages; the others are those of the start."""
+    averages = dict(state.ema.model.named_parameters())
+    for name, parameter in state.model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, averages[name]
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from test_generator import WORDS, network
 from test_training_commands import SMALL, TINY, make_data, make_model, metrics
 
 from fsdfm.core.errors import CheckpointError, ConfigError, FsdfmError
-from fsdfm.generate.loading import load_with_network
+from fsdfm.generate.loading import load, load_with_network
 from fsdfm.model.config import PRESETS
 from fsdfm.model.io.adapter import add_adapter, base_digest, merge_adapter, save_adapter
 from fsdfm.model.io.pretrained import load_pretrained

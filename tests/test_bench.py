@@ -637,8 +637,12 @@ def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("rule", ["exact", "published"])
-def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(rule: Any) -> None:
-    config = replace(TWIN, vocab_size=SYMBOLS, context_length=LENGTH)
+def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(
+    rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SAMPLES", 10_000)  # a twin norms one at a time
+    sizes = {"hidden_size": 8, "blocks": 1, "heads": 2, "kv_heads": 1, "mlp_size": 8}
+    config = replace(TWIN, vocab_size=SYMBOLS, context_length=LENGTH, **sizes)
     network, draw = jobs.random_model(config), torch.Generator().manual_seed(23)
     x_0 = start("mask")
     *_, last = sample(
@@ -677,6 +681,9 @@ def test_bench_measures_the_shape_of_a_model(
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin" / "config.json").write_text(json.dumps(header))
     monkeypatch.setattr(benchmark, "preferred_dtype", lambda device: torch.float32)
+    # Two of the sides: all of them run on a twin in test_every_side_does_its_job.
+    monkeypatch.setattr(benchmark, "SIDES", ("sample", "pretrain"))
+    monkeypatch.setattr(benchmark, "sides_for", lambda task, dtype: sides_for(task, dtype)[:1])
     argv = ("--model", tmp_path / "twin", "--steps", 2, "--length", 16, "--repeats", 1)
     code, out, _ = run("bench", *argv, "--device", "cpu")
     assert code == 0 and "failed" not in out

@@ -271,7 +271,7 @@ raise SystemExit(cli.main(sys.argv[1:]))
 
 
 def test_two_processes_share_the_work_and_give_the_report_of_one(
-    place: Path, tmp_path: Path
+    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [
         *("evaluate", "--model", place / "student", "--steps", "1", "3:2", "--num-samples", "10"),
@@ -280,14 +280,16 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(
     ]
     (tmp_path / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": str(tmp_path / name) + "."}
-        out = ["--out", str(tmp_path / name)]
-        command = [*start, str(tmp_path / "worker.py"), *map(str, words), *out]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": f"{tmp_path / 'two'}."}
+    command = [*launch, str(tmp_path / "worker.py"), *map(str, words), "--out", tmp_path / "two"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone, make = [], Parts.make
+    monkeypatch.setattr(
+        Parts, "make", lambda s, c, g: alone.append(f"{c.label} {g}") or make(s, c, g)
+    )
+    assert run(*words, "--out", tmp_path / "one")[0] == 0
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
-    alone = (tmp_path / "one.").read_text().splitlines()
     shares = [(tmp_path / f"two.{rank}").read_text().splitlines() for rank in (0, 1)]
     assert sorted(shares[0] + shares[1]) == sorted(alone)
     assert abs(len(shares[0]) - len(shares[1])) <= 2  # one a judge

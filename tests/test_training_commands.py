@@ -27,7 +27,7 @@ from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 from fsdfm.generate.loading import load
 from fsdfm.model.config import PRESETS, ModelConfig
-from fsdfm.model.io import pretrained as pretrained_module
+from fsdfm.model.io import directory as directory_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
@@ -760,7 +760,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(
         if what == "checkpoint":
             patch.setattr(checkpoint_module, "save_file", full(checkpoint_module.save_file, 1))
         elif what == "model":
-            patch.setattr(pretrained_module, "save_file", full(pretrained_module.save_file, 1))
+            patch.setattr(directory_module, "save_file", full(directory_module.save_file, 1))
         else:
             patch.setattr(os, "fsync", full(os.fsync, 0))
         message = refusal(CheckpointError, pretrain, args)

@@ -61,6 +61,8 @@ def run(argv: Sequence[str]) -> None:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if settings.log_prompts:
+        logging.getLogger("fsdfm.serve").setLevel(logging.DEBUG)
     models = _models(_Own(**own))
     if settings.host not in LOOPBACK and settings.api_key is None:
         note(f"Everybody who reaches {settings.host} may use it: api_key is not set.")

@@ -211,5 +211,5 @@ def split(position: Tensor, groups: int) -> Iterator[Tensor]:
         Indices into the movers, of each group that has any.
     """
     group = position % groups
-    for k in group.unique().tolist():  # however many groups there may be
+    for k in sorted(set(group.tolist())):  # however many there may be
         yield (group == k).nonzero()[:, 0]

@@ -49,6 +49,7 @@ def sent(up: Up, body: Any, path: str = "/v1/completions") -> httpx.Response:
         ({"prompt": "a", "require": ["w"] * 65}, "require has 65 strings"),
         ({"prompt": "a", "logit_bias": {str(k): -100 for k in range(40_000)}}, "must be below"),
         ({"prompt": "a", "stream_options": {"include_usage": "x"}}, "stream_options must be"),
+        ({"prompt": "a", "logit_bias": {"3": -100}, "ban_ids": 3}, "ban_ids must be a list"),
         ({"prompt": "a", "max_tokens": 10**30}, "more than 64: ask for fewer"),
         ({"prompt": "a", "n": 10**30}, "texts are more than 3"),
         ({"prompt": "a b " * 100_000}, "more than 64: ask for fewer"),

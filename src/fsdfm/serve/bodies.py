@@ -235,6 +235,8 @@ def _check_type(name: str, found: Option, value: Any) -> None:
         raise ConfigError(f"{name} must be text, got {value!r}.", name)
     if found.item is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, got {value!r}.", name)
+    if found.item is not found.kind and not isinstance(value, list):
+        raise ConfigError(f"{name} must be a list, got {value!r}.", name)
     number = found.item in (int, float) and found.item is found.kind
     if number and isinstance(value, bool | str) and not (value and value == found.rule.also):
         raise ConfigError(f"{name} must be a number, got {value!r}.", name)

@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
@@ -16,9 +15,8 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
 from fsdfm.generate.generator import Generator, load
 from fsdfm.generate.precision import PRECISIONS
+from fsdfm.serve.models import named
 from fsdfm.serve.settings import LOOPBACK, ServeSettings
-
-BUNDLED = "bundled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,15 +70,7 @@ def run(argv: Sequence[str]) -> None:
 def _models(own: _Own) -> dict[str, Generator]:
     """Models by the names that clients say."""
     found: dict[str, Generator] = {}
-    for place in own.model or (None,):
-        name = BUNDLED if place is None else _name(place)
-        if name in found:
-            raise ConfigError(f"model has two of the name {name!r}: rename one.", "model")
+    for name, place in named(own.model).items():
         with status(f"Loading {name}"):
             found[name] = load(place, device=own.device, precision=own.precision)
     return found
-
-
-def _name(place: str) -> str:
-    path = Path(place)
-    return path.resolve().name if path.exists() else place

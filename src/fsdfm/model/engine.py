@@ -91,7 +91,7 @@ class Engine:
         """
         x, rows = x.to(self.device), rows.to(self.device)
         sizes = [x.shape[1]] * len(x) if lengths is None else list(lengths)
-        all_t, all_h = ([each] * len(x) if isinstance(each, float) else each for each in (t, h))
+        all_t, all_h = (e if isinstance(e, Sequence) else [e] * len(x) for e in (t, h))
         groups = list(self._groups(sizes))
         if len(groups) == 1:
             return self._rows(x, rows, sizes, self._told_times(all_t, all_h))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fsdfm.model import engine as engine_module
-from fsdfm.model.causal import CausalConfig
+from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8
@@ -75,6 +75,39 @@ def test_a_step_smaller_than_training_shows_is_told_as_the_smallest() -> None:
     smallest = ours.hidden(x, T, 2.0**-10, rows)
     assert torch.equal(ours.hidden(x, T, 2.0**-20, rows), smallest)
     assert not torch.equal(ours.hidden(x, T, 2.0**-9, rows), smallest)
+
+
+TIMES = (0.3, 0.0, 0.875, 0.3, 0.5), (0.125, 0.25, 0.125, 0.125, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["published", "shifted twin", "causal twin"])
+@pytest.mark.parametrize("lengths", [(11, 11, 11, 11, 11), (7, 11, 2, 1, 9), (3, 3, 3, 3, 3)])
+@pytest.mark.parametrize("at_once", [1, 20, 1000])
+def test_sequences_of_several_times_and_lengths_are_what_each_is_alone(
+    kind: str, lengths: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "ROWS_AT_ONCE", at_once)
+    model = network() if kind == "published" else twin(kind)
+    ours, x = Engine(model, torch.float32), tokens(5, 11)
+    free = torch.rand(5, 11, generator=torch.Generator().manual_seed(4)) < 0.6
+    free = free & (torch.arange(11) < torch.tensor(lengths)[:, None])
+    rows = free.flatten().nonzero()[:, 0]
+    found = ours.hidden(x, *TIMES, rows, lengths).split(free.sum(1).tolist())
+    for b, (size, t, h) in enumerate(zip(lengths, *TIMES, strict=True)):
+        alone = ours.hidden(x[b : b + 1, :size], t, h, free[b].nonzero()[:, 0])
+        torch.testing.assert_close(found[b], alone, rtol=1e-4, atol=1e-5)
+
+
+def twin(kind: str) -> CausalNetwork:
+    """A twin of a causal model, of which nothing is silent."""
+    shape: dict[str, Any] = {"vocab_size": 83, "hidden_size": 48, "blocks": 3, "heads": 4}
+    shape |= {"cond_size": 16, "kv_heads": 2, "head_size": 12, "mlp_size": 64, "start_id": 0}
+    attention: Any = "causal" if kind == "causal twin" else "bidirectional"
+    config = CausalConfig(**shape, source="mask", step_embedding="log2", attention=attention)
+    model, draw = CausalNetwork(config), torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15, generator=draw)
+    return model.eval()
 
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])

@@ -107,8 +107,10 @@ def test_what_a_template_says(template: str, pieces: list[Piece]) -> None:
         ("[[many]]", "template has the gap [[many]]: a gap is a number of tokens"),
         ("[[0]]", "template has the gap [[0]]: it needs 1 token or more"),
         ("[[8-3]]", "template has the gap [[8-3]]: it needs 1 token or more, and the smaller"),
+        (f"[[{'9' * 5000}]]", "template has the gap [[999"),
         ("plain", "template has no gap: write [[12]] where 12 tokens are wanted"),
         ("", "template has no gap"),
+        ("\\" * 300_000, "template has no gap"),  # in no time
     ],
 )
 def test_a_template_says_what_is_wrong_with_it(template: str, message: str) -> None:

@@ -210,7 +210,6 @@ def split(position: Tensor, groups: int) -> Iterator[Tensor]:
     Yields:
         Indices into the movers, of each group that has any.
     """
-    for k in range(groups):
-        part = (position % groups == k).nonzero()[:, 0]
-        if len(part):
-            yield part
+    group = position % groups
+    for k in sorted(set(group.tolist())):  # however many there may be
+        yield (group == k).nonzero()[:, 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -214,8 +215,9 @@ def _trimmed(
     if not found:
         return keep, text, finish
     place = min(found)
-    while keep and len(piece_text(before, written[: keep - 1], generator)) >= place:
-        keep -= 1
+    keep = bisect_left(
+        range(keep), place, key=lambda count: len(piece_text(before, written[:count], generator))
+    )
     return keep, text[:place], "stop"
 
 

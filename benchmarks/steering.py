@@ -87,7 +87,7 @@ class Bench:
         for number, key in enumerate(keys, start=1):
             name = f"{part} {key} {asked}"
             if name not in self.kept:
-                row, done = work(key), done + 1
+                row, done = json.loads(json.dumps(work(key))), done + 1
                 self.kept[name] = row
                 with self.rows.open("a") as file:
                     file.write("\n" * (file.tell() > 0) + json.dumps([name, row]))
@@ -128,11 +128,12 @@ def per_byte(pairs: Iterable[tuple[float, int]]) -> dict[str, float]:
     return {"nats_per_byte": round(mean, 4), "standard_error": round(spread, 4)}
 
 
-def mean(values: Iterable[float]) -> dict[str, float]:
-    """The mean, with its standard error."""
+def mean(values: Iterable[float]) -> dict[str, float | None]:
+    """The mean, with its standard error; one value has none."""
     values = list(values)
-    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return {"mean": round(statistics.fmean(values), 4), "standard_error": round(spread, 4)}
+    spread = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    error = None if spread is None else round(spread, 4)
+    return {"mean": round(statistics.fmean(values), 4), "standard_error": error}
 
 
 def cost(bench: Bench) -> dict[str, Any]:

@@ -121,6 +121,8 @@ class Probe:
 
 
 Task = Track | Probe
+Moving = tuple[Track, Tensor, Tensor, Tensor]
+"""Who moves, bool, (L,); what decides where each lands, (N,); where its groups begin, (1,)."""
 
 
 @torch.no_grad()
@@ -156,12 +158,12 @@ def _advance(generator: Generator, tracks: Sequence[Track]) -> bool:
     rule, length = STEP_RULES[how.step], len(tracks[0].x)
     times = torch.tensor((t, then - t), dtype=torch.float64)
     a = float(rule.mover_probability(Polynomial(config.schedule_power), *times))
-    moving: list[tuple[Track, Tensor, Tensor]] = []
+    moving: list[Moving] = []
     for track in tracks:
         u, offset, landing = (_uniform(n, track) for n in (length, 1, length))
         movers = MOVERS[how.movers](a, u[None], track.free[None], offset)[0]
         if bool(movers.any()):
-            moving.append((track, movers, landing[movers]))
+            moving.append((track, movers, landing[movers], offset))
     if moving:
         _draw(generator, moving, t, then - t, a)
     for track in tracks:
@@ -169,11 +171,9 @@ def _advance(generator: Generator, tracks: Sequence[Track]) -> bool:
     return bool(moving)
 
 
-def _draw(
-    generator: Generator, moving: list[tuple[Track, Tensor, Tensor]], t: float, h: float, a: float
-) -> None:
+def _draw(generator: Generator, moving: list[Moving], t: float, h: float, a: float) -> None:
     """Draw the movers of the tracks that have any, and note what was drawn."""
-    tracks, movers, landings = zip(*moving, strict=True)
+    tracks, movers, landings, offsets = zip(*moving, strict=True)
     engine, device = generator.engine, generator.state_device
     x, free, settled = (
         torch.stack([getattr(track, name) for track in tracks]).to(device)
@@ -194,7 +194,7 @@ def _draw(
         noted[:, torch.searchsorted(rows, at)] = torch.stack(facts)
         return token
 
-    asked = Call(x, places, rows, hidden, ~free, u, drawn)
+    asked = Call(x, places, rows, hidden, ~free, u, torch.cat(offsets), drawn)
     x = x.flatten().index_copy(0, rows, generator.posterior(how).tokens(asked)).view_as(x)
     logp, entropy = noted.cpu()
     of = places // x.shape[1]

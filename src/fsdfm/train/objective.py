@@ -224,7 +224,11 @@ class Joint:
     schedule: Schedule
     position_loss: PositionLoss = cross_entropy
     zero_share: float = 0.25
-    """Of the rows at t = 0, where every budget starts; the others are uniform over [0, 1)."""
+    """Of the rows at t = 0, where every budget starts."""
+    power: float = 1.0
+    """Of the grid that the other rows' times lie on, t = 1 - (1 - u) ** power with u even."""
+    seams: str = "random"
+    """As in sampling (`Grouped.seams`)."""
     frozen_share: float = 0.25
     """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
 
@@ -234,12 +238,13 @@ class Joint:
         """See `Objective`; the network has a joint head."""
         count, length = x_1.shape
         u = stratified(count, generator)
-        t = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0, LATEST_TIME)
+        u = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0)
+        t = (1.0 - (1.0 - u) ** self.power).clamp_max(LATEST_TIME)
         batch = on_the_path(x_1, t, t, self.source, self.schedule, generator)
         # The posterior is that of any step; a network that is told h learns so.
         span = torch.rand(count, dtype=torch.float64, generator=generator)
         h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
-        known = known_at_random(count, length, generator)
+        known = known_at_random(count, length, generator, self.seams)
         frozen = frozen_at_random(count, length, self.frozen_share, generator)
         batch = replace(batch, h=h).given(frozen)
         known = known | batch.known
@@ -253,7 +258,9 @@ class Joint:
         return {"loss": loss}
 
 
-def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tensor:
+def known_at_random(
+    batch: int, length: int, generator: torch.Generator, seams: str = "random"
+) -> Tensor:
     """What the groups drawn so far might be, bool, (B, L); nothing in over a quarter of rows."""
     device = generator.device
 
@@ -265,4 +272,6 @@ def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tens
     share = torch.where(uniform(batch, 1) < 0.5, 1.0, uniform(batch, 1))
     share = torch.where(uniform(batch, 1) < 0.2, 0.0, share)
     place = torch.arange(length, device=device)
+    if seams == "random":
+        place = place + (uniform(batch, 1) * draws).long()
     return (place % draws < drawn) & (uniform(batch, length) < share)

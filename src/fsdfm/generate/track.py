@@ -73,7 +73,7 @@ class Track:
         """Tracks of one key can share a call."""
         t, then = self.times[self.step : self.step + 2]
         how = self.sampling
-        return len(self.x), t, then, how.step, how.movers, how.draws, type(self)
+        return len(self.x), t, then, how.step, how.movers, how.draws, how.seams, type(self)
 
     def moved(self, power: float, absorbing: bool) -> None:
         """After a call: on to the next time; at a pace of its own, on to the time that it allows.

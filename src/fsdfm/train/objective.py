@@ -225,12 +225,12 @@ class Joint:
     position_loss: PositionLoss = cross_entropy
     zero_share: float = 0.25
     """Of the rows at t = 0, where every budget starts."""
+    frozen_share: float = 0.25
+    """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
     power: float = 1.0
     """Of the grid that the other rows' times lie on, t = 1 - (1 - u) ** power with u even."""
     seams: str = "random"
     """As in sampling (`Grouped.seams`)."""
-    frozen_share: float = 0.25
-    """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
 
     def loss(
         self, model: Any, ema: Network, x_1: Tensor, generator: torch.Generator
@@ -252,7 +252,8 @@ class Joint:
         at = send(places, x_1.device)
         with torch.no_grad():  # the body is the teacher's: only what the head adds is learned
             hidden = hidden_rows(model, batch).index_select(0, at)
-        rows = model.told(hidden, at, x_1, send(known, x_1.device))
+        there = send(known, x_1.device)
+        rows = model.told(hidden, at, torch.where(there, x_1, batch.x_t), there)
         g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
         loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
         return {"loss": loss}

@@ -29,10 +29,11 @@ import markov
 import study
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fsdfm.flow.grid import Late
 from fsdfm.flow.path import UniformSource
-from fsdfm.flow.posterior import Grouped, Sequences
+from fsdfm.flow.posterior import FlowModel, Grouped, Sequences
 from fsdfm.flow.sampler import Drawing, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.config import Sees
@@ -62,8 +63,31 @@ HEADS = {
     "nearest": Head("nearest", "random", 450),
     "nearest, late times": Head("nearest", "random", 450, 2.0),
 }
-TEACHER = "teacher"
+TEACHER, EXACT = "teacher", "exact"
+"""No heads: the body alone, and the chain's own conditionals, at random seams."""
 Row = dict[str, Any]
+
+
+class ExactConditionals(markov.ExactPosterior):
+    """p(x_1[i] given x_t and the tokens drawn so far) of a chain: a FlowModel with a joint head.
+
+    A hidden row is its sequence's state and its time.
+    """
+
+    def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
+        """States (B, L), times (B,) -> (B, L, L + 1), float64."""
+        rows = torch.cat((x_t.double(), t.double()[:, None]), 1)
+        return rows[:, None].expand(-1, x_t.shape[1], -1)
+
+    def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
+        """ln p of rows (N, L + 1) at positions (N,), (N, V)."""
+        x_t, t = rows[:, :-1].long(), rows[:, -1]
+        sequence = at // x.shape[1]
+        told, x = known[sequence], x[sequence]
+        seen = torch.where(
+            told[..., None], F.one_hot(x, self.chain.symbols).double(), self._channel(x_t, t)
+        )
+        return self.marginals(seen)[torch.arange(len(at)), at % x.shape[1]].log()
 
 
 def trained(name: str, args: argparse.Namespace, language: study.Chain) -> Transformer:
@@ -95,10 +119,10 @@ def trained(name: str, args: argparse.Namespace, language: study.Chain) -> Trans
     return watch.ema
 
 
-def drawn(model: Transformer, seams: str, row: Row, length: int, symbols: int) -> Tensor:
+def drawn(model: FlowModel, seams: str, row: Row, length: int, symbols: int) -> Tensor:
     """Samples of a row's setting, int64, (n, L)."""
     source, noise = UniformSource(symbols), markov.OneStream(row["samples"], 5)
-    sampled = Sequences(model.eval())
+    sampled = Sequences(model)
     drawing = Drawing(posterior=Grouped(sampled, GROUPS, seams))
     grid = Late(row["power"])(row["steps"])
     *_, last = sample(sampled, noise.start(source, length), grid, noise, source, drawing=drawing)
@@ -127,23 +151,29 @@ def text_of(row: Row) -> str:
     return f"{row['kl']:.1f} +- {2 * row['kl_se']:.1f}; {mean:.0f}; {max(windows):.0f}"
 
 
+def model_of(name: str, args: argparse.Namespace, language: study.Chain) -> FlowModel:
+    """What draws the rows of a name."""
+    if name == EXACT:
+        return ExactConditionals(language.chain)
+    return language.teacher.eval() if name == TEACHER else trained(name, args, language)
+
+
 def rows_of(args: argparse.Namespace, language: study.Chain) -> list[Row]:
     """Every setting of the heads asked for; what results.jsonl holds is kept."""
     path = args.out / "results.jsonl"
     rows = study.read(path)
     for name in args.heads:
-        kept: list[Transformer] = []
+        kept: list[FlowModel] = []
         for power in args.powers:
             for steps in args.budgets:
-                seed = 0 if name == TEACHER else args.seed
+                seed = args.seed if name in HEADS else 0
                 facts = {"head": name, "seed": seed, "steps": steps, "power": power}
                 facts |= {"samples": args.samples, "training": args.training}
                 if any(facts.items() <= row.items() for row in rows):
                     continue
                 if not kept:
-                    teacher = name == TEACHER
-                    kept.append(language.teacher if teacher else trained(name, args, language))
-                seams = "fixed" if name == TEACHER else HEADS[name].seams
+                    kept.append(model_of(name, args, language))
+                seams = HEADS[name].seams if name in HEADS else "random"
                 x = drawn(kept[0], seams, facts, language.length, language.chain.symbols)
                 rows.append(facts | figures(x, language.chain))
                 with path.open("a") as file:
@@ -171,7 +201,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    names = [TEACHER, *HEADS]
+    names = [EXACT, TEACHER, *HEADS]
     parser.add_argument("--heads", nargs="*", choices=names, default=names)
     parser.add_argument("--budgets", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--powers", type=float, nargs="+", default=[1.0, 2.0, 8.0])
@@ -187,6 +217,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     args.language, args.source = "markov", "uniform"
+    args.out.mkdir(parents=True, exist_ok=True)
     language = study.Chain(args)
     rows = rows_of(args, language)
     true = figures(language.chain.draw(args.samples, language.length, seed=18), language.chain)

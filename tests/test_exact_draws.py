@@ -143,9 +143,7 @@ def test_what_is_frozen_is_conditioned_on(seams: str) -> None:
     x_0 = torch.where(frozen, torch.tensor([0, 1, 0, 0]), x_0)
     drawing = Drawing(posterior=Grouped(oracle, 4, seams))
     grid = Late(1.0)(3)
-    *_, last = sample(
-        Sequences(oracle), x_0, grid, noise, begin, drawing=drawing, frozen=frozen
-    )
+    *_, last = sample(Sequences(oracle), x_0, grid, noise, begin, drawing=drawing, frozen=frozen)
     given = ANY * ((TEXTS[:, 1] == 1) & (TEXTS[:, 3] == 0))
     assert abs(differs(last.x, given / given.sum())) < 4.5
 

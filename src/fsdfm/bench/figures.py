@@ -87,8 +87,7 @@ def head_flops(config: ModelConfig, rows: int) -> int:
 def joint_flops(config: ModelConfig, rows: int) -> int:
     """FLOPs of the joint head on some rows; 0 without one."""
     width = config.hidden_size
-    count = 2 * config.neighbours if config.sees == "window" else 4 * config.neighbours + 1
-    inner = 2 * width * (count + 1) * width
+    inner = 2 * width * (2 * config.neighbours + 1) * width
     return 2 * rows * (inner + 2 * width**2) if config.neighbours else 0
 
 

@@ -10,7 +10,6 @@ from fsdfm.model.rotary import Rotary
 
 Source = Literal["uniform", "mask"]
 StepEmbedding = Literal["none", "raw", "log2"]
-Sees = Literal["window", "nearest"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,6 @@ class ModelConfig:
     """n in kappa_t = t ** n, the path the network was trained on."""
     neighbours: int = 0
     """R, the tokens on each side that the joint head sees; 0: there is no joint head."""
-    sees: Sees = "window"
-    """Which tokens those are (`JointHead`); files from before `nearest` say nothing."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "hidden_size", "blocks", "heads", "cond_size", "context_length"):
@@ -50,8 +47,6 @@ class ModelConfig:
                 f"Model config: neighbours must be a whole number from 0 to the context, "
                 f"got {self.neighbours!r}."
             )
-        if self.sees not in ("window", "nearest"):
-            raise ConfigError(f"Model config: sees must be window or nearest, got {self.sees!r}.")
         self._check_heads()
         if self.source not in ("uniform", "mask"):
             raise ConfigError(f"Model config: source must be uniform or mask, got {self.source!r}.")
@@ -96,9 +91,8 @@ class ModelConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values; without a joint head, as before there were any."""
-        left_out = {"neighbours", "sees"} if not self.neighbours else set()
-        left_out |= {"sees"} if self.sees == "window" else set()
-        return {k: v for k, v in asdict(self).items() if k not in left_out}
+        values = asdict(self)
+        return values if self.neighbours else {k: v for k, v in values.items() if k != "neighbours"}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

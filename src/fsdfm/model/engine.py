@@ -23,7 +23,7 @@ from fsdfm.model.attention import attend
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import modulated_rms, turned
 from fsdfm.model.int8 import int8_linear
-from fsdfm.model.joint import JointHead
+from fsdfm.model.joint import JointHead, known_around, neighbourhood
 from fsdfm.model.layers import fuse
 from fsdfm.model.transformer import Block, FlowNetwork, Transformer
 
@@ -103,7 +103,8 @@ class Engine:
         if self._joint is None:
             return rows
         at, x, known = at.to(self.device), x.to(self.device), known.to(self.device)
-        return self._joint.told(rows, self.model.joint.seen(self.model.vocab_embed, at, x, known))
+        tokens, there = neighbourhood(x, known, at, self.model.config.neighbours)
+        return self._joint.told(rows, known_around(self.model.vocab_embed(tokens), there))
 
     def _modulations(self, t: float, h: float) -> tuple[list[_Modulation], NormWeights]:
         """What (t, h) makes of every block, and of the final norm."""
@@ -306,9 +307,9 @@ class _Joint:
         self.inner = _gelu_linear(both, joint.tokens.bias, dtype)
         self.out = _linear(joint.out.weight, joint.out.bias, dtype)
 
-    def told(self, rows: Tensor, seen: Tensor) -> Tensor:
-        """Rows (N, D) and what they see -> (N, D)."""
-        return rows + self.out(self.inner(torch.cat((seen.to(rows.dtype), rows), 1)))
+    def told(self, rows: Tensor, around: Tensor) -> Tensor:
+        """Rows (N, D), their neighbours (N, 2 R D) -> (N, D)."""
+        return rows + self.out(self.inner(torch.cat((around.to(rows.dtype), rows), 1)))
 
 
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

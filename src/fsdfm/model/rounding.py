@@ -240,8 +240,7 @@ def _round_joint(work: _Work, examples: Sequence[Example]) -> None:
     def run() -> None:
         with work.products():
             for rows, example in zip(hidden, examples, strict=True):
-                x = torch.where(example.known, example.x_1, example.x_t)
-                work.model.told(rows, _unknown(example), x, example.known)
+                work.model.told(rows, _unknown(example), example.x_1, example.known)
 
     work.round_each(work.model.joint, run)
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 from typing import TypeVar
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.model.config import Sees, StepEmbedding
+from fsdfm.model.config import StepEmbedding
 from fsdfm.model.transformer import FlowNetwork
 
 Network = TypeVar("Network", bound=FlowNetwork)
 
 
 def student_from_teacher(
-    teacher: Network, step_embedding: StepEmbedding, neighbours: int = 0, sees: Sees = "nearest"
+    teacher: Network, step_embedding: StepEmbedding, neighbours: int = 0
 ) -> Network:
     """A step-aware network that starts from a teacher's weights.
 
@@ -25,7 +25,6 @@ def student_from_teacher(
         step_embedding: the student's branch, `raw` or `log2`; `none` for one that gets a joint head
             instead, whose draws are right at any step size.
         neighbours: R of the student's joint head; 0: none.
-        sees: which tokens a new joint head sees; one that the teacher has goes on as it is.
 
     Returns:
         A new network; the teacher is left as it was.
@@ -34,8 +33,6 @@ def student_from_teacher(
         ConfigError: a branch that would change or be lost, or tensors that do not agree otherwise.
     """
     config = replace(teacher.config, step_embedding=step_embedding, neighbours=neighbours)
-    if teacher.config.neighbours == 0:
-        config = replace(config, sees=sees if neighbours else "window")
     student = type(teacher)(config).to(teacher.vocab_embed.weight.device)
     known = ("none", step_embedding)
     if (step_embedding == "none" and not neighbours) or teacher.config.step_embedding not in known:

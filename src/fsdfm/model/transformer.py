@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fsdfm.model.attention import attend
 from fsdfm.model.config import ModelConfig
-from fsdfm.model.joint import JointHead
+from fsdfm.model.joint import JointHead, neighbourhood
 from fsdfm.model.layers import Norm, ScalarEmbedding, fuse, fuser, modulate
 from fsdfm.model.rotary import Rotary, rotate
 
@@ -151,7 +151,7 @@ class FlowNetwork(nn.Module):
         Args:
             rows: hidden rows of `at`, shape (N, D).
             at: some of the B L positions, int64, shape (N,).
-            x: token ids, int64, shape (B, L): the state, where nothing is known.
+            x: token ids, int64, shape (B, L).
             known: which of them have been drawn, bool, shape (B, L).
 
         Returns:
@@ -161,7 +161,9 @@ class FlowNetwork(nn.Module):
         """
         if not self.config.neighbours:
             return rows
-        told: Tensor = self.joint(rows, self.joint.seen(self.vocab_embed, at, x, known))
+        tokens, there = neighbourhood(x, known, at, self.config.neighbours)
+        # Without a gradient: the embedding is the body's.
+        told: Tensor = self.joint(rows, self.vocab_embed(tokens).detach(), there)
         return told
 
     def head(self, rows: Tensor) -> Tensor:
@@ -196,8 +198,6 @@ def silence(model: FlowNetwork, modulations: list[nn.Linear]) -> None:
         silent.append(model.dt_embedding.mlp[2])
     if model.config.neighbours:
         silent.append(model.joint.out)
-        if model.joint.near is not None:
-            nn.init.zeros_(model.joint.near.weight)
         for reads in (model.joint.tokens, model.joint.row):  # what goes in has unit scale
             nn.init.normal_(reads.weight, std=reads.in_features**-0.5)
     for linear in silent:

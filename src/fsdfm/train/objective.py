@@ -224,11 +224,9 @@ class Joint:
     schedule: Schedule
     position_loss: PositionLoss = cross_entropy
     zero_share: float = 0.25
-    """Of the rows at t = 0, where every budget starts."""
+    """Of the rows at t = 0, where every budget starts; the others are uniform over [0, 1)."""
     frozen_share: float = 0.25
     """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
-    power: float = 1.0
-    """Of the grid that the other rows' times lie on, t = 1 - (1 - u) ** power with u even."""
     seams: str = "random"
     """As in sampling (`Grouped.seams`)."""
 
@@ -238,8 +236,7 @@ class Joint:
         """See `Objective`; the network has a joint head."""
         count, length = x_1.shape
         u = stratified(count, generator)
-        u = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0)
-        t = (1.0 - (1.0 - u) ** self.power).clamp_max(LATEST_TIME)
+        t = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0, LATEST_TIME)
         batch = on_the_path(x_1, t, t, self.source, self.schedule, generator)
         # The posterior is that of any step; a network that is told h learns so.
         span = torch.rand(count, dtype=torch.float64, generator=generator)
@@ -252,8 +249,7 @@ class Joint:
         at = send(places, x_1.device)
         with torch.no_grad():  # the body is the teacher's: only what the head adds is learned
             hidden = hidden_rows(model, batch).index_select(0, at)
-        there = send(known, x_1.device)
-        rows = model.told(hidden, at, torch.where(there, x_1, batch.x_t), there)
+        rows = model.told(hidden, at, x_1, send(known, x_1.device))
         g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
         loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
         return {"loss": loss}

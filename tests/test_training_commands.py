@@ -223,7 +223,8 @@ def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
     out = tmp_path / "run"
     assert distill(distill_args(data, out, start, steps=6, learning_rate=0.1, ema_decay=0.0))
     student, teacher = load_pretrained(out), load_pretrained(start)
-    assert student.generation == {"steps": 8, "step": "exact", "grid": "latest", "draws": 8}
+    drawn = {"steps": 8, "step": "exact", "grid": "latest", "draws": 8, "seams": "random"}
+    assert student.generation == drawn
     assert student.model.config == replace(teacher.model.config, neighbours=3)
     before, after = teacher.model.state_dict(), student.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}

@@ -120,6 +120,7 @@ class TrainingConsole:
         """A short sample from the moving average; it draws from its own noise."""
         config, noise = ema.config, Noise([self.args.seed % 2**32])
         network = Sequences(ema, next(ema.parameters()).device)
+        draws, seams = self.generation.get("draws", 1), self.generation.get("seams", "fixed")
         source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         states = sample(
             network,
@@ -130,7 +131,7 @@ class TrainingConsole:
             schedule=Polynomial(config.schedule_power),
             drawing=Drawing(
                 STEP_RULES[self.generation["step"]],
-                posterior=Grouped(network, self.generation.get("draws", 1)),
+                posterior=Grouped(network, draws, seams),
             ),
         )
         *_, last = states

@@ -123,7 +123,8 @@ def _facts(report: Report) -> list[str]:
             f"- {name}: {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, "
             f"{model['source']} source, step embedding {model['step_embedding']}, {model['step']} "
             f"rule, {model['movers']} movers, {model.get('grid', 'even')} grid, "
-            f"{model.get('draws', 1)} draws a call, top-p {model['top_p']:g}"
+            f"{model.get('draws', 1)} draws a call, {model.get('seams', 'fixed')} seams, "
+            f"top-p {model['top_p']:g}"
             + (f", from {', '.join(model['ancestors'])}" if model.get("ancestors") else "")
         )
     lines.append("- intervals: 95 %, bootstrap over samples; too short for very few of them")

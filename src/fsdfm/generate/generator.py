@@ -331,7 +331,9 @@ class Generator:
                 f"draws={sampling.draws} out, or use a model that was distilled to one.",
                 "draws",
             )
-        found = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
+        found: Posterior = INDEPENDENT
+        if self.config.neighbours:
+            found = Grouped(self.engine, sampling.draws, sampling.seams)
         found.check(STEP_RULES[sampling.step])
         return found
 

@@ -69,6 +69,7 @@ class Request:
     movers: str | None = said(SamplingOptions, "movers", unset=OURS)
     grid: str | None = said(SamplingOptions, "grid", unset=OURS)
     draws: int | None = said(SamplingOptions, "draws", unset=OURS)
+    seams: str | None = said(SamplingOptions, "seams", unset=OURS)
     temperature: float | None = said(SamplingOptions, "temperature", unset=OURS)
     top_p: float | None = said(SamplingOptions, "top_p", unset=OURS)
     top_k: int | None = said(SamplingOptions, "top_k", unset=OURS)

@@ -76,7 +76,7 @@ class Track:
     def key(self) -> tuple[object, ...]:
         """Tracks of one key can share a call."""
         how = self.sampling
-        return how.step, how.draws, type(self)
+        return how.step, how.draws, how.seams, type(self)
 
     @property
     def t(self) -> float:
@@ -134,6 +134,9 @@ class Probe:
 
 
 Task = Track | Probe
+Moving = tuple[Track, Tensor, Tensor, float, Tensor]
+"""Who moves, bool, (L,); what decides where each lands, (N,); the chance to move; where its groups
+begin, (1,)."""
 
 
 @torch.no_grad()
@@ -164,7 +167,7 @@ def _look(generator: Generator, probes: Sequence[Probe]) -> None:
 
 def _advance(generator: Generator, tracks: Sequence[Track]) -> bool:
     config, schedule = generator.config, Polynomial(generator.config.schedule_power)
-    moving: list[tuple[Track, Tensor, Tensor, float]] = []
+    moving: list[Moving] = []
     for track in tracks:
         rule, length = STEP_RULES[track.sampling.step], len(track.x)
         times = torch.tensor((track.t, track.h), dtype=torch.float64)
@@ -172,7 +175,7 @@ def _advance(generator: Generator, tracks: Sequence[Track]) -> bool:
         u, offset, landing = (_uniform(n, track) for n in (length, 1, length))
         movers = MOVERS[track.sampling.movers](a, u[None], track.free[None], offset)[0]
         if bool(movers.any()):
-            moving.append((track, movers, landing[movers], a))
+            moving.append((track, movers, landing[movers], a, offset))
     if moving:
         _draw(generator, moving)
     for track in tracks:
@@ -193,9 +196,9 @@ def _side_by_side(each: Sequence[tuple[Tensor, ...]], device: torch.device) -> I
         yield pad_sequence(list(parts), batch_first=True).to(device)
 
 
-def _draw(generator: Generator, moving: list[tuple[Track, Tensor, Tensor, float]]) -> None:
+def _draw(generator: Generator, moving: list[Moving]) -> None:
     """Draw the movers of the tracks that have any, and note what was drawn."""
-    tracks, movers, landings, chances = zip(*moving, strict=True)
+    tracks, movers, landings, chances, offsets = zip(*moving, strict=True)
     device, facts = generator.state_device, [(t.x, ~t.free, t.settled) for t in tracks]
     x, known, settled = _side_by_side(facts, device)
     (moves,) = _side_by_side([(each,) for each in movers], torch.device("cpu"))
@@ -215,7 +218,7 @@ def _draw(generator: Generator, moving: list[tuple[Track, Tensor, Tensor, float]
         noted[:, torch.searchsorted(rows, at)] = torch.stack(facts)
         return token
 
-    asked = Call(x, places, rows, hidden, known, u, drawn)
+    asked = Call(x, places, rows, hidden, known, u, torch.cat(offsets), drawn)
     x = x.flatten().index_copy(0, rows, generator.posterior(how).tokens(asked)).view_as(x)
     logp, entropy = noted.cpu()
     of = places // x.shape[1]

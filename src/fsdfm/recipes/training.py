@@ -186,7 +186,7 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
         "grid": settings.grid or usual,
     }
     if joint:
-        generation |= {"step": "exact", "draws": settings.draws}
+        generation |= {"step": "exact", "draws": settings.draws, "seams": "random"}
     objective = _student_objective(settings, config)
     return _train(settings, store, model, objective, length, generation, teacher.ancestors, watch)
 

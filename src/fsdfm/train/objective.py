@@ -227,6 +227,8 @@ class Joint:
     """Of the rows at t = 0, where every budget starts; the others are uniform over [0, 1)."""
     frozen_share: float = 0.25
     """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
+    seams: str = "random"
+    """As in sampling (`Grouped.seams`)."""
 
     def loss(
         self, model: Any, ema: Network, x_1: Tensor, generator: torch.Generator
@@ -239,7 +241,7 @@ class Joint:
         # The posterior is that of any step; a network that is told h learns so.
         span = torch.rand(count, dtype=torch.float64, generator=generator)
         h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
-        known = known_at_random(count, length, generator)
+        known = known_at_random(count, length, generator, self.seams)
         frozen = frozen_at_random(count, length, self.frozen_share, generator)
         batch = replace(batch, h=h).given(frozen)
         known = known | batch.known
@@ -253,7 +255,9 @@ class Joint:
         return {"loss": loss}
 
 
-def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tensor:
+def known_at_random(
+    batch: int, length: int, generator: torch.Generator, seams: str = "random"
+) -> Tensor:
     """What the groups drawn so far might be, bool, (B, L); nothing in over a quarter of rows."""
     device = generator.device
 
@@ -265,4 +269,6 @@ def known_at_random(batch: int, length: int, generator: torch.Generator) -> Tens
     share = torch.where(uniform(batch, 1) < 0.5, 1.0, uniform(batch, 1))
     share = torch.where(uniform(batch, 1) < 0.2, 0.0, share)
     place = torch.arange(length, device=device)
+    if seams == "random":
+        place = place + (uniform(batch, 1) * draws).long()
     return (place % draws < drawn) & (uniform(batch, length) < share)

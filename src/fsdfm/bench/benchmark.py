@@ -70,7 +70,7 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
     dtype = preferred_dtype(device)
     jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in SIDES}
     jobs["sample"] = Job(args.batch_size, args.length, args.steps)
-    sides = {task: sides_for(task, dtype) for task in jobs}
+    sides = {task: sides_for(task, dtype, device) for task in jobs}
     totals = {task: len(plan(dict.fromkeys(sides[task], args.repeats))) for task in jobs}
     rows: list[Row] = []
     before = 0

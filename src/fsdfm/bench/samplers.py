@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.bench import autoregressive, reference
+from fsdfm.bench import autoregressive, ctranslate, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, synchronise
 from fsdfm.flow.grid import GRIDS, even_grid
@@ -187,6 +187,19 @@ class Autoregressive:
     def peak(self, job: Job) -> Job:
         """All of it: the cache grows to the last token."""
         return job
+
+
+class Translated(Autoregressive):
+    """The same in CTranslate2."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = ctranslate.build(config, device, dtype)
+
+    def run(self, job: Job, seed: int) -> Cost:
+        """See `Side`."""
+        tokens = ctranslate.generate(self.model, job.batch, job.length, seed)
+        assert tokens.shape == (job.batch, job.length)
+        return Cost(tokens.numel(), None)
 
 
 # Training.

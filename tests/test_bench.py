@@ -24,7 +24,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fsdfm
-from fsdfm.bench import autoregressive, benchmark, harness, jobs, reference, samplers, sides
+from fsdfm.bench import (
+    autoregressive,
+    benchmark,
+    ctranslate,
+    harness,
+    jobs,
+    reference,
+    samplers,
+    sides,
+)
 from fsdfm.bench.figures import (
     Row,
     body_flops,
@@ -69,6 +78,8 @@ TWIN = CausalConfig(
     mlp_size=48,
     start_id=0,
 )
+LLAMA = replace(TWIN, head_size=8)
+"""Heads as wide together as the network: CTranslate2 knows no others."""
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -301,10 +312,36 @@ def test_autoregressive_side_writes_exactly_so_many_tokens() -> None:
     assert shapes["transformer.h.1.mlp.c_fc.weight"] == (32, 128)
 
 
-def test_without_transformers_the_side_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_sides_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sides.missing() is None
     monkeypatch.setattr(autoregressive, "available", lambda: False)
-    assert runnable(["engine", "autoregressive-bf16"]) == ["engine"]
+    assert runnable(["engine", "autoregressive-bf16", "ctranslate2-int8"]) == ["engine"]
     assert "autoregressive-float32" not in sides_for("sample", torch.float32)
+    assert str(sides.missing()).startswith("Sides left out: autoregressive, ctranslate2.")
+
+
+@pytest.mark.parametrize("config", [TOY, LLAMA], ids=["published", "twin"])
+def test_ctranslate2_writes_exactly_so_many_tokens_of_the_same_network(config: ModelConfig) -> None:
+    model = ctranslate.build(config, CPU, torch.float32)
+    tokens = ctranslate.generate(model, 3, 40, seed=1)
+    assert tokens.shape == (3, 40)
+    assert len(set(map(tuple, tokens.tolist()))) == 3, "drawn, not greedy"
+    # The law is that of transformers' network: it was drawn from the same seed.
+    torch.manual_seed(0)
+    twin = autoregressive.build(config, CPU, torch.float32)
+    with torch.no_grad():
+        p = twin(torch.tensor([[autoregressive.FIRST_TOKEN]])).logits[0, 0].softmax(-1)
+    p[int(ctranslate._Words.eos_token)] = 0.0  # nothing ends a text early
+    firsts = ctranslate.generate(model, 4000, 1, seed=2)[:, 0]
+    seen, expected = torch.bincount(firsts, minlength=67), 4000 * p.double() / p.sum()
+    chi_square = float((((seen - expected) ** 2) / expected)[expected > 0].sum())
+    assert chi_square < 65 + 4.5 * math.sqrt(2 * 65)
+    assert not set(firsts.tolist()) - set(range(67))
+
+
+def test_ctranslate2_says_which_heads_it_cannot_have() -> None:
+    with pytest.raises(ConfigError, match="heads of 8 numbers, not 6"):
+        ctranslate.build(TWIN, CPU, torch.float32)
 
 
 # Figures.
@@ -588,16 +625,17 @@ def test_an_interruption_leaves_no_process() -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("config", [TOY, TWIN], ids=["published", "twin"])
+@pytest.mark.parametrize("config", [TOY, LLAMA], ids=["published", "twin"])
 @pytest.mark.parametrize("task", SIDES)
 def test_every_side_does_its_job(task: str, config: ModelConfig) -> None:
     job = Job(2, 16, 2)
-    for name in SIDES[task]:
+    for name in runnable(list(SIDES[task])):
         dtype = sides.dtype_of(task, name, torch.float32)
         side = build_side(task, name, config, CPU, dtype)
         cost = side.run(job, seed=1)
         assert cost.tokens == 2 * 16 * (1 if task == "sample" else 2)
-        assert (cost.flops is None) == (task == "distill" or name.startswith("autoregressive"))
+        uncounted = name.startswith(("autoregressive", "ctranslate2"))
+        assert (cost.flops is None) == (task == "distill" or uncounted)
         side.run(side.warm_up(job), seed=1)
         side.run(side.peak(job), seed=1)
 

@@ -137,7 +137,7 @@ class Engine:
 
     def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
         """In float32, as in training; the result goes into a product."""
-        return self.kind.norm(x, *weights).to(self.dtype)
+        return self.kind.norm(x, *weights, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +166,9 @@ class _Published:
         """What passes the blocks, and where in it the rows are."""
         return tokens, rows
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A layer norm."""
-        return F.layer_norm(x, x.shape[-1:], weight, bias)
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A layer norm, in a format."""
+        return F.layer_norm(x, x.shape[-1:], weight, bias).to(dtype)
 
     def final(self, c: Tensor) -> NormWeights:
         """The last norm."""
@@ -190,11 +190,11 @@ class _Twin:
         length, tokens = tokens.shape[1], self.model.shifted(tokens)
         return tokens, rows + rows // length * (tokens.shape[1] - length)
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A root-mean-square norm."""
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A root-mean-square norm, in a format."""
         rows = x if x.ndim == 3 else x[None]
         epsilon = self.model.config.norm_epsilon
-        return modulated_rms(rows, weight[None], bias[None], epsilon, x.dtype).view_as(x)
+        return modulated_rms(rows, weight[None], bias[None], epsilon, dtype).view_as(x)
 
     def final(self, c: Tensor) -> NormWeights:
         """See `_Published`."""

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.jobs import SHAPES, Job, shape
+from fsdfm.bench.jobs import SHAPES, Job, sampling, shape
 from fsdfm.bench.sides import SIDES, missing, runnable, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
@@ -83,7 +83,7 @@ def main() -> int:
             with started(specs, args.patience) as workers:
                 for batch in args.batches:
                     for steps in args.steps:
-                        job = Job(batch, args.length, steps, args.rule)
+                        job = Job(batch, args.length, steps, args.rule, sampling(name))
                         rows += measure_aloud(workers, job, repeats, args.peak_tflops)
                         write_report(args.out, facts, rows)
                 engines = [worker for worker in workers if worker.spec.side == "engine"]

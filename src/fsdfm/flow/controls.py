@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.flow.host import send
+
 
 @dataclass(frozen=True, slots=True)
 class Bans:
@@ -58,7 +60,8 @@ class Shaping:
 
     def __init__(self, controls: Sequence[Controls], device: torch.device) -> None:
         def column(name: str) -> Tensor:
-            return torch.tensor([float(getattr(c, name)) for c in controls], device=device)
+            # Made on the CPU: a tensor that is made on the device from numbers is waited for.
+            return send(torch.tensor([float(getattr(c, name)) for c in controls]), device)
 
         self.controls = controls
         self.temperature, self.top_p = column("temperature"), column("top_p")

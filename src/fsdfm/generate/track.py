@@ -196,10 +196,11 @@ def _draw(
 
     asked = Call(x, places, rows, hidden, ~free, u, drawn)
     x = x.flatten().index_copy(0, rows, generator.posterior(how).tokens(asked)).view_as(x)
-    logp, entropy = noted.cpu()
+    # The only two waits for the device of a call, however many tracks there are.
+    x, (logp, entropy) = x.cpu(), noted.cpu()
     of = places // x.shape[1]
     for i, (track, mine) in enumerate(zip(tracks, movers, strict=True)):
-        track.x, track.settled = x[i].cpu(), settled[i].cpu()
+        track.x, track.settled = x[i].clone(), track.settled | mine
         track.logprobs[mine] = logp[of == i]
         track.entropy = float(entropy[of == i].mean())
         track.calls, track.rows = track.calls + 1, track.rows + int(mine.sum())

@@ -30,6 +30,7 @@ from fsdfm.bench import (
     ctranslate,
     harness,
     jobs,
+    limits,
     reference,
     samplers,
     sides,
@@ -57,6 +58,7 @@ from fsdfm.flow.step import STEP_RULES, transition
 from fsdfm.model import causal, transformer
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.int8 import has_int8
 from fsdfm.model.networks import build_network, config_to_dict
 from fsdfm.model.transformer import Transformer
 from fsdfm.train.objective import Distill, Pretrain, published_weights
@@ -437,9 +439,32 @@ def test_a_table_has_every_side_and_says_who_failed() -> None:
         row(side="other", error="other was killed by SIGKILL (out of memory?)"),
     ]
     text = markdown(rows)
-    assert "| engine | 2.000 | 1.00 | 1,234 | - | 2 MiB | 3.00 |" in text
-    assert "| other | failed | - | - | - | - | - |" in text
+    assert "| engine | 2.000 | - | 1.00 | 1,234 | - | 2 MiB | 3.00 |" in text
+    assert "| other | failed | - | - | - | - | - | - |" in text
     assert "other: other was killed" in text
+
+
+def test_limits_are_rates_of_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "COPIED_BYTES", 2**20)
+    monkeypatch.setattr(limits, "WIDTH", 64)
+    found = limits.limits(CPU)
+    assert {"float32 GFLOP/s", "copy GB/s"} <= set(found)
+    assert ("int8 GOP/s" in found) == has_int8()
+    assert all(0.01 < rate < 1e6 for rate in found.values())
+
+
+def test_the_joint_sampler_draws_as_the_model_says(tmp_path: Path) -> None:
+    joint = samplers.JointSampler(TOY, CPU, torch.float32)
+    (tmp_path / "generation.json").write_text('{"steps": 64, "temperature": 0.5, "draws": 2}')
+    said = jobs.sampling(str(tmp_path))
+    how = joint.sampling(Job(1, 16, 4, sampling=said))
+    assert (how.steps, how.temperature, how.draws, how.grid) == (4, 0.5, 2, "even")
+    how = joint.sampling(Job(1, 16, 4, sampling=jobs.sampling("tiny")))
+    assert (how.temperature, how.draws, how.grid) == (1.0, samplers.DRAWS, "latest")
+    bundled = json.loads(
+        (Path(fsdfm.__file__).parent / "assets/bundled/generation.json").read_text()
+    )
+    assert jobs.sampling("adapted") == bundled
 
 
 # The harness.
@@ -480,7 +505,8 @@ class FakeWorker:
         if seconds < 0.0:
             raise BenchError("it died")
         # The machine is as slow at this moment for the bare product as for the run.
-        return {"seconds": seconds, "rate": 100.0 / seconds, "tokens": 64, "flops": 50.0}
+        figures = {"seconds": seconds, "cpu_seconds": seconds / 4, "rate": 100.0 / seconds}
+        return {**figures, "tokens": 64, "flops": 50.0}
 
 
 def test_figures_are_medians_and_ratios_of_runs_in_turn() -> None:
@@ -492,6 +518,7 @@ def test_figures_are_medians_and_ratios_of_runs_in_turn() -> None:
     ]
     slow, fast, broken = measure(fakes, Job(1, 64, 8), 3, peak_tflops=1e-9)
     assert (slow.seconds, fast.seconds) == (9.0, 3.0)
+    assert (slow.cpu_seconds, fast.cpu_seconds) == (2.25, 0.75)
     assert (slow.speedup, fast.speedup) == (1.0, 3.0)
     assert fast.runs == [3.0, 30.0, 2.0]
     assert fast.tokens_per_second == pytest.approx(64 / 3)

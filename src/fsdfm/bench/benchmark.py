@@ -73,6 +73,7 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
     jobs["sample"] = Job(args.batch_size, args.length, args.steps, sampling=said)
     sides = {task: sides_for(task, dtype, device) for task in jobs}
     totals = {task: len(plan(dict.fromkeys(sides[task], args.repeats))) for task in jobs}
+    facts = machine(device, hardware(device))  # before the sides are there
     rows: list[Row] = []
     before = 0
     for task, job in jobs.items():
@@ -81,7 +82,7 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
         with started(specs) as workers:
             rows += measure(workers, job, args.repeats, progress=tell)
         before += totals[task]
-    return machine(device, hardware(device)), rows
+    return facts, rows
 
 
 def _part(

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fsdfm.bench import benchmark
-from fsdfm.bench.figures import HEADERS, Row, cells, grouped
+from fsdfm.bench.figures import HEADERS, Row, cells, described, grouped
 from fsdfm.bench.sides import missing
 from fsdfm.cli.console import note, work, write
 from fsdfm.cli.flags import Flags, parse
@@ -44,7 +44,7 @@ def run(argv: Sequence[str]) -> None:
     if args.json:
         write(json.dumps({**machine, "rows": [row.to_dict() for row in rows]}) + "\n")
     else:
-        write(f"{', '.join(f'{name} {value}' for name, value in machine.items())}\n")
+        write(f"{described(machine)}\n")
         write(_tables(rows))
     if (left_out := missing()) is not None:
         note(left_out)

@@ -17,7 +17,7 @@ from fsdfm.cli.console import note, work, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import BenchError
 
-TABLE_WIDTH = 100
+TABLE_WIDTH = 120
 ABOUT = """\
 Measure speed and memory on this machine, beside reference implementations.
 
@@ -62,7 +62,8 @@ def _tables(rows: Sequence[Row]) -> str:
         for name, group in grouped(rows).items():
             table = Table(title=name, title_justify="left", box=SIMPLE_HEAD)
             for header in HEADERS:
-                table.add_column(header, justify="left" if header == "side" else "right")
+                side = header == "side"
+                table.add_column(header, justify="left" if side else "right", no_wrap=side)
             for row in group:
                 table.add_row(*cells(row))
             console.print(table)

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "generate": {"core", "flow", "model", "text"},
     "serve": {"core", "generate"},
     "recipes": {"core", "flow", "model", "text", "train"},  # trainings put together from settings
-    "bench": {"core", "flow", "model", "train"},
+    "bench": {"core", "flow", "model", "train", "generate"},
     "study": {"core", "text", "flow", "model", "train", "eval", "generate"},
 }
 """Room -> other rooms. `cli`, and the package's own front door, may import anything."""

@@ -220,10 +220,11 @@ def _draw(generator: Generator, moving: list[Moving]) -> None:
 
     asked = Call(x, places, rows, hidden, known, u, torch.cat(offsets), drawn)
     x = x.flatten().index_copy(0, rows, generator.posterior(how).tokens(asked)).view_as(x)
-    logp, entropy = noted.cpu()
+    # The only two waits for the device of a call, however many tracks there are.
+    x, (logp, entropy) = x.cpu(), noted.cpu()
     of = places // x.shape[1]
     for i, (track, mine) in enumerate(zip(tracks, movers, strict=True)):
-        track.x, track.settled = (each[i, : len(mine)].cpu() for each in (x, settled))
+        track.x, track.settled = x[i, : len(mine)].clone(), track.settled | mine
         track.logprobs[mine], track.drawn_in[mine] = logp[of == i], track.step + 1
         track.entropy = float(entropy[of == i].mean())
         track.calls, track.rows = track.calls + 1, track.rows + int(mine.sum())

@@ -170,7 +170,7 @@ class Engine:
             x = _added(x, layer.out(y), pack.spread(m.gate1))
             x = _added(x, layer.mlp(self._norm(x, m.norm2, pack)), pack.spread(m.gate2))
         if final[0].ndim == 1:
-            return self.kind.norm(x.flatten(0, 1)[rows], *final).to(self.dtype)
+            return self.kind.norm(x.flatten(0, 1)[rows], *final, self.dtype)
         return self._norm(x, final, pack).flatten(0, 1)[rows]
 
     def _packed(
@@ -192,10 +192,10 @@ class Engine:
     def _norm(self, x: Tensor, weights: NormWeights, pack: Pack) -> Tensor:
         """In float32, as in training; the result goes into a product."""
         if weights[0].ndim == 1 or len(x) == pack.count:
-            return self.kind.norm(x, *weights).to(self.dtype)
+            return self.kind.norm(x, *weights, self.dtype)
         y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
-        for (first, last), *one in zip(pack.places, *weights, strict=True):
-            y[:, first:last] = self.kind.norm(x[:, first:last], *one)
+        for (first, last), weight, bias in zip(pack.places, *weights, strict=True):
+            y[:, first:last] = self.kind.norm(x[:, first:last], weight, bias, self.dtype)
         return y
 
 
@@ -215,12 +215,13 @@ class _Published:
         """What passes the blocks, and where in it the rows are."""
         return tokens, rows
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A layer norm, (N, D) or (B, L, D)."""
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A layer norm, (N, D) or (B, L, D), in a format."""
         if weight.ndim == 1:
-            return F.layer_norm(x, x.shape[-1:], weight, bias)
+            return F.layer_norm(x, x.shape[-1:], weight, bias).to(dtype)
         each = zip(x, weight, bias, strict=True)  # as if it were alone
-        return torch.stack([F.layer_norm(one, one.shape[-1:], w, b) for one, w, b in each])
+        normed = [F.layer_norm(one, one.shape[-1:], w, b) for one, w, b in each]
+        return torch.stack(normed).to(dtype)
 
     def final(self, c: Tensor) -> NormWeights:
         """The last norm."""
@@ -242,12 +243,12 @@ class _Twin:
         length, tokens = tokens.shape[1], self.model.shifted(tokens)
         return tokens, rows + rows // length * (tokens.shape[1] - length)
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A root-mean-square norm, (N, D) or (B, L, D)."""
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A root-mean-square norm, (N, D) or (B, L, D), in a format."""
         rows = x if x.ndim == 3 else x[None]
         weight, bias = weight.view(-1, x.shape[-1]), bias.view(-1, x.shape[-1])
         epsilon = self.model.config.norm_epsilon
-        return modulated_rms(rows, weight, bias, epsilon, x.dtype).view_as(x)
+        return modulated_rms(rows, weight, bias, epsilon, dtype).view_as(x)
 
     def final(self, c: Tensor) -> NormWeights:
         """See `_Published`."""

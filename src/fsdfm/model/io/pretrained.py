@@ -142,8 +142,7 @@ def load_pretrained(
             f"{directory / TOKENIZER} is not the tokenizer that these weights were saved with: "
             "restore it, or save the model again."
         )
-    generation_path = find(directory, GENERATION)
-    generation = read_object(generation_path) if generation_path.exists() else {}
+    generation = read_generation(directory)
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
@@ -261,6 +260,17 @@ def read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG}.")
     return _parse_config(read_object(path), path)
+
+
+def read_generation(directory: Path) -> dict[str, Any]:
+    """What a model directory says of generating; nothing if it has no such file.
+
+    Raises:
+        CheckpointError: an unreadable file.
+    """
+    path = find(directory, GENERATION)
+    found: dict[str, Any] = read_object(path) if path.exists() else {}
+    return found
 
 
 def _parse_config(values: Any, path: Path) -> tuple[ModelConfig, tuple[str, ...]]:

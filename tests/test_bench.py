@@ -549,7 +549,7 @@ def test_a_sequence_that_passes_alone_is_charged_for_its_movers_in_the_last_bloc
     alone, together = Job(1, 300, 4), Job(2, 30, 4)
     moved: list[int] = []
     hidden = ours.engine.hidden
-    ours.engine.hidden = lambda x, t, h, rows, *n: (moved.append(len(rows)), hidden(x, t, h, rows, *n))[1]
+    ours.engine.hidden = lambda x, t, h, rows: (moved.append(len(rows)), hidden(x, t, h, rows))[1]
     for job in (alone, together):
         moved.clear()
         cost = ours.run(job, seed=1)

@@ -291,9 +291,9 @@ def test_the_grid_says_when_the_model_is_called(
     seen: list[tuple[float, float]] = []
     hidden = generator.engine.hidden
 
-    def watched(x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
-        seen.append((t, h))
-        return hidden(x, t, h, rows)
+    def watched(x: Tensor, t: Any, h: Any, *rest: Any) -> Tensor:
+        seen.extend(zip(t, h, strict=True))
+        return hidden(x, t, h, *rest)
 
     monkeypatch.setattr(generator.engine, "hidden", watched)
     generator.generate(steps=4, grid=grid)

@@ -108,7 +108,7 @@ def trained(name: str, args: argparse.Namespace, language: study.Chain) -> Trans
         raise SystemExit(study.STOPPED)
     print(f"{name}: {time.process_time() - started:.0f} s of CPU", flush=True)
     if watch.ema is None:
-        model.load_state_dict(study.averaged(directory))
+        study.take_average(model, directory)
         return model.eval()
     return watch.ema
 

@@ -357,7 +357,9 @@ def train(
     if watch.ema is None:  # it was finished before: the checkpoint holds the average
         tensors = load_file(directory / "checkpoint.safetensors")
         ema = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-        model.load_state_dict(ema)
+        missing, unexpected = model.load_state_dict(ema, strict=False)
+        stays = {name for name, p in model.named_parameters() if not p.requires_grad}
+        assert not unexpected and set(missing) <= stays, (missing, unexpected)
         return model.eval()
     return watch.ema
 

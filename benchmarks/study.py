@@ -382,7 +382,7 @@ class Chain:
         run = args.teacher_run or args.out / place_of(args) / "teacher"
         if args.teacher_run is None:
             self._pretrain(run, args.teacher_steps)
-        self.teacher.load_state_dict(averaged(run))
+        take_average(self.teacher, run)
 
     def _pretrain(self, run: Path, steps: int) -> None:
         """As benchmarks/markov.py does."""
@@ -445,9 +445,17 @@ def place_of(args: argparse.Namespace) -> str:
 
 
 def averaged(run: Path) -> dict[str, Tensor]:
-    """The averaged network in a run's checkpoint."""
+    """The averages of what a run trained, from its checkpoint."""
     tensors = load_file(run / "checkpoint.safetensors")
     return {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+
+
+def take_average(model: torch.nn.Module, run: Path) -> None:
+    """Fill a network with the averages of a run; what was not trained stays."""
+    found = averaged(run)
+    stays = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    missing, unexpected = model.load_state_dict(found, strict=False)
+    assert not unexpected and set(missing) <= stays, (missing, unexpected)
 
 
 LANGUAGES: dict[str, Callable[[argparse.Namespace], Prose | Chain]] = {
@@ -551,7 +559,7 @@ def student(
     if not Run(directory, settings, task, watch).train(model):
         raise SystemExit(STOPPED)
     if watch.ema is None:
-        model.load_state_dict(averaged(directory))
+        take_average(model, directory)
         return model.eval()
     return watch.ema
 

@@ -159,7 +159,7 @@ def test_a_study_of_the_mask_source_trains_its_own_teacher(
         study.averaged(tmp_path / "markov, mask" / run) for run in ("teacher", "joint head 0")
     )
     assert teacher["vocab_embed.weight"].shape == (5, 64)
-    assert torch.equal(teacher["vocab_embed.weight"], student["vocab_embed.weight"])
+    assert "vocab_embed.weight" not in student  # a joint head leaves it as it is
 
     # The teacher is the same one, whichever seed comes first.
     again = f"study --out {tmp_path / 'again'} --language markov --source mask --teacher-steps 2"

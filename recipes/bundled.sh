@@ -43,4 +43,4 @@ fsdfm distill --teacher teacher --data mixed --out student --context-length 256 
   --steps 360 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.98 --evaluate-every 360 \
   --sample-every 0 --checkpoint-every 90
 python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate mixed
+  --calibrate mixed --temperature 0.8

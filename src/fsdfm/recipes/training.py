@@ -219,7 +219,6 @@ def _train(
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
     store.train.require(length)
     store.validation.require(length)
-    device = pick_device(settings.device)
     start = base_digest(model)
     facts = {
         "format": "fsdfm-run",
@@ -229,18 +228,8 @@ def _train(
         "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
         "start_sha256": start,
     }
-    source, schedule = objective_parts(model.config)
-    count = min(settings.validation_sequences, store.validation.blocks(length))
-    task = Task(
-        objective=objective,
-        source=source,
-        schedule=schedule,
-        batch=_batches(store, settings.batch_size, length, _order(settings.seed, start)),
-        validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
-        device=device,
-        autocast=preferred_dtype(device),
-        likelihood=objective.nats if isinstance(objective, NextToken) else None,
-    )
+    order = _order(settings.seed, start)
+    task = _task(settings, store, model.config, objective, length, order)
     plan = Plan(
         settings,
         Tokenizer.from_json(store.tokenizer_json),
@@ -265,7 +254,7 @@ def _train(
 
     rank = settings.lora if isinstance(settings, FlowSettings) else None
     with claimed(settings.out, facts), watch(plan) as watcher:
-        model = model.to(device)
+        model = model.to(task.device)
         if rank is not None:
             base = settings.out / BASE
             if isinstance(settings, AdaptSettings) and not (base / "config.json").exists():
@@ -273,6 +262,30 @@ def _train(
             add_lora(model, rank, settings.seed)
         run = Run(settings.out, settings, task, Exporting(export, watcher))
         return run.train(model)
+
+
+def _task(
+    settings: RunSettings,
+    store: TokenStore,
+    config: ModelConfig,
+    objective: Objective,
+    length: int,
+    order: int,
+) -> Task:
+    """What the loop trains on, and how."""
+    device = pick_device(settings.device)
+    source, schedule = objective_parts(config)
+    count = min(settings.validation_sequences, store.validation.blocks(length))
+    return Task(
+        objective=objective,
+        source=source,
+        schedule=schedule,
+        batch=_batches(store, settings.batch_size, length, order),
+        validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
+        device=device,
+        autocast=preferred_dtype(device),
+        likelihood=objective.nats if isinstance(objective, NextToken) else None,
+    )
 
 
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:

@@ -12,7 +12,7 @@ import torch
 
 from fsdfm.core.errors import ConfigError
 
-PATIENCE = timedelta(days=7)
+PATIENCE = timedelta(days=30)
 """How long a process waits for the others; torchrun ends them all when one fails."""
 
 
@@ -58,14 +58,23 @@ class Workers:
         """Whether piece of work `number` is this process's."""
         return number % self.size == self.rank
 
-    def device(self, name: str | None) -> str | None:
-        """The device asked for; this process's own GPU where there are several of both."""
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if name in (None, "cuda") and self.size > 1 and count:
-            return f"cuda:{int(os.environ.get('LOCAL_RANK', self.rank)) % count}"
-        return name
-
     def wait(self) -> None:
         """Until all have come this far."""
         if self.size > 1:
             torch.distributed.barrier()
+
+    def totals(self, *counts: int) -> list[int]:
+        """Sums over all of them."""
+        if self.size == 1:
+            return list(counts)
+        sums = torch.tensor(counts)
+        torch.distributed.all_reduce(sums)
+        return [int(x) for x in sums]
+
+
+def own_device(name: str | None) -> str | None:
+    """The device asked for; this process's own GPU where torchrun started several processes."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name in (None, "cuda") and os.environ.get("WORLD_SIZE", "1") != "1" and count:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}"
+    return name

@@ -16,8 +16,8 @@ from pathlib import Path
 from fsdfm.core.errors import DataError
 
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
-FIGURE = re.compile(r"[*~ ]*\d[\d,.]*[*% ]*(\([^)]*\))?[*% ]*")
-"""A cell that is a figure, perhaps with its interval."""
+FIGURE = re.compile(r"[*~ ]*\d[\d,.]*( (MiB|GiB|ms|s|%))?[*% ]*(\([^)]*\))?[*% ]*")
+"""A cell that is a figure, perhaps with a unit and an interval."""
 OF_TABLE = re.compile(r"<!-- claims: ([\w/ .-]+) -->")
 OF_SENTENCE = re.compile(r"<!-- claim: ([^>]+?) -->")
 FIELDS = ("id", "value", "interval", "n", "command", "machine", "date")

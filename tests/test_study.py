@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from evaluation_fixtures import save_heldout, save_judge, save_model
 from safetensors.torch import load_file
 
 from fsdfm.core.errors import ConfigError
@@ -22,6 +23,8 @@ from fsdfm.study.protocol import Protocol, Study, append, read
 from fsdfm.study.recipes import RECIPES, Recipe
 from fsdfm.study.tables import tables
 from fsdfm.study.training import Choice, known_law
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FEW = {"budget": 12, "search_budget": 6, "calls": (1, 2), "many": 4}
@@ -207,6 +210,40 @@ def test_scripts_of_the_known_law_give_a_row_for_every_way_of_drawing(
     assert (
         list(dict.fromkeys(line.split("|")[1].strip() for line in table.splitlines()[4:])) == rows
     )
+
+
+def test_prose_is_judged_by_several_beside_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Prose, "train_length", 16)
+    monkeypatch.setattr(Prose, "length", 32)
+    monkeypatch.setattr(Prose, "rates", (1e-3,))
+    monkeypatch.setattr(protocols, "POWERS", (1.0,))
+    monkeypatch.setattr(protocols, "WINDOWS", (0.1,))
+    model = save_model(tmp_path / "model", step_embedding="none")
+    judges = [str(save_judge(made(tmp_path / f"judge{i}"), 64, seed=i)) for i in (1, 2)]
+    heldout = save_heldout(tmp_path / "text.jsonl")
+    tokenizer = Tokenizer.from_json((model / "tokenizer.json").read_text())
+    settings = PrepareSettings(validation_fraction=0.5)
+    prepare([heldout], tmp_path / "data", settings=settings, tokenizer=tokenizer)
+    command = (
+        f"study --out {tmp_path / 'out'} --teacher {model} --data {tmp_path / 'data'} --many 4"
+    )
+    command += f" --judges {' '.join(judges)} --reference ngram={heldout} --budget 6 --calls 2"
+    command += " --search-budget 3 --samples 2 --search-samples 2 --seeds 0"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--recipes", "step-aware"])
+    benchmark("study").main()
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert table.count("| step-aware | 0 | average |") == 3  # two judges and the 4-grams
+    assert table.count("ngram: ") == table.count("human text: ") == 3
+    # A teacher at its own many calls is the goal itself.
+    assert table.count("Teacher in 4 calls: 1.00") == 2
+
+
+def made(directory: Path) -> Path:
+    """The directory, which was not there before."""
+    directory.mkdir()
+    return directory
 
 
 def test_a_study_of_the_mask_source_trains_its_own_teacher(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork
 from fsdfm.study.languages import KnownLaw, Row, Setting
 from fsdfm.study.protocol import append, read
 from fsdfm.study.recipes import TEACHER, Recipe
@@ -61,7 +61,7 @@ class Curve:
         path = self.run / "results.jsonl"
         rows, wanted = read(path), []
 
-        def judged(name: str, updates: int, model: Transformer, recipe: Recipe) -> None:
+        def judged(name: str, updates: int, model: FlowNetwork, recipe: Recipe) -> None:
             for n in calls:
                 facts = {"name": name, "updates": updates, "calls": n, "samples": samples}
                 known = [row for row in rows if facts.items() <= row.items()]

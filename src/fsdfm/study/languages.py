@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.device import preferred_dtype
-from fsdfm.core.errors import ConfigError
 from fsdfm.eval.heldout import Blocks, HeldOut, read_texts
 from fsdfm.eval.judge import Judge, load_judge
 from fsdfm.eval.metrics import histogram_entropy_nats, ngram_js_bits
@@ -28,7 +27,7 @@ from fsdfm.flow.sampler import Drawing, Noise, State, sample
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.model.engine import Engine
 from fsdfm.model.io.pretrained import load_pretrained
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork
 from fsdfm.study.chain import Chain, OneStream
 from fsdfm.study.divergence import figures
 from fsdfm.study.recipes import Recipe
@@ -72,7 +71,7 @@ class Language(Protocol):
     """One kind of text, a teacher of it, and who judges samples."""
 
     name: str
-    teacher: Transformer
+    teacher: FlowNetwork
     source: Source
     settings: TrainSettings
     """Of its students: batch, warm-up, how often things are kept."""
@@ -94,7 +93,7 @@ class Language(Protocol):
         """Other text."""
         ...
 
-    def draw(self, model: Transformer, setting: Setting, count: int, first: int) -> Row:
+    def draw(self, model: FlowNetwork, setting: Setting, count: int, first: int) -> Row:
         """Samples of a network, judged, with what they cost; one noise for all networks.
 
         Args:
@@ -177,7 +176,7 @@ class KnownLaw:
         "kl": "divergence of the pooled 3-grams from the law",
     }
 
-    def __init__(self, teacher: Transformer) -> None:
+    def __init__(self, teacher: FlowNetwork) -> None:
         self.chain = Chain.random(4, 0.3, 0.1, 0)
         self.teacher = teacher.eval()
         self.source = make_source(teacher.config.source, teacher.config.vocab_size)
@@ -199,7 +198,7 @@ class KnownLaw:
         """See `Language`."""
         return self.chain.draw(128, self.length, seed=17)
 
-    def draw(self, model: Transformer, setting: Setting, count: int, first: int) -> Row:
+    def draw(self, model: FlowNetwork, setting: Setting, count: int, first: int) -> Row:
         """See `Language`."""
         noises = [OneStream(count, first)]
         x, cost = drawn(
@@ -240,8 +239,6 @@ class Prose:
         self, teacher: Path, data: Path, judges: Sequence[str], references: dict[str, Path]
     ) -> None:
         found = load_pretrained(str(teacher))
-        if not isinstance(found.model, Transformer):
-            raise ConfigError("The study distils networks of the published kind.", "teacher")
         self.teacher = found.model.eval()
         self.store = TokenStore.open(data)
         self.tokenizer = Tokenizer.from_json(found.tokenizer_json)
@@ -273,7 +270,7 @@ class Prose:
         """See `Language`."""
         return torch.stack([self.store.validation.block(i, self.train_length) for i in range(16)])
 
-    def draw(self, model: Transformer, setting: Setting, count: int, first: int) -> Row:
+    def draw(self, model: FlowNetwork, setting: Setting, count: int, first: int) -> Row:
         """See `Language`."""
         noises = [Noise([1_000_000 + first + i]) for i in range(count)]
         sampled = Engine(model.eval(), self.dtype)

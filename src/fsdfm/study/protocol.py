@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork
 from fsdfm.study.languages import Language, Row, Setting
 from fsdfm.study.recipes import RECIPES, TEACHER, Recipe
 from fsdfm.study.training import WEIGHTS, Choice, student
@@ -157,7 +157,7 @@ class Study:
         return self.language.floors(self.protocol.samples)
 
     def _few(
-        self, facts: Row, recipe: Recipe, power: float, model: Callable[[], Transformer]
+        self, facts: Row, recipe: Recipe, power: float, model: Callable[[], FlowNetwork]
     ) -> None:
         drawn = (self.protocol.samples, self.protocol.first_sample)
         for calls in self.protocol.calls:
@@ -171,7 +171,7 @@ class Study:
         file: str,
         facts: Row,
         setting: Setting,
-        model: Callable[[], Transformer],
+        model: Callable[[], FlowNetwork],
         drawn: tuple[int, int],
     ) -> Row:
         """One row of a file, drawn and judged unless it is there."""
@@ -193,12 +193,12 @@ def score(tried: tuple[float, Choice]) -> float:
 
 
 def once(
-    make: Callable[[], Callable[[str], Transformer]],
-) -> Callable[[], Callable[[str], Transformer]]:
+    make: Callable[[], Callable[[str], FlowNetwork]],
+) -> Callable[[], Callable[[str], FlowNetwork]]:
     """What is made when it is first asked for."""
-    made: list[Callable[[str], Transformer]] = []
+    made: list[Callable[[str], FlowNetwork]] = []
 
-    def get() -> Callable[[str], Transformer]:
+    def get() -> Callable[[str], FlowNetwork]:
         if not made:
             made.append(make())
         return made[0]

@@ -13,7 +13,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.student import student_from_teacher
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective
 
 EVALUATIONS = {"rk4": 4.0, "rk2": 2.0, "semigroup": 2.0}
@@ -55,7 +55,7 @@ class Recipe:
         """As many as `budget` forward passes of a batch pay for, at least one."""
         return max(1, round(budget / self.cost))
 
-    def start(self, teacher: Transformer) -> Transformer:
+    def start(self, teacher: FlowNetwork) -> FlowNetwork:
         """The student before its first update; its new layers come from torch's generator."""
         return student_from_teacher(teacher, self.embedding, self.neighbours)
 

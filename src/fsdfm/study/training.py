@@ -18,7 +18,7 @@ from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.config import ModelConfig
-from fsdfm.model.transformer import Transformer
+from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.study.languages import KnownLaw, Language
 from fsdfm.study.recipes import Recipe
 from fsdfm.train.checkpoint import load_average, load_last
@@ -66,11 +66,11 @@ class Watch:
     """
 
     def __init__(
-        self, name: str, directory: Path, model: Transformer, wanted: Collection[int] = ()
+        self, name: str, directory: Path, model: FlowNetwork, wanted: Collection[int] = ()
     ) -> None:
         self.name, self.directory, self.model, self.wanted = name, directory, model, wanted
         self.started = time.perf_counter()
-        self.average: Transformer | None = None
+        self.average: FlowNetwork | None = None
 
     def advanced(self, step: int, steps: int, loss: float | None) -> None:
         """See `Watcher`; the average was seen just before."""
@@ -82,11 +82,11 @@ class Watch:
                 tensors = {k: v.detach().contiguous() for k, v in network.state_dict().items()}
                 save_file(tensors, snapshot(self.directory, step, kind))
 
-    def evaluated(self, record: dict[str, Any], ema: Transformer) -> None:
+    def evaluated(self, record: dict[str, Any], ema: FlowNetwork) -> None:
         """See `Watcher`."""
         LOG.info(f"{self.name}: ELBO {record['elbo_nats_per_token']:.4f} nats a token")
 
-    def saved(self, ema: Transformer) -> None:
+    def saved(self, ema: FlowNetwork) -> None:
         """See `Watcher`."""
         self.average = ema
 
@@ -164,7 +164,7 @@ def student(
     run: Path,
     updates: int,
     seed: int,
-) -> Callable[[str], Transformer]:
+) -> Callable[[str], FlowNetwork]:
     """Train a student, or go on with it.
 
     Args:
@@ -192,7 +192,7 @@ def student(
     model = started(recipe, language, seed)
     trained(run, settings, task, Watch(run.name, run, model))
 
-    def weights(kind: str) -> Transformer:
+    def weights(kind: str) -> FlowNetwork:
         fresh = started(recipe, language, seed)
         if kind != "start":
             load = load_average if kind == "average" else load_last
@@ -202,13 +202,13 @@ def student(
     return weights
 
 
-def started(recipe: Recipe, language: Language, seed: int) -> Transformer:
+def started(recipe: Recipe, language: Language, seed: int) -> FlowNetwork:
     """A student before its first update."""
     torch.manual_seed(seed)
     return recipe.start(language.teacher)
 
 
-def at_snapshot(model: Transformer, directory: Path, step: int, kind: str) -> Transformer:
+def at_snapshot(model: FlowNetwork, directory: Path, step: int, kind: str) -> FlowNetwork:
     """A network with the weights of a snapshot."""
     model.load_state_dict(load_file(snapshot(directory, step, kind)))
     return model.eval()

@@ -87,7 +87,7 @@ class Curve:
 def curve_table(rows: Sequence[Row], calls: Sequence[int]) -> str:
     """In Markdown: mean of the windows; pooled; each in thousandths of a nat, with 95 %."""
     said = {"average": "average", "last": "last weights"}
-    lines = [f"| | {' | '.join(f'{n} calls' for n in calls)} |", "|---" * (1 + len(calls)) + "|"]
+    lines = [f"| | {' | '.join(map(budget, calls))} |", "|---" * (1 + len(calls)) + "|"]
     found = {(row["name"], row["updates"], row["calls"]): row for row in rows}
     for name, updates in dict.fromkeys(key[:2] for key in found):
         title = f"{updates:,} updates, {said[name]}" if name in said else name
@@ -95,6 +95,11 @@ def curve_table(rows: Sequence[Row], calls: Sequence[int]) -> str:
         texts = " | ".join("" if row is None else both(row) for row in each)
         lines.append(f"| {title} | {texts} |")
     return "\n".join(lines) + "\n"
+
+
+def budget(calls: int) -> str:
+    """Head of a column."""
+    return f"{calls} call{'' if calls == 1 else 's'}"
 
 
 def both(row: Row) -> str:

@@ -13,7 +13,7 @@ from fsdfm.flow.path import UniformSource
 from fsdfm.flow.posterior import INDEPENDENT, FlowModel, Grouped, Posterior, Sequences
 from fsdfm.flow.sampler import Drawing, sample
 from fsdfm.study.chain import OneStream
-from fsdfm.study.curve import both
+from fsdfm.study.curve import both, budget
 from fsdfm.study.divergence import figures
 from fsdfm.study.languages import KnownLaw, Row
 from fsdfm.study.protocol import append, read
@@ -91,7 +91,7 @@ def limits_table(rows: Sequence[Row], language: KnownLaw) -> str:
         "Divergence of 3-grams from the law, thousandths of a nat: mean of the windows; pooled; "
         f"each ± 95 %. True samples: {both(true)}.",
         "",
-        f"| | grid | {' | '.join(f'{n} calls' for n in calls)} |",
+        f"| | grid | {' | '.join(map(budget, calls))} |",
         "|---" * (2 + len(calls)) + "|",
     ]
     found = {(row["name"], row["power"], row["calls"]): row for row in rows}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fsdfm.study.curve import budget
 from fsdfm.study.languages import Cell, Language, Row
 from fsdfm.study.protocol import Study
 
@@ -54,7 +55,7 @@ def key_of(row: Row) -> Key:
 def table(found: dict[Key, dict[int, Cell]], calls: Sequence[int], language: Language) -> str:
     """One figure, in Markdown."""
     lines = [
-        f"| recipe | seed | weights | grid | {' | '.join(f'{n} calls' for n in calls)} |",
+        f"| recipe | seed | weights | grid | {' | '.join(map(budget, calls))} |",
         "|---" * (4 + len(calls)) + "|",
     ]
     for (name, seed, weights, power), by_calls in found.items():

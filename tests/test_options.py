@@ -35,7 +35,7 @@ from fsdfm.recipes.settings import (
     Recipe,
     distill_settings,
 )
-from fsdfm.text.packing import PrepareSettings
+from fsdfm.text.deal import PrepareSettings
 from fsdfm.train.settings import TrainSettings
 
 ALL = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.device import pick_device, preferred_dtype
-from fsdfm.core.errors import ConfigError
+from fsdfm.core.errors import ConfigError, FsdfmError, TrainingError
 from fsdfm.core.files import digest, tensor_bytes
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
@@ -42,6 +43,7 @@ from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
+from fsdfm.train.parallel import World, lost_told, started
 
 CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
 """Settings that may differ when a run goes on: places, which are compared by content instead."""
@@ -216,46 +218,67 @@ def _train(
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(settings.device)
-    start = digest(tensor_bytes(model.parameters()))
-    facts = {
-        "format": "fsdfm-run",
-        "command": type(settings).__name__.removesuffix("Settings").lower(),
-        "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
-        "model": config_to_dict(model.config),
-        "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
-        "start_sha256": start,
-    }
-    source, schedule = objective_parts(model.config)
-    count = min(settings.validation_sequences, store.validation.blocks(length))
-    task = Task(
-        objective=objective,
-        source=source,
-        schedule=schedule,
-        batch=_batches(store, settings.batch_size, length, _order(settings.seed, start)),
-        validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
-        device=device,
-        autocast=preferred_dtype(device),
-        likelihood=objective.nats if isinstance(objective, NextToken) else None,
-    )
-    plan = Plan(
-        settings,
-        Tokenizer.from_json(store.tokenizer_json),
-        generation,
-        settings.batch_size * settings.accumulate * length,
-    )
-
-    def export(ema: FlowNetwork) -> None:
-        save_pretrained(
-            settings.out,
-            ema,
-            tokenizer_json=store.tokenizer_json,
-            generation=generation,
-            ancestors=ancestors,
+    with lost_told(), started(device) as world:
+        start = digest(tensor_bytes(model.parameters()))
+        facts = {
+            "format": "fsdfm-run",
+            "command": type(settings).__name__.removesuffix("Settings").lower(),
+            "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
+            "model": config_to_dict(model.config),
+            "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
+            "start_sha256": start,
+        }
+        source, schedule = objective_parts(model.config)
+        count = min(settings.validation_sequences, store.validation.blocks(length))
+        task = Task(
+            objective=objective,
+            source=source,
+            schedule=schedule,
+            batch=_batches(store, settings.batch_size, length, _order(settings.seed, start), world),
+            validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
+            device=device,
+            autocast=preferred_dtype(device),
+            likelihood=objective.nats if isinstance(objective, NextToken) else None,
+            world=world,
+        )
+        plan = Plan(
+            settings,
+            Tokenizer.from_json(store.tokenizer_json),
+            generation,
+            settings.batch_size * settings.accumulate * length,
         )
 
-    with claimed(settings.out, facts), watch(plan) as watcher:
-        run = Run(settings.out, settings, task, Exporting(export, watcher))
-        return run.train(model.to(device))
+        def export(ema: FlowNetwork) -> None:
+            save_pretrained(
+                settings.out,
+                ema,
+                tokenizer_json=store.tokenizer_json,
+                generation=generation,
+                ancestors=ancestors,
+            )
+
+        told = watch if world.first else unwatched
+        with _claimed(world, settings.out, facts), told(plan) as watcher:
+            run = Run(settings.out, settings, task, Exporting(export, watcher))
+            return run.train(model.to(device))
+
+
+@contextmanager
+def _claimed(world: World, out: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Hold the run directory: the first process does, and all go on only if it can."""
+    with ExitStack() as stack:
+        refusal = None
+        if world.first:
+            try:
+                stack.enter_context(claimed(out, facts))
+            except FsdfmError as error:
+                refusal = error
+        (refused,) = world.totals([refusal is not None])
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise TrainingError("The first process of this run refused to start: see its message.")
+        yield
 
 
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
@@ -274,9 +297,15 @@ def _order(seed: int, start: str) -> int:
     return seed ^ int(start[:12], 16)
 
 
-def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Callable[[int], Tensor]:
+def _batches(
+    store: TokenStore, batch_size: int, length: int, seed: int, world: World
+) -> Callable[[int], Tensor]:
+    """This process's part of each pass: one of the even parts that follow each other."""
+    size = world.share(batch_size)
+
     def batch(index: int) -> Tensor:
-        return store.train.batch(index, batch_size=batch_size, length=length, seed=seed)
+        part = index * world.size + world.rank
+        return store.train.batch(part, batch_size=size, length=length, seed=seed)
 
     return batch
 

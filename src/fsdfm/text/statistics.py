@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fsdfm.text.store import SPLITS, TokenStore
+from fsdfm.text.layout import SPLITS
+from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
 DROPPED = {"blank": "blank", "short": "too short", "duplicates": "duplicates"}

@@ -69,7 +69,7 @@ def shared(random: Randomness, count: int, of: int) -> float:
         of: samples of this process, which are as many in each.
     """
     everywhere, samples = totals(random, count, of)
-    return samples / of * count / max(1, everywhere) if everywhere != count else 1.0
+    return samples / of * count / max(1, everywhere)
 
 
 @dataclass(frozen=True, slots=True)

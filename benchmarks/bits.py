@@ -26,13 +26,16 @@ import torch
 from bound import held_out, nats_by_sequence
 from torch import Tensor
 
-import fsdfm
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.loss import LATEST_TIME, open_positions
 from fsdfm.flow.path import make_source, mixture_state
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load_with_network
+from fsdfm.model.io.pretrained import Pretrained, save_pretrained
 from fsdfm.recipes.calibration import rounded_on
+
+Loaded = tuple[Generator, Pretrained]
 
 
 def main() -> None:
@@ -46,8 +49,8 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=8)
     args = parser.parse_args()
     exact, _ = nats_by_sequence(str(args.model), args)
-    as_it_is = fsdfm.load(args.model)
-    model = load_pretrained(args.model)
+    as_it_is = load_with_network(args.model)
+    model = as_it_is[1]
     for rule in args.rules:
         pairs = (part.partition("=") for part in rule.split(","))
         bits = {prefix: int(count) for prefix, _, count in pairs}
@@ -65,7 +68,7 @@ def main() -> None:
                 )
                 size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
                 rounded, _ = nats_by_sequence(str(out), args)
-                apart = divergences(as_it_is, fsdfm.load(out), args)
+                apart = divergences(as_it_is, load_with_network(out), args)
             lost = [b - a for a, b in zip(exact, rounded, strict=True)]
             row = {
                 "rule": rule,
@@ -80,19 +83,17 @@ def main() -> None:
 
 
 @torch.no_grad()
-def divergences(
-    exact: fsdfm.Generator, rounded: fsdfm.Generator, args: argparse.Namespace
-) -> list[float]:
+def divergences(exact: Loaded, rounded: Loaded, args: argparse.Namespace) -> list[float]:
     """KL(exact || rounded) of the posteriors on the path, of every sequence, in nats a token.
 
         mean over t of g(t) sum of KL(p || q) over open positions / L
 
     Times are stratified over [0, 1).
     """
-    config = exact.config
+    config, tokenizer = exact[0].config, exact[0].tokenizer
     source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
     schedule, found = Polynomial(config.schedule_power), []
-    for seed, ids in enumerate(held_out(exact.tokenizer, args)):
+    for seed, ids in enumerate(held_out(tokenizer, args)):
         x_1, total = torch.tensor([ids]), 0.0
         noise = torch.Generator().manual_seed(seed)
         for k in range(args.times):
@@ -108,13 +109,12 @@ def divergences(
     return found
 
 
-def log_posterior(
-    generator: fsdfm.Generator, x_t: Tensor, t: Tensor, h: Tensor, rows: Tensor | None
-) -> Tensor:
+def log_posterior(loaded: Loaded, x_t: Tensor, t: Tensor, h: Tensor, rows: Tensor | None) -> Tensor:
     """Of the rows that count, float32."""
+    generator, network = loaded[0], loaded[1].model
     with generator.autocast():
-        hidden = generator.model.body(x_t, t, h).flatten(0, 1)
-        logits = generator.model.head(hidden if rows is None else hidden[rows])
+        hidden = network.body(x_t, t, h).flatten(0, 1)
+        logits = network.head(hidden if rows is None else hidden[rows])
     return logits[..., : generator.config.vocab_size].float().log_softmax(-1)
 
 

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-import fsdfm
 from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.statistics import student_quantile
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.generate.loading import load_with_network
 from fsdfm.text.tokenizer import Tokenizer
 
 
@@ -34,7 +34,8 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
         name: of a model directory, or `bundled`.
         args: text, length, sequences, times.
     """
-    generator = fsdfm.load(None if name == "bundled" else name)
+    generator, found = load_with_network(None if name == "bundled" else name)
+    network = found.model
     config = generator.config
     chosen = held_out(generator.tokenizer, args)
     source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
@@ -42,10 +43,10 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
     for number, ids in enumerate(chosen):
         x_1 = torch.tensor([ids])
         with generator.autocast():
-            found = elbo_nats_per_token(
-                generator.model, x_1, source, schedule, times=args.times, first=number
+            bounds = elbo_nats_per_token(
+                network, x_1, source, schedule, times=args.times, first=number
             )
-            nats.append(statistics.fmean(found))
+            nats.append(statistics.fmean(bounds))
     return nats, [len(generator.decode(ids).encode()) for ids in chosen]
 
 

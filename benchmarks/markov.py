@@ -169,11 +169,21 @@ class ExactPosterior:
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """States (B, L), times (B,) -> log posterior, float64, (B, L, V); h is not needed."""
-        seen = self._channel(x_t, t.double())
+        return self.marginals(self._channel(x_t, t.double())).log()
+
+    def marginals(self, seen: Tensor) -> Tensor:
+        """Chance of each symbol at each position, given the likelihood of what is seen there.
+
+        Args:
+            seen: chance of what is seen given each symbol, float64, (B, L, V).
+
+        Returns:
+            Float64, (B, L, V).
+        """
         forward = self._forward(seen)
         backward = torch.ones_like(forward[-1])
         marginals = [forward[-1].sum(1)]
-        for i in range(x_t.shape[1] - 1, 1, -1):
+        for i in range(seen.shape[1] - 1, 1, -1):
             backward = torch.einsum(
                 "abc,nbc->nab", self.chain.following, backward * seen[:, None, i]
             )
@@ -181,7 +191,8 @@ class ExactPosterior:
             marginals.append((forward[i - 2] * backward).sum(1))
         marginals.append((forward[0] * backward).sum(2))
         p = torch.stack(marginals[::-1], dim=1)
-        return (p / p.sum(-1, keepdim=True)).log()
+        p = p / p.sum(-1, keepdim=True)
+        return p
 
     def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
         """See `FlowModel`: there is no joint head."""

@@ -21,11 +21,13 @@ from fsdfm.eval.heldout import HeldOut
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source, mixture_state
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load_with_network
 from fsdfm.model import transformer
 from fsdfm.model.attention import attend
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8
+from fsdfm.model.transformer import FlowNetwork
 
 TIMES, H = (0.0, 0.25, 0.5, 0.75, 0.875), 0.125
 SCALES = (1.0, 10.0, 30.0)
@@ -39,15 +41,15 @@ def usual(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Bound:
     """The network for the bound: body under bfloat16 autocast or not, logits in float32."""
 
-    def __init__(self, generator: Generator, autocast: bool) -> None:
-        self.model, self.autocast = generator.model, autocast
+    def __init__(self, model: FlowNetwork, autocast: bool) -> None:
+        self.model, self.autocast = model, autocast
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.autocast):
             return self.model.body(x_t, t, h).float()
 
     def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
-        return self.generator.model.told(rows, at, x, known)
+        return self.model.told(rows, at, x, known)
 
     def head_parameters(self) -> tuple[Tensor, Tensor]:
         return self.model.head_parameters()
@@ -69,13 +71,13 @@ def log_posterior(engine: Engine, x: Tensor, t: float, vocab_size: int) -> Tenso
     return engine.head(hidden)[:, :vocab_size].float().log_softmax(-1)
 
 
-def kl_of_formats(generator: Generator, x_1: Tensor) -> None:
+def kl_of_formats(model: FlowNetwork, x_1: Tensor) -> None:
     """Nats a token, all positions."""
-    config, schedule = generator.config, Polynomial(generator.config.schedule_power)
+    config, schedule = model.config, Polynomial(model.config.schedule_power)
     source = make_source(config.source, config.vocab_size)
     formats = {"bfloat16": torch.bfloat16} | ({"int8": torch.int8} if has_int8() else {})
-    exact = Engine(generator.model, torch.float32)
-    engines = {name: Engine(generator.model, dtype) for name, dtype in formats.items()}
+    exact = Engine(model, torch.float32)
+    engines = {name: Engine(model, dtype) for name, dtype in formats.items()}
     draw = torch.Generator().manual_seed(1)
     for t in TIMES:
         x_0 = source.draw(tuple(x_1.shape), draw)
@@ -88,9 +90,9 @@ def kl_of_formats(generator: Generator, x_1: Tensor) -> None:
             print(f"t {t:5.3f}  {name:8}  KL {float(kl):.5f} of {float(entropy):.3f} nats")
 
 
-def bound(generator: Generator, x_1: Tensor) -> None:
+def bound(model: FlowNetwork, x_1: Tensor) -> None:
     """Nats a token, the same noise for all."""
-    config, schedule = generator.config, Polynomial(generator.config.schedule_power)
+    config, schedule = model.config, Polynomial(model.config.schedule_power)
     source = make_source(config.source, config.vocab_size)
     for name, autocast, attention in (
         ("float32", False, usual),
@@ -98,7 +100,7 @@ def bound(generator: Generator, x_1: Tensor) -> None:
         ("bfloat16, ours", True, attend),
     ):
         with mock.patch.object(transformer, "attend", attention):
-            nats = list(elbo_nats_per_token(Bound(generator, autocast), x_1, source, schedule))
+            nats = list(elbo_nats_per_token(Bound(model, autocast), x_1, source, schedule))
         print(f"bound  {name:30} {sum(nats) / len(nats):.5f} nats")
 
 
@@ -132,10 +134,10 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="default: the bundled one")
     parser.add_argument("--blocks", type=int, default=2, help="of held-out text")
     args = parser.parse_args()
-    generator = load(args.model, device="cpu")
+    generator, found = load_with_network(args.model, device="cpu")
     x_1 = held_out(generator, args.blocks)
-    kl_of_formats(generator, x_1)
-    bound(generator, x_1)
+    kl_of_formats(found.model, x_1)
+    bound(found.model, x_1)
     attention_errors()
 
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.jobs import SHAPES, Job, shape
-from fsdfm.bench.sides import NO_AUTOREGRESSIVE, SIDES, runnable, sides_for
+from fsdfm.bench.jobs import SHAPES, Job, sampling, shape
+from fsdfm.bench.sides import SIDES, missing, runnable, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
 from fsdfm.flow.step import STEP_RULES
@@ -70,9 +70,9 @@ def main() -> int:
     args = parse()
     device = pick_device(args.device)
     dtype = preferred_dtype(device)
-    if runnable(list(SIDES["sample"])) != list(SIDES["sample"]):
-        print(NO_AUTOREGRESSIVE, file=sys.stderr)
-    sides = runnable(args.sides or sides_for("sample", dtype))
+    if (left_out := missing()) is not None:
+        print(left_out, file=sys.stderr)
+    sides = runnable(args.sides or sides_for("sample", dtype, device), device)
     repeats = repeats_of(args.repeats, sides)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = machine(device, hardware(device))
@@ -83,7 +83,7 @@ def main() -> int:
             with started(specs, args.patience) as workers:
                 for batch in args.batches:
                     for steps in args.steps:
-                        job = Job(batch, args.length, steps, args.rule)
+                        job = Job(batch, args.length, steps, args.rule, sampling(name))
                         rows += measure_aloud(workers, job, repeats, args.peak_tflops)
                         write_report(args.out, facts, rows)
                 engines = [worker for worker in workers if worker.spec.side == "engine"]

@@ -5,12 +5,14 @@
 #     recipes/bundled.sh WORK_DIR PACKED.jsonl.gz [PACKED.jsonl.gz ...]
 #
 # recipes/README.md says what PACKED holds and how to rebuild it. STEPS (default 1000) is the length of the
-# adaptation in updates of 2,048 tokens: the more, the better it writes (2 s each on two cores).
+# adaptation in updates of 2,048 tokens: the more, the better it writes (2 s each on two cores). MINUTES (default 30) is
+# how long SmolLM2 writes stories, which are half of the text of the second stage.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$1
 packed=("${@:2}")
 steps=${STEPS:-1000}
+minutes=${MINUTES:-30}
 mkdir -p "$work"
 cd "$work"
 
@@ -22,12 +24,27 @@ cd "$work"
 [ -d data ] || fsdfm prepare prose.jsonl --tokenizer smollm2 --vocab-size 12288 --out data
 fsdfm adapt smollm2 --data data --out teacher256 --layers 12 --steps "$steps" --batch-size 8 \
   --learning-rate 6e-4 --ema-decay 0.997 --evaluate-every 200 --sample-every 400 --checkpoint-every 100
-fsdfm pretrain --init teacher256 --source mask --frozen-share 0.33 --data data --out teacher \
+python "$here/heldout.py" data heldout.jsonl.gz
+
+[ -f stories.jsonl ] || {
+  python "$here/stories.py" stories.part --minutes "$minutes"
+  mv stories.part stories.jsonl
+}
+[ -f mixed.jsonl ] || {
+  python "$here/corpus.py" "${packed[@]}" stories.jsonl --sources smollm2 austen:0.07 novel:0.07 \
+    mobydick:0.07 grimm:0.07 cfi:0.07 enwiki:0.07 endless_sky:0.07 wesnoth:0.07 sotu:0.03 \
+    web_bible:0.01 --without heldout.jsonl.gz --out mixed.part
+  mv mixed.part mixed.jsonl
+}
+[ -d mixed ] || fsdfm prepare mixed.jsonl --tokenizer data/tokenizer.json --out mixed
+fsdfm pretrain --init teacher256 --source mask --frozen-share 0.33 --data mixed --out simple256 \
+  --context-length 256 --batch-size 8 --steps 1000 --learning-rate 5e-4 --warmup-steps 30 \
+  --ema-decay 0.995 --evaluate-every 200 --sample-every 0 --checkpoint-every 100
+fsdfm pretrain --init simple256 --source mask --frozen-share 0.33 --data mixed --out teacher \
   --context-length 1024 --batch-size 2 --steps 80 --learning-rate 2e-4 --warmup-steps 8 \
   --ema-decay 0.95 --evaluate-every 80 --sample-every 0 --checkpoint-every 40 --validation-sequences 8
-fsdfm distill --teacher teacher --data data --out student --context-length 256 --batch-size 8 \
+fsdfm distill --teacher teacher --data mixed --out student --context-length 256 --batch-size 8 \
   --steps 360 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.98 --evaluate-every 360 \
   --sample-every 0 --checkpoint-every 90
 python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate data
-python "$here/heldout.py" data heldout.jsonl.gz
+  --calibrate mixed

@@ -18,7 +18,9 @@ def one_thread() -> Iterator[None]:
     """Two threads over small tensors wait for each other wherever the machine is busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # and so in the commands that tests start
+        yield
     torch.set_num_threads(before)
 
 

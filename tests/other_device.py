@@ -51,10 +51,12 @@ class Elsewhere(Tensor):
     """A tensor on DEVICE."""
 
     inside: Tensor
+    float64 = False
+    """Whether the device has it, as CUDA does."""
 
     @staticmethod
     def __new__(cls, inside: Tensor) -> Elsewhere:
-        if inside.dtype == torch.float64:
+        if inside.dtype == torch.float64 and not cls.float64:
             raise TypeError("this device has no float64")
         found = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,

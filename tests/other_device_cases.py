@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from other_device import DEVICE, OtherDevice, inside, moved
+from other_device import DEVICE, Elsewhere, OtherDevice, inside, moved
 from torch import Tensor
 
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
-from fsdfm.flow.posterior import Grouped, Sequences
+from fsdfm.flow.posterior import INDEPENDENT, Grouped, Sequences
 from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS
+from fsdfm.generate.options import SamplingOptions
+from fsdfm.generate.track import Track, call, start
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
+from fsdfm.model.engine import Engine
 from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
@@ -134,6 +138,41 @@ def test_the_bound_and_a_sample_need_no_float64(kind: str, source: str, joint: b
     expected, same = found(torch.device("cpu"))
     assert bound == pytest.approx(expected, rel=1e-4)
     assert torch.equal(x, same)
+
+
+@pytest.mark.parametrize(("kind", "source"), CASES)
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_call_waits_for_its_tokens_and_for_nothing_before(
+    kind: str, source: str, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Elsewhere, "float64", True)  # as CUDA has; texts are drawn in it
+    how = SamplingOptions(steps=4, draws=3 if joint else 1)
+
+    def texts(place: torch.device, count: int) -> Tensor:
+        model = network(kind, source, joint).eval()
+        if place == DEVICE:
+            moved(model)
+        engine = Engine(model, torch.float32)
+        asked: Any = SimpleNamespace(
+            engine=engine,
+            config=model.config,
+            state_device=place,
+            posterior=lambda how: Grouped(engine, how.draws) if joint else INDEPENDENT,
+        )
+        tracks = []
+        for seed in range(count):
+            noise = torch.Generator().manual_seed(seed)
+            x, free = start(asked, noise, L), torch.ones(L, dtype=torch.bool)
+            tracks.append(Track(x, free, even_grid(4).tolist(), how, how.controls(), noise))
+        calls = sum(call(asked, tracks) for _ in range(4))
+        assert calls == 4
+        return torch.stack([track.x for track in tracks])
+
+    for count in (1, 3):
+        with OtherDevice() as device:
+            found = texts(DEVICE, count)
+        assert device.waits == {"aten._to_copy.default": 2 * 4}  # tokens, and what is noted of them
+        assert torch.equal(found, texts(torch.device("cpu"), count))
 
 
 def test_the_device_of_these_tests_refuses_and_counts() -> None:

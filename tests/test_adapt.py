@@ -29,7 +29,7 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.report import load_report
 from fsdfm.flow.loss import elbo_nats_per_token
-from fsdfm.generate.generator import load
+from fsdfm.generate.loading import load, load_with_network
 from fsdfm.generate.source import BOUND_TIMES
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import load_causal_lm
@@ -323,12 +323,12 @@ def test_its_bound_is_evaluated(run: Run, twin: Path, place: Path, tmp_path: Pat
     assert code == 0, err
     rows = load_report(tmp_path / "report").rows
     (row,) = (r for r in rows if r.task == "likelihood")
-    generator, record = load(twin, device="cpu"), row.records[0]
+    (generator, found), record = load_with_network(twin, device="cpu"), row.records[0]
     blocks = Blocks.cut(HeldOut.open(place / "text.jsonl"), generator.tokenizer, 16, 0).human
     source, schedule = objective_parts(generator.config)
     with generator.autocast():
         x_1 = torch.tensor([blocks[0]])
-        nats = list(elbo_nats_per_token(generator.model, x_1, source, schedule, times=BOUND_TIMES))
+        nats = list(elbo_nats_per_token(found.model, x_1, source, schedule, times=BOUND_TIMES))
     assert record["elbo_nats"] / 16 == pytest.approx(sum(nats) / len(nats), rel=0.005)
 
 

@@ -48,6 +48,27 @@ def test_values_and_gradients_are_those_of_the_formula(
         assert (value.double() - truth).norm() < 3 * 2.0**-bits * truth.norm()
 
 
+@pytest.mark.parametrize("tiles", [False, True])
+@pytest.mark.parametrize(("kv_heads", "asking"), [(1, 50), (3, 13)])
+def test_without_gradients_it_is_the_same_with_and_without_amx(
+    tiles: bool, kv_heads: int, asking: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_has_tiles", lambda: tiles)
+    q, k, v = inputs(2, asking, torch.bfloat16)
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
+    wanted = attend(q.double(), k.double(), v.double())
+    used: list[int] = []
+    products = attention._probabilities
+    monkeypatch.setattr(
+        attention, "_probabilities", lambda q, k: (used.append(1), products(q, k))[1]
+    )
+    with torch.no_grad():
+        found = attend(q, k, v)
+    assert bool(used) != tiles
+    assert found.shape == (2, asking, 48) and found.dtype == torch.bfloat16
+    assert (found.double() - wanted).norm() < 3 * 2.0**-8 * wanted.norm()
+
+
 def test_bfloat16_errs_about_as_much_as_pytorchs_own() -> None:
     ours = inputs(2, 50, torch.bfloat16)
     exact = F.scaled_dot_product_attention(*(x.double() for x in ours)).transpose(1, 2).flatten(2)

@@ -24,7 +24,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import fsdfm
-from fsdfm.bench import autoregressive, benchmark, harness, jobs, reference, samplers, sides
+from fsdfm.bench import (
+    autoregressive,
+    benchmark,
+    ctranslate,
+    harness,
+    jobs,
+    limits,
+    reference,
+    samplers,
+    sides,
+)
 from fsdfm.bench.figures import (
     Row,
     body_flops,
@@ -48,6 +58,7 @@ from fsdfm.flow.step import STEP_RULES, transition
 from fsdfm.model import causal, transformer
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.int8 import has_int8
 from fsdfm.model.networks import build_network, config_to_dict
 from fsdfm.model.transformer import Transformer
 from fsdfm.train.objective import Distill, Pretrain, published_weights
@@ -69,6 +80,8 @@ TWIN = CausalConfig(
     mlp_size=48,
     start_id=0,
 )
+LLAMA = replace(TWIN, head_size=8)
+"""Heads as wide together as the network: CTranslate2 knows no others."""
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -301,10 +314,36 @@ def test_autoregressive_side_writes_exactly_so_many_tokens() -> None:
     assert shapes["transformer.h.1.mlp.c_fc.weight"] == (32, 128)
 
 
-def test_without_transformers_the_side_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_transformers_the_sides_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sides.missing() is None
     monkeypatch.setattr(autoregressive, "available", lambda: False)
-    assert runnable(["engine", "autoregressive-bf16"]) == ["engine"]
+    assert runnable(["engine", "autoregressive-bf16", "ctranslate2-int8"]) == ["engine"]
     assert "autoregressive-float32" not in sides_for("sample", torch.float32)
+    assert str(sides.missing()).startswith("Sides left out: autoregressive, ctranslate2.")
+
+
+@pytest.mark.parametrize("config", [TOY, LLAMA], ids=["published", "twin"])
+def test_ctranslate2_writes_exactly_so_many_tokens_of_the_same_network(config: ModelConfig) -> None:
+    model = ctranslate.build(config, CPU, torch.float32)
+    tokens = ctranslate.generate(model, 3, 40, seed=1)
+    assert tokens.shape == (3, 40)
+    assert len(set(map(tuple, tokens.tolist()))) == 3, "drawn, not greedy"
+    # The law is that of transformers' network: it was drawn from the same seed.
+    torch.manual_seed(0)
+    twin = autoregressive.build(config, CPU, torch.float32)
+    with torch.no_grad():
+        p = twin(torch.tensor([[autoregressive.FIRST_TOKEN]])).logits[0, 0].softmax(-1)
+    p[int(ctranslate._Words.eos_token)] = 0.0  # nothing ends a text early
+    firsts = ctranslate.generate(model, 4000, 1, seed=2)[:, 0]
+    seen, expected = torch.bincount(firsts, minlength=67), 4000 * p.double() / p.sum()
+    chi_square = float((((seen - expected) ** 2) / expected)[expected > 0].sum())
+    assert chi_square < 65 + 4.5 * math.sqrt(2 * 65)
+    assert not set(firsts.tolist()) - set(range(67))
+
+
+def test_ctranslate2_says_which_heads_it_cannot_have() -> None:
+    with pytest.raises(ConfigError, match="heads of 8 numbers, not 6"):
+        ctranslate.build(TWIN, CPU, torch.float32)
 
 
 # Figures.
@@ -400,9 +439,32 @@ def test_a_table_has_every_side_and_says_who_failed() -> None:
         row(side="other", error="other was killed by SIGKILL (out of memory?)"),
     ]
     text = markdown(rows)
-    assert "| engine | 2.000 | 1.00 | 1,234 | - | 2 MiB | 3.00 |" in text
-    assert "| other | failed | - | - | - | - | - |" in text
+    assert "| engine | 2.000 | - | 1.00 | 1,234 | - | 2 MiB | 3.00 |" in text
+    assert "| other | failed | - | - | - | - | - | - |" in text
     assert "other: other was killed" in text
+
+
+def test_limits_are_rates_of_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "COPIED_BYTES", 2**20)
+    monkeypatch.setattr(limits, "WIDTH", 64)
+    found = limits.limits(CPU)
+    assert {"float32 GFLOP/s", "copy GB/s"} <= set(found)
+    assert ("int8 GOP/s" in found) == has_int8()
+    assert all(0.01 < rate < 1e6 for rate in found.values())
+
+
+def test_the_joint_sampler_draws_as_the_model_says(tmp_path: Path) -> None:
+    joint = samplers.JointSampler(TOY, CPU, torch.float32)
+    (tmp_path / "generation.json").write_text('{"steps": 64, "temperature": 0.5, "draws": 2}')
+    said = jobs.sampling(str(tmp_path))
+    how = joint.sampling(Job(1, 16, 4, sampling=said))
+    assert (how.steps, how.temperature, how.draws, how.grid) == (4, 0.5, 2, "even")
+    how = joint.sampling(Job(1, 16, 4, sampling=jobs.sampling("tiny")))
+    assert (how.temperature, how.draws, how.grid) == (1.0, samplers.DRAWS, "latest")
+    bundled = json.loads(
+        (Path(fsdfm.__file__).parent / "assets/bundled/generation.json").read_text()
+    )
+    assert jobs.sampling("adapted") == bundled
 
 
 # The harness.
@@ -443,7 +505,8 @@ class FakeWorker:
         if seconds < 0.0:
             raise BenchError("it died")
         # The machine is as slow at this moment for the bare product as for the run.
-        return {"seconds": seconds, "rate": 100.0 / seconds, "tokens": 64, "flops": 50.0}
+        figures = {"seconds": seconds, "cpu_seconds": seconds / 4, "rate": 100.0 / seconds}
+        return {**figures, "tokens": 64, "flops": 50.0}
 
 
 def test_figures_are_medians_and_ratios_of_runs_in_turn() -> None:
@@ -455,6 +518,7 @@ def test_figures_are_medians_and_ratios_of_runs_in_turn() -> None:
     ]
     slow, fast, broken = measure(fakes, Job(1, 64, 8), 3, peak_tflops=1e-9)
     assert (slow.seconds, fast.seconds) == (9.0, 3.0)
+    assert (slow.cpu_seconds, fast.cpu_seconds) == (2.25, 0.75)
     assert (slow.speedup, fast.speedup) == (1.0, 3.0)
     assert fast.runs == [3.0, 30.0, 2.0]
     assert fast.tokens_per_second == pytest.approx(64 / 3)
@@ -588,16 +652,17 @@ def test_an_interruption_leaves_no_process() -> None:
             os.kill(pid, 0)
 
 
-@pytest.mark.parametrize("config", [TOY, TWIN], ids=["published", "twin"])
+@pytest.mark.parametrize("config", [TOY, LLAMA], ids=["published", "twin"])
 @pytest.mark.parametrize("task", SIDES)
 def test_every_side_does_its_job(task: str, config: ModelConfig) -> None:
     job = Job(2, 16, 2)
-    for name in SIDES[task]:
+    for name in runnable(list(SIDES[task])):
         dtype = sides.dtype_of(task, name, torch.float32)
         side = build_side(task, name, config, CPU, dtype)
         cost = side.run(job, seed=1)
         assert cost.tokens == 2 * 16 * (1 if task == "sample" else 2)
-        assert (cost.flops is None) == (task == "distill" or name.startswith("autoregressive"))
+        uncounted = name.startswith(("autoregressive", "ctranslate2"))
+        assert (cost.flops is None) == (task == "distill" or uncounted)
         side.run(side.warm_up(job), seed=1)
         side.run(side.peak(job), seed=1)
 
@@ -637,8 +702,12 @@ def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("rule", ["exact", "published"])
-def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(rule: Any) -> None:
-    config = replace(TWIN, vocab_size=SYMBOLS, context_length=LENGTH)
+def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(
+    rule: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SAMPLES", 10_000)  # a twin norms one at a time
+    sizes = {"hidden_size": 8, "blocks": 1, "heads": 2, "kv_heads": 1, "mlp_size": 8}
+    config = replace(TWIN, vocab_size=SYMBOLS, context_length=LENGTH, **sizes)
     network, draw = jobs.random_model(config), torch.Generator().manual_seed(23)
     x_0 = start("mask")
     *_, last = sample(
@@ -677,6 +746,9 @@ def test_bench_measures_the_shape_of_a_model(
     (tmp_path / "twin").mkdir()
     (tmp_path / "twin" / "config.json").write_text(json.dumps(header))
     monkeypatch.setattr(benchmark, "preferred_dtype", lambda device: torch.float32)
+    # Two of the sides: all of them run on a twin in test_every_side_does_its_job.
+    monkeypatch.setattr(benchmark, "SIDES", ("sample", "pretrain"))
+    monkeypatch.setattr(benchmark, "sides_for", lambda task, dtype: sides_for(task, dtype)[:1])
     argv = ("--model", tmp_path / "twin", "--steps", 2, "--length", 16, "--repeats", 1)
     code, out, _ = run("bench", *argv, "--device", "cpu")
     assert code == 0 and "failed" not in out

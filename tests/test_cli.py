@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -215,8 +216,8 @@ def test_a_missing_model_is_one_line_on_stderr(run: Run, tmp_path: Path) -> None
 
 def test_a_command_is_needed(run: Run) -> None:
     names = (
-        "generate, prepare, pretrain, adapt, distill, evaluate, compare, baseline, convert, bench, "
-        "serve"
+        "generate, prepare, pretrain, adapt, distill, evaluate, compare, baseline, convert, merge, "
+        "bench, serve"
     )
     choices = f"choose {names}, or see fsdfm --help."
     assert run() == (2, "", f"error: a command is missing: {choices}\n")
@@ -402,50 +403,50 @@ def test_a_terminal_gets_several_texts_plain_and_json_bare(
     assert len([json.loads(line) for line in shown.splitlines()]) == 2
 
 
-def snapshot(step: int, ids: list[int], pieces: list[str], frozen: int = 0) -> Snapshot:
-    given = [index < frozen for index in range(len(ids))]
-    return Snapshot(step, 4, step, 0.5 * step, 100, given, ids, "".join(pieces), pieces)
+def snapshot(step: int, moved: list[int], pieces: list[str], frozen: int = 0) -> Snapshot:
+    given = [index < frozen for index in range(len(pieces))]
+    ids, text = list(range(len(pieces))), "".join(pieces)
+    return Snapshot(step, 4, step, 0.5 * step, 100, given, ids, text, pieces, moved)
 
 
 def terminal(width: int, height: int) -> Console:
     return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, _environ={})
 
 
-def drawn(console: Console, *snapshots: Snapshot) -> str:
-    first, before, now = snapshots
+def drawn(console: Console, now: Snapshot) -> str:
     with console.capture() as captured:
-        console.print(frame(first, before, now, console))
+        console.print(frame(now, console))
     return captured.get()
 
 
 def test_the_view_fits_the_terminal() -> None:
     pieces = ["word " * 3] * 500
     start = snapshot(0, [0] * 500, pieces)
-    lines = drawn(terminal(40, 12), start, start, start).splitlines()
+    lines = drawn(terminal(40, 12), start).splitlines()
     assert len(lines) == 10
-    whole = drawn(terminal(40, 2000), start, start, start)
+    whole = drawn(terminal(40, 2000), start)
     assert whole.count("word") == 1500
 
 
 def test_the_view_obeys_no_control_characters_of_tokens() -> None:
-    start = snapshot(0, [0, 1, 2], ["\x1b[2J", "a\nb", ""])
-    text = drawn(terminal(40, 12), start, start, start)
+    start = snapshot(0, [0, 0, 0], ["\x1b[2J", "a\nb", ""])
+    text = drawn(terminal(40, 12), start)
     assert "\x1b[2J" not in text
     assert "\ufffd[2J" in text
     assert "a b" in text, "line ends of noise are spaces"
     assert "░" in text, "a mask is shown as one"
 
 
-def test_the_view_tells_noise_from_settled_and_changed_tokens() -> None:
-    names = ["prompt", "noise", "settled", "changed"]
-    first = snapshot(0, [1, 2, 3, 4], names, frozen=1)
-    before = snapshot(1, [1, 2, 9, 4], names, frozen=1)
-    now = snapshot(2, [1, 2, 9, 8], names, frozen=1)
-    text = drawn(terminal(100, 12), first, before, now)
-    assert "prompt\x1b[2mnoise\x1b[0msettled\x1b[1;32mchanged\x1b[0m" in text
+def test_the_view_colours_tokens_by_the_step_that_drew_them_last() -> None:
+    names = ["prompt", "noise", "first", "second"]
+    text = drawn(terminal(100, 12), snapshot(2, [0, 0, 1, 2], names, frozen=1))
+    plain, dim, first, second = re.findall(r"(?:\x1b\[([\d;]+)m)?([a-z]+)(?:\x1b\[0m)?", text)[-4:]
+    assert (plain, dim) == (("", "prompt"), ("2", "noise"))
+    assert first[1] == "first" and first[0] not in ("", "2")
+    assert second[1] == "second" and second[0].startswith("1;") and second[0] != f"1;{first[0]}"
     assert "step 2/4  2 model calls  1.0 s  50 tokens/s" in text
 
 
 def test_the_view_returns_the_last_snapshot() -> None:
-    states = [snapshot(step, [step], ["x"]) for step in range(5)]
+    states = [snapshot(step, [0], ["x"]) for step in range(5)]
     assert show(iter(states), terminal(40, 12)) is states[-1]

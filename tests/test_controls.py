@@ -114,7 +114,7 @@ def test_banned_words_and_ids_are_never_written(source: str) -> None:
     seen = GENERATORS[source].answer([replace(plain, seed=i) for i in range(10)])
     counts = torch.bincount(torch.tensor([i for r in seen for i in r.token_ids]))
     ids = tuple(counts.argsort(descending=True)[:5].tolist())
-    requests = [replace(plain, seed=i, ban_ids=ids) for i in range(40)]
+    requests = [replace(plain, seed=i, ban_ids=ids) for i in range(200)]
     for result in GENERATORS[source].answer(requests):
         assert not set(ids) & set(result.token_ids)
     # Letters beside each other are banned too, whatever tokens make them.
@@ -122,7 +122,7 @@ def test_banned_words_and_ids_are_never_written(source: str) -> None:
     pairs = sorted({a + b for a, b in itertools.pairwise(text)} - {"\ufffd\ufffd"}, key=text.count)
     words = tuple(pair for pair in pairs[::-1] if "\ufffd" not in pair)[:6]
     assert any(word in text for word in words)
-    requests = [replace(plain, seed=i, ban=words) for i in range(40)]
+    requests = [replace(plain, seed=i, ban=words) for i in range(200)]
     for result in GENERATORS[source].answer(requests):
         assert not [word for word in words if word in result.text]
 
@@ -139,12 +139,12 @@ def test_required_words_are_written(source: str) -> None:
     words = ("fox", "über dog", "🦊")
     requests = [
         Request(length=24, require=words, seed=i, steps=2, end="trim", stop=("e",))
-        for i in range(30)
-    ] + [Request(template="a [[8]] b [[12-20]]!", require=words, seed=i) for i in range(20)]
+        for i in range(150)
+    ] + [Request(template="a [[8]] b [[12-20]]!", require=words, seed=i) for i in range(50)]
     results = GENERATORS[source].answer(requests)
     for result in results:
         assert all(" " + word in result.text for word in words)
-    assert len({tuple(r.text.find(word) for word in words) for r in results[:30]}) > 1
+    assert len({tuple(r.text.find(word) for word in words) for r in results[:150]}) > 1
 
 
 def test_a_required_word_that_is_given_is_not_written_again() -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fsdfm.model import engine as engine_module
+from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
+from fsdfm.model.int8 import has_int8
+from fsdfm.model.networks import build_network
 from fsdfm.model.transformer import Transformer
 
 T, H = 0.3, 0.125
@@ -71,6 +77,39 @@ def test_a_step_smaller_than_training_shows_is_told_as_the_smallest() -> None:
     assert not torch.equal(ours.hidden(x, T, 2.0**-9, rows), smallest)
 
 
+TIMES = (0.3, 0.0, 0.875, 0.3, 0.5), (0.125, 0.25, 0.125, 0.125, 0.5)
+
+
+@pytest.mark.parametrize("kind", ["published", "shifted twin", "causal twin"])
+@pytest.mark.parametrize("lengths", [(11, 11, 11, 11, 11), (7, 11, 2, 1, 9), (3, 3, 3, 3, 3)])
+@pytest.mark.parametrize("at_once", [1, 20, 1000])
+def test_sequences_of_several_times_and_lengths_are_what_each_is_alone(
+    kind: str, lengths: tuple[int, ...], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "ROWS_AT_ONCE", at_once)
+    model = network() if kind == "published" else twin(kind)
+    ours, x = Engine(model, torch.float32), tokens(5, 11)
+    free = torch.rand(5, 11, generator=torch.Generator().manual_seed(4)) < 0.6
+    free = free & (torch.arange(11) < torch.tensor(lengths)[:, None])
+    rows = free.flatten().nonzero()[:, 0]
+    found = ours.hidden(x, *TIMES, rows, lengths).split(free.sum(1).tolist())
+    for b, (size, t, h) in enumerate(zip(lengths, *TIMES, strict=True)):
+        alone = ours.hidden(x[b : b + 1, :size], t, h, free[b].nonzero()[:, 0])
+        torch.testing.assert_close(found[b], alone, rtol=1e-4, atol=1e-5)
+
+
+def twin(kind: str) -> CausalNetwork:
+    """A twin of a causal model, of which nothing is silent."""
+    shape: dict[str, Any] = {"vocab_size": 83, "hidden_size": 48, "blocks": 3, "heads": 4}
+    shape |= {"cond_size": 16, "kv_heads": 2, "head_size": 12, "mlp_size": 64, "start_id": 0}
+    attention: Any = "causal" if kind == "causal twin" else "bidirectional"
+    config = CausalConfig(**shape, source="mask", step_embedding="log2", attention=attention)
+    model, draw = CausalNetwork(config), torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.15, generator=draw)
+    return model.eval()
+
+
 @pytest.mark.parametrize("source", ["uniform", "mask"])
 def test_logits_are_the_networks(source: str) -> None:
     model = network(source=source)
@@ -112,3 +151,27 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_a_batch(
     together = ours.hidden(x, T, H, rows)
     alone = [ours.hidden(x[b : b + 1], T, H, some_rows(1, 60)) for b in (0, 2)]
     assert torch.equal(together, torch.cat(alone))
+
+
+TWIN = CausalConfig(83, 48, 2, 4, 16, 64, neighbours=2, kv_heads=2, head_size=12, mlp_size=32)
+PUBLISHED = ModelConfig(83, 48, 2, 3, 16, 64, neighbours=2, step_embedding="log2")
+
+
+@pytest.mark.parametrize("config", [TWIN, replace(TWIN, tied=False), PUBLISHED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_matrix_is_held_once_in_the_format_of_its_product(
+    config: ModelConfig, dtype: torch.dtype
+) -> None:
+    if dtype == torch.int8 and not has_int8():
+        pytest.skip("this CPU has no fast 8-bit products")
+    model = build_network(config)
+    held = {n: StorageWeakRef(p.untyped_storage()) for n, p in model.named_parameters()}
+    ours = Engine(model, dtype)
+    assert list(dict(model.named_parameters())) == list(held)  # the network is whole
+    del model
+    gc.collect()
+    left = {name for name, storage in held.items() if not storage.expired()}
+    read_as_they_are = ("embed", "modulation", "Modulation", "norm", "bias", "fuser")
+    assert {n for n in left if not any(part in n for part in read_as_they_are)} == set()
+    assert {n for n in held if n.endswith(("embed.weight", "norm1.weight"))} <= left
+    assert ours.head(ours.hidden(tokens(1, 9), T, H, torch.arange(9))).isfinite().all()

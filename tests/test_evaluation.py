@@ -32,11 +32,14 @@ from fsdfm.eval.settings import JudgeSettings
 from fsdfm.eval.tables import section
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import UniformSource
-from fsdfm.generate.generator import Generator, load
-from fsdfm.generate.source import GeneratorSource, load_source
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load, load_with_network
+from fsdfm.generate.source import load_source
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.text.packing import prepare
 from fsdfm.text.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +128,7 @@ def test_the_grid_is_the_one_asked_for_else_the_models_own(
     for name in places:
         shutil.copytree(place / name.name, name)
     (places[1] / "generation.json").write_text('{"grid": "late"}')
-    sources = {p.name: GeneratorSource(load(p, device="cpu")) for p in places}
+    sources = {p.name: load_source(str(p), CPU) for p in places}
     args = arguments(place, tmp_path / "out", length=48, **changes).resolved()
     cells = Cells(args, sources, HeldOut.open(place / "heldout.jsonl"))
     assert tuple(cells.models[name]["grid"] for name in ("teacher", "student")) == grids
@@ -139,7 +142,7 @@ def test_a_rule_that_cannot_draw_in_groups_is_refused_before_any_row_is_made(
     joint = save_model(tmp_path / "joint", neighbours=2, step_embedding="none")
     (joint / "generation.json").write_text('{"draws": 3}')
     held, names = HeldOut.open(place / "heldout.jsonl"), (place / "teacher", joint)
-    sources = {p.name: GeneratorSource(load(p, device="cpu")) for p in names}
+    sources = {p.name: load_source(str(p), CPU) for p in names}
 
     def cells(**changes: Any) -> Cells:
         args = arguments(place, tmp_path / "out", length=48, **changes).resolved()
@@ -194,7 +197,8 @@ def test_the_likelihood_row_is_the_bound_on_held_out_text(report: Report, place:
 
 
 def test_the_bound_of_each_block_is_the_one_computed_by_hand(report: Report, place: Path) -> None:
-    generator = load(place / "student", device="cpu")
+    generator, loaded = load_with_network(place / "student", device="cpu")
+    network = loaded.model
     blocks = Blocks.cut(HeldOut.open(place / "heldout.jsonl"), generator.tokenizer, 48, seed=0)
     source = UniformSource(generator.config.vocab_size)
 
@@ -203,13 +207,13 @@ def test_the_bound_of_each_block_is_the_one_computed_by_hand(report: Report, pla
 
         def body(self, *inputs: torch.Tensor) -> torch.Tensor:
             with generator.autocast():
-                return generator.model.body(*inputs).float()
+                return network.body(*inputs).float()
 
         def told(self, rows: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
             return rows
 
         def head_parameters(self) -> tuple[torch.Tensor, torch.Tensor]:
-            return generator.model.head_parameters()
+            return network.head_parameters()
 
     for k, record in enumerate(row(report, "student", "likelihood").records[:3]):
         x_1 = torch.tensor([blocks.human[k]])
@@ -267,7 +271,7 @@ raise SystemExit(cli.main(sys.argv[1:]))
 
 
 def test_two_processes_share_the_work_and_give_the_report_of_one(
-    place: Path, tmp_path: Path
+    place: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [
         *("evaluate", "--model", place / "student", "--steps", "1", "3:2", "--num-samples", "10"),
@@ -276,14 +280,16 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(
     ]
     (tmp_path / "worker.py").write_text(WORKER)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    for name, start in (("one", [sys.executable]), ("two", launch)):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": str(tmp_path / name) + "."}
-        out = ["--out", str(tmp_path / name)]
-        command = [*start, str(tmp_path / "worker.py"), *map(str, words), *out]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": f"{tmp_path / 'two'}."}
+    command = [*launch, str(tmp_path / "worker.py"), *map(str, words), "--out", tmp_path / "two"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone, make = [], Parts.make
+    monkeypatch.setattr(
+        Parts, "make", lambda s, c, g: alone.append(f"{c.label} {g}") or make(s, c, g)
+    )
+    assert run(*words, "--out", tmp_path / "one")[0] == 0
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
-    alone = (tmp_path / "one.").read_text().splitlines()
     shares = [(tmp_path / f"two.{rank}").read_text().splitlines() for rank in (0, 1)]
     assert sorted(shares[0] + shares[1]) == sorted(alone)
     assert abs(len(shares[0]) - len(shares[1])) <= 2  # one a judge
@@ -744,7 +750,8 @@ def test_no_character_is_cut_where_a_continuation_begins(place: Path, tmp_path: 
     text = "x" + "é" * 400
     (tmp_path / "heldout.jsonl").write_text(json.dumps({"text": text}))
     (tmp_path / "other.txt").write_text(text)
-    generator = load(place / "student", device="cpu")
+    student = load_source(str(place / "student"), CPU)
+    generator = student.generator
     assert len(generator.tokenizer.encode(text)) == 801
     args = arguments(
         place,
@@ -753,7 +760,7 @@ def test_no_character_is_cut_where_a_continuation_begins(place: Path, tmp_path: 
         length=38,  # a quarter is 9 tokens
         reference=(f"other={tmp_path / 'other.txt'}",),
     ).resolved()
-    sources = {"student": GeneratorSource(generator)}
+    sources = {"student": student}
     cells = Cells(args, sources, HeldOut.open(tmp_path / "heldout.jsonl"))
     seen = 0
     for cell in cells.all():

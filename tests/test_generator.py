@@ -221,7 +221,8 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
         ({"length": 0}, "length must be a whole number >= 1, got 0."),
         (
             {"length": 65},
-            "length=65 is more than this model's context of 64 tokens: ask for 64 at most.",
+            "length=65 is more than this model's context of 64 tokens: ask for 64 at most, or "
+            "give a Request of this length to answer, which makes it in windows.",
         ),
         ({"num_samples": 0}, "num_samples must be a whole number >= 1, got 0."),
         ({"batch_size": 0}, "batch_size must be a whole number >= 1, got 0."),
@@ -290,9 +291,9 @@ def test_the_grid_says_when_the_model_is_called(
     seen: list[tuple[float, float]] = []
     hidden = generator.engine.hidden
 
-    def watched(x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
-        seen.append((t, h))
-        return hidden(x, t, h, rows)
+    def watched(x: Tensor, t: Any, h: Any, *rest: Any) -> Tensor:
+        seen.extend(zip(t, h, strict=True))
+        return hidden(x, t, h, *rest)
 
     monkeypatch.setattr(generator.engine, "hidden", watched)
     generator.generate(steps=4, grid=grid)
@@ -339,7 +340,7 @@ def test_load_gives_back_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) ->
 def test_an_installation_without_its_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsdfm.generate.generator.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("fsdfm.generate.loading.resources.files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match="came without its bundled model"):
         fsdfm.load()
 

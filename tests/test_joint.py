@@ -238,11 +238,17 @@ def test_prompts_and_the_rims_of_gaps_are_known_and_shown_in_a_part_of_the_rows(
 
 
 def test_what_is_known_follows_the_groups_and_is_nothing_in_a_part_of_the_rows() -> None:
-    known = known_at_random(4000, 32, torch.Generator().manual_seed(0))
+    known = known_at_random(4000, 32, torch.Generator().manual_seed(0), "fixed")
     nothing = (~known.any(1)).float().mean()
     assert 0.25 < float(nothing) < 0.55  # the share of 0, no group drawn, a small share of one
     assert not known[:, -1].any()  # the last of 2, 4, ..., 32 groups is never known
     assert float(known[:, 0].float().mean()) > float(known[:, 30].float().mean())
+
+
+def test_at_random_seams_every_position_is_known_as_often() -> None:
+    known = known_at_random(4000, 32, torch.Generator().manual_seed(0)).float().mean(0)
+    error = (known.mean() * (1.0 - known.mean()) / 4000) ** 0.5
+    assert ((known - known.mean()).abs() < 4.5 * error).all()
 
 
 def test_a_joint_head_learns_what_neighbours_say() -> None:

@@ -105,6 +105,41 @@ def test_gaps_are_filled_and_numbers_of_calls_compared(seen: Seen) -> None:
     assert (seen.errors, seen.outside) == ([], [])
 
 
+def test_a_span_is_selected_and_rewritten_by_keyboard_alone(seen: Seen) -> None:
+    page = seen.page
+    page.locator("#prompt").fill("the quick ")
+    page.locator("#prompt").focus()
+    page.keyboard.press("Control+Enter")
+    seen.until("stop || !final")
+    text = seen.done()
+    assert seen.get("document.getElementById('side').hidden"), "it is of another text"
+    page.locator("#text").focus()
+    for key in ["ArrowRight"] * 3 + ["Shift+ArrowRight"] * 2:
+        page.keyboard.press(key)
+    seen.until("selection")
+    first, last = seen.get("selection")
+    assert 0 < first < last < len(text)
+    while seen.get("document.activeElement.id") != "rewrite":
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    seen.until("!final || stop")
+    again = seen.done()
+    assert again.startswith(text[:first]) and again.endswith(text[last:])
+    assert (seen.errors, seen.outside) == ([], [])
+
+
+def test_a_text_in_one_call_shows_what_was_given_of_it(seen: Seen) -> None:
+    page = seen.page
+    page.locator("#prompt").fill("the quick ")
+    page.locator("#steps").fill("0")
+    page.locator("#write").click()
+    seen.until("stop || !final")
+    text = seen.done()
+    assert page.locator("#text .given").first.text_content() == "the quick "
+    assert page.text_content("#text") == text
+    page.locator("#steps").fill("3")
+
+
 def test_what_cannot_be_done_is_said(seen: Seen) -> None:
     seen.page.locator("#prompt").fill("the [[4")
     seen.page.locator("#write").click()

@@ -18,8 +18,10 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model.config import ModelConfig
+from fsdfm.model.io import directory as directory_of_files
 from fsdfm.model.io import pretrained
-from fsdfm.model.io.pretrained import FILES, load_pretrained, save_pretrained
+from fsdfm.model.io.directory import FILES
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 
 GENERATION = {"step": "exact", "temperature": 0.9, "top_p": 1.0, "steps": 8}
@@ -181,7 +183,7 @@ def save_and_die(directory: Path, step: int, seed: int, monkeypatch: pytest.Monk
     """Save, dying at the given system call; whether it died."""
     countdown = [step]
     with monkeypatch.context() as patch:
-        patch.setattr(pretrained, "save_file", dying(save_file, countdown))
+        patch.setattr(directory_of_files, "save_file", dying(save_file, countdown))
         patch.setattr(os, "fsync", dying(os.fsync, countdown))
         patch.setattr(os, "replace", dying(os.replace, countdown))
         for name in ("write_text", "rename", "mkdir", "rmdir"):
@@ -233,7 +235,7 @@ def test_full_disk_is_one_line_and_leaves_the_old_model(
         (saved / ".saving" / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(pretrained, "save_file", fail)
+    monkeypatch.setattr(directory_of_files, "save_file", fail)
     with pytest.raises(CheckpointError, match=f"Cannot save .*{saved.name}: .*([Nn]o space|full)"):
         save(saved, seed=2)
     assert torch.equal(logits(load_pretrained(saved).model), before)

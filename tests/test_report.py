@@ -12,8 +12,9 @@ import pytest
 
 from fsdfm.cli import main as cli
 from fsdfm.core.errors import DataError
+from fsdfm.eval.comparison import Named, comparison, differences, named_rows
 from fsdfm.eval.report import Report, Row, load_report
-from fsdfm.eval.tables import Named, cell, comparison, differences, markdown, named_rows
+from fsdfm.eval.tables import cell, markdown
 
 FACTS: dict[str, Any] = {
     "fsdfm": "1",

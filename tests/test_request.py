@@ -87,7 +87,7 @@ def test_a_prompt_gives_what_generate_gives(generators: dict[str, Generator], so
         assert (result.calls, result.tokens) == (sample.nfe, sample.tokens)
 
 
-def test_requests_of_one_shape_share_calls(
+def test_requests_of_all_times_and_lengths_share_calls(
     generators: dict[str, Generator], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator, shapes = generators["mask"], []
@@ -98,8 +98,8 @@ def test_requests_of_one_shape_share_calls(
         lambda x, *rest: shapes.append(tuple(x.shape)) or hidden(x, *rest),
     )
     same = [Request(length=12, steps=2, seed=i, temperature=0.5 + i / 10) for i in range(3)]
-    generator.answer([*same, Request(length=30, steps=2)])
-    assert sorted(shapes) == [(1, 30), (1, 30), (3, 12), (3, 12)]
+    generator.answer([*same, Request(length=30, steps=3)])
+    assert shapes == [(4, 30), (4, 30), (1, 30)]
 
 
 def test_requests_are_admitted_and_given_up_between_calls(

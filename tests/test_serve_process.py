@@ -17,7 +17,11 @@ from conftest import Run
 from steering_fixtures import absorbing_network
 from test_generator import WORDS
 
+from fsdfm.cli.flags import Flags, parse
+from fsdfm.cli.serve import KEY
 from fsdfm.model.io.pretrained import save_pretrained
+from fsdfm.serve.guard import OPEN
+from fsdfm.serve.settings import ServeSettings
 from fsdfm.text.tokenizer import train_bpe
 
 
@@ -65,6 +69,22 @@ def test_sigterm_finishes_what_was_taken_on(run: Run, model: Path) -> None:
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == text
     assert found[True].endswith("data: [DONE]\n\n")
     model.rename(model.with_name("tiny"))
+
+
+def test_the_example_for_kubernetes_fits_the_server() -> None:
+    yaml = pytest.importorskip("yaml")
+    text = (Path(__file__).parents[1] / "deploy/kubernetes.yaml").read_text()
+    deployment, service = yaml.safe_load_all(text)
+    pod = deployment["spec"]["template"]
+    (container,) = pod["spec"]["containers"]
+    (given,) = parse("serve", "", container["args"], Flags(of=ServeSettings))
+    assert pod["spec"]["terminationGracePeriodSeconds"] > ServeSettings(**given).drain
+    assert container["ports"][0]["containerPort"] == ServeSettings().port
+    assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
+    assert service["spec"]["selector"] == pod["metadata"]["labels"]
+    probes = [container[f"{kind}Probe"]["httpGet"]["path"] for kind in ("readiness", "liveness")]
+    assert set(probes) <= set(OPEN), "no key is sent with them"
+    assert container["env"][0]["name"] == KEY
 
 
 @pytest.mark.parametrize(

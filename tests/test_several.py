@@ -12,9 +12,10 @@ from test_report import FACTS, made
 
 from fsdfm.cli import main as cli
 from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.eval.comparison import comparison, differences, named_rows
 from fsdfm.eval.report import Opinion, Report, Row, load_report
 from fsdfm.eval.several import flattered, kinship, shared_judges, views
-from fsdfm.eval.tables import comparison, differences, markdown, named_rows, section, table
+from fsdfm.eval.tables import markdown, section, table
 
 J = {**FACTS["judge"], "model": "SmolLM2-135M-Instruct"}
 K = {**FACTS["judge"], "name": "k", "model": "Gemma-3-270M", "sha256": "2"}

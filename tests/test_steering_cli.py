@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import subprocess
 import sys
 from difflib import SequenceMatcher
 from pathlib import Path
@@ -97,6 +99,7 @@ def test_a_draft_is_written_anew(run: Run, model: Path, tmp_path: Path) -> None:
         ("--strength 0.5", "--strength is of a draft: give --initial or --edit too."),
         ("--temperature nan", "--temperature must be a finite number >= 0, got nan."),
         ("--steps otto", "otto"),
+        ("--logprobs --length 4", "--logprobs are told in JSON: give --json too."),
         ("--require x --ban x", "--require has 'x', which --ban excludes"),
         ("--requests TEXT", "--requests needs a file for the results: give --out."),
         ("--requests EMPTY --out OUT", "empty.txt is empty: give one request a line."),
@@ -152,6 +155,20 @@ def test_a_file_of_requests_is_answered_in_order(run: Run, model: Path, tmp_path
         (alone,) = generator.answer([Request.from_dict({"steps": 2, **line})])
         assert (record["text"], record["token_ids"]) == (alone.text, alone.token_ids)
         assert record["nfe"] == alone.calls
+
+
+def test_a_file_of_requests_tells_how_far_and_how_fast_it_is(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, *LINES[:2])
+    argv = "--requests", source, "--out", out, "--batch-size", 1, "--steps", 2
+    assert run("generate", "--model", model, *argv)[0] == 0
+    write_lines(source, *LINES)
+    _, _, err = run("generate", "--model", model, *argv)
+    assert "requests  1/3  " in err and "requests  3/3  " in err  # of those that are left
+    assert re.search(r"3/3  [\d.]+/(s|min)  ETA 0.0 min", err)
+    assert err.endswith(f"3 results written to {out}, 2 were there\n")
 
 
 def test_a_bad_line_is_told_with_its_number_and_loses_no_other(
@@ -228,3 +245,109 @@ def test_a_long_text_is_streamed_as_it_is_written(
     (whole,) = fsdfm.load(model).answer([request])
     assert "".join(pieces) == whole.text + "\n"
     assert len([piece for piece in pieces if piece]) > 4
+
+
+PARTED = ("jsonl", "parquet")
+
+
+def table(file: Path) -> list[dict[str, Any]]:
+    """The records of a file of results, without what differs from run to run."""
+    if file.suffix == ".parquet":
+        records = pytest.importorskip("pyarrow.parquet").read_table(file).to_pylist()
+    else:
+        records = results(file)
+    return [{k: v for k, v in r.items() if "second" not in k} for r in records]
+
+
+def test_parquet_holds_what_json_lines_hold(run: Run, model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    source, plain, out = (tmp_path / n for n in ("in.jsonl", "out.jsonl", "out.parquet"))
+    write_lines(source, *LINES)
+    argv = "--requests", source, "--batch-size", 2, "--logprobs"
+    assert run("generate", "--model", model, *argv, "--out", plain)[0] == 0
+    assert run("generate", "--model", model, *argv, "--out", out)[0] == 0
+    assert table(out) == table(plain)
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "out.parquet"]
+    before = out.read_bytes()
+    code, _, err = run("generate", "--model", model, *argv, "--out", out)
+    assert code == 0 and "0 results written" in err and "5 were there" in err
+    assert out.read_bytes() == before
+    write_lines(source, {"id": "new", "length": 4}, *LINES)
+    assert run("generate", "--model", model, *argv, "--out", out)[0] == 0
+    # A line before the others shifts the numbers that lines without an id are called by.
+    assert [r["id"] for r in table(out)] == ["one", "2", "three", "4", "five", "new", "3", "5"]
+
+
+def test_a_killed_parquet_goes_on_without_duplicates(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    source, whole, out = (tmp_path / n for n in ("in.jsonl", "whole.parquet", "out.parquet"))
+    write_lines(source, *LINES)
+    generator = fsdfm.load(model)
+    assert answer_file(generator, source, whole).written == 5
+
+    class Killed(BaseException):
+        pass
+
+    def kill(_: str, done: int, total: int) -> None:
+        if done == 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        answer_file(generator, source, out, progress=kill)
+    assert not out.exists()
+    (part,) = (tmp_path / "out.parquet.parts").iterdir()
+    with part.open("ab") as file:
+        file.write(b'{"id": "three", "te')
+    done = answer_file(generator, source, out)
+    assert (done.written, done.found, done.refused) == (3, 2, 0)
+    assert table(out) == table(whole)
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.parquet", "whole.parquet"]
+
+
+def test_parquet_says_what_it_lacks(
+    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.parquet"
+    write_lines(source, *LINES)
+    argv = "generate", "--model", model, "--requests", source, "--out", out
+    with monkeypatch.context() as patched:
+        patched.setattr("importlib.util.find_spec", lambda name: None)
+        code, _, err = run(*argv)
+    assert code == 2 and "Parquet needs pyarrow: pip install 'fsdfm[data]' brings it." in err
+    assert not out.exists()
+    pytest.importorskip("pyarrow")
+    out.write_text("dear diary")
+    code, _, err = run(*argv)
+    assert code == 2 and "out.parquet is no parquet file" in err
+    assert out.read_text() == "dear diary"
+
+
+@pytest.mark.parametrize("kind", PARTED)
+def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: str) -> None:
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    source, alone, out = (tmp_path / n for n in ("in.jsonl", f"alone.{kind}", f"out.{kind}"))
+    lines = [*LINES, *({"id": f"more {i}", "length": 6 + i} for i in range(6)), {"promt": ""}]
+    write_lines(source, *lines)
+    assert answer_file(fsdfm.load(model), source, alone).written == 11
+    # Two of them are there, of a run with three processes, one of which was killed in a line.
+    parts = tmp_path / f"out.{kind}.parts"
+    parts.mkdir()
+    there = [json.dumps({**r, "seconds": 1.0, "tokens_per_second": 1.0}) for r in table(alone)]
+    (parts / "2.jsonl").write_text(f"{there[3]}\n")
+    (parts / "1.jsonl").write_text(f"{there[6]}\n{there[7][:20]}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    argv = ["-m", "fsdfm", "generate", "--model", model, "--requests", source, "--out", out]
+    done = subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *map(str, argv)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert "9 results written" in done.stderr and "2 were there" in done.stderr, done.stderr
+    assert done.stderr.count("did you mean prompt?") == 1
+    assert done.stderr.count("results written") == 1
+    assert table(out) == table(alone)
+    names = ["in.jsonl", f"alone.{kind}", f"out.{kind}"]
+    assert sorted(os.listdir(tmp_path)) == sorted(names)

@@ -25,9 +25,9 @@ from torch import Tensor
 from fsdfm.cli import main as cli
 from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
-from fsdfm.generate.generator import load
+from fsdfm.generate.loading import load
 from fsdfm.model.config import PRESETS, ModelConfig
-from fsdfm.model.io import pretrained as pretrained_module
+from fsdfm.model.io import directory as directory_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
@@ -224,7 +224,8 @@ def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
     out = tmp_path / "run"
     assert distill(distill_args(data, out, start, steps=6, learning_rate=0.1, ema_decay=0.0))
     student, teacher = load_pretrained(out), load_pretrained(start)
-    assert student.generation == {"steps": 8, "step": "exact", "grid": "latest", "draws": 8}
+    drawn = {"steps": 8, "step": "exact", "grid": "latest", "draws": 8, "seams": "random"}
+    assert student.generation == drawn
     assert student.model.config == replace(teacher.model.config, neighbours=3)
     before, after = teacher.model.state_dict(), student.model.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -761,7 +762,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(
         if what == "checkpoint":
             patch.setattr(checkpoint_module, "save_file", full(checkpoint_module.save_file, 1))
         elif what == "model":
-            patch.setattr(pretrained_module, "save_file", full(pretrained_module.save_file, 1))
+            patch.setattr(directory_module, "save_file", full(directory_module.save_file, 1))
         else:
             patch.setattr(os, "fsync", full(os.fsync, 0))
         message = refusal(CheckpointError, pretrain, args)

@@ -296,3 +296,17 @@ def test_config_from_dict_names_unknown_and_missing_fields() -> None:
 def test_mask_source_adds_one_id() -> None:
     assert (small().embedding_rows, small().mask_id) == (11, None)
     assert (small(source="mask").embedding_rows, small(source="mask").mask_id) == (12, 11)
+
+
+def test_fusers_start_as_pytorch_makes_them_and_pass_time_on() -> None:
+    """Published: uniform within 1 / sqrt(fan_in); matrices of std 0.02 would hide time."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 5, "hidden_size": 16, "blocks": 2, "heads": 2, "cond_size": 32}
+    model = Transformer(ModelConfig.from_dict({**shape, "step_embedding": "raw"}))
+    fusers = [block.condition_fuser for block in model.blocks]
+    fusers += [model.output_layer.condition_fuser, model.time_condition_fuser]
+    bound = 64**-0.5
+    for fuser in fusers:
+        assert fuser.weight.abs().max() <= bound
+        assert float(fuser.weight.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert fuser.bias.any()

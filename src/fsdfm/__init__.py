@@ -16,7 +16,8 @@ from fsdfm.core import errors
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
 
 if TYPE_CHECKING:
-    from fsdfm.generate.generator import Generator, load
+    from fsdfm.generate.generator import Generator
+    from fsdfm.generate.loading import load
     from fsdfm.generate.request import Request, Result
     from fsdfm.generate.results import Generation, Sample, Snapshot
 
@@ -39,15 +40,24 @@ __all__ = [
     "load",
 ]
 
-_GENERATOR = ("Generation", "Generator", "Request", "Result", "Sample", "Snapshot", "load")
+_MODULES = {
+    "Generation": "results",
+    "Generator": "generator",
+    "Request": "request",
+    "Result": "request",
+    "Sample": "results",
+    "Snapshot": "results",
+    "load": "loading",
+}
+"""Of the room generate, by what is public in them."""
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, so that the help of the command line does not wait for torch."""
     if name == "__version__":
         return importlib.metadata.version("fsdfm")
-    if name in _GENERATOR:
-        return getattr(importlib.import_module("fsdfm.generate.generator"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"fsdfm.generate.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'fsdfm' has no attribute {name!r}")
 
 

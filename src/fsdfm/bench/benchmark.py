@@ -11,7 +11,7 @@ import torch
 
 from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import machine, measure, plan, specs_for, started
-from fsdfm.bench.jobs import SHAPES, Job, shape
+from fsdfm.bench.jobs import SHAPES, Job, sampling, shape
 from fsdfm.bench.sides import SIDES, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
@@ -69,9 +69,11 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
         )
     dtype = preferred_dtype(device)
     jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in SIDES}
-    jobs["sample"] = Job(args.batch_size, args.length, args.steps)
-    sides = {task: sides_for(task, dtype) for task in jobs}
+    said = sampling(args.shape if args.model is None else str(args.model))
+    jobs["sample"] = Job(args.batch_size, args.length, args.steps, sampling=said)
+    sides = {task: sides_for(task, dtype, device) for task in jobs}
     totals = {task: len(plan(dict.fromkeys(sides[task], args.repeats))) for task in jobs}
+    facts = machine(device, hardware(device))  # before the sides are there
     rows: list[Row] = []
     before = 0
     for task, job in jobs.items():
@@ -80,7 +82,7 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
         with started(specs) as workers:
             rows += measure(workers, job, args.repeats, progress=tell)
         before += totals[task]
-    return machine(device, hardware(device)), rows
+    return facts, rows
 
 
 def _part(

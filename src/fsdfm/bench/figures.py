@@ -107,6 +107,8 @@ class Row:
     """Of one run; None where the side failed."""
     runs: list[float]
     """Seconds of each run, in order."""
+    cpu_seconds: float | None
+    """Of all threads of the process, in one run: what a busy machine leaves alone."""
     speedup: float | None
     """Seconds of the first side of this job over this one's."""
     tokens_per_second: float | None
@@ -128,7 +130,16 @@ class Row:
         return asdict(self)
 
 
-HEADERS = ("side", "seconds", "speed-up", "tokens/s", "held", "extra memory", "time / floor")
+HEADERS = (
+    "side",
+    "seconds",
+    "CPU s",
+    "speed-up",
+    "tokens/s",
+    "held",
+    "extra memory",
+    "time / floor",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -138,6 +149,7 @@ def cells(row: Row) -> list[str]:
     return [
         row.side,
         _number(row.seconds, ".3f"),
+        _number(row.cpu_seconds, ".3f"),
         _number(row.speedup, ".2f"),
         _number(row.tokens_per_second, ",.0f"),
         _mebibytes(row.loaded_bytes),
@@ -196,9 +208,15 @@ def per_step(rows: Sequence[Row]) -> list[str]:
     return found
 
 
+def described(facts: Mapping[str, Any]) -> str:
+    """Machine and limits as one line."""
+    numbers = (f"{v:,.0f}" if isinstance(v, float) else v for v in facts.values())
+    return ", ".join(f"{name} {value}" for name, value in zip(facts, numbers, strict=True))
+
+
 def report(facts: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """Machine, tables, and how the engine's time grows with its steps, as Markdown."""
-    lines = [", ".join(f"{name} {value}" for name, value in facts.items()), "", markdown(rows)]
+    lines = [described(facts), "", markdown(rows)]
     return "\n".join([*lines, *(f"{line}\n" for line in per_step(rows))])
 
 

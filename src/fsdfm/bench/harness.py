@@ -23,6 +23,7 @@ import torch
 
 from fsdfm.bench.figures import Row, median
 from fsdfm.bench.jobs import Job
+from fsdfm.bench.limits import limits
 from fsdfm.bench.sides import dtype_of
 from fsdfm.core.errors import BenchError
 from fsdfm.core.progress import Progress
@@ -92,12 +93,18 @@ def specs_for(
 
 
 def machine(device: torch.device, name: str) -> dict[str, Any]:
-    """What the figures are measured on; workers have the same threads and torch as this process."""
+    """What the figures are measured on; workers have the same threads and torch as this process.
+
+    With its limits, and with its load a minute before: processes that waited for a core.
+    """
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
         "machine": name,
         "device": str(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "load": None if load is None else round(load, 1),
+        **limits(device),
     }
 
 
@@ -239,6 +246,7 @@ class _Tally:
     """What one side has answered so far."""
 
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
@@ -302,6 +310,7 @@ def _ask(worker: Worker, do: str, job: Job, tally: _Tally) -> None:
     reply = worker.ask(do, job, seed=len(tally.seconds) + 1)
     if do == "time":
         tally.seconds.append(reply["seconds"])
+        tally.cpu_seconds.append(reply["cpu_seconds"])
         tally.rates.append(reply["rate"])
     tally.facts.update(reply)
 
@@ -328,6 +337,7 @@ def _row(
         dtype=spec.dtype,
         seconds=seconds,
         runs=tally.seconds,
+        cpu_seconds=median(tally.cpu_seconds),
         speedup=None if base is None or seconds is None else base / seconds,
         tokens_per_second=None if seconds is None else tally.facts["tokens"] / seconds,
         loaded_bytes=worker.loaded_bytes,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from fsdfm.bench import reference
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import PRESETS, ModelConfig
-from fsdfm.model.io.pretrained import read_config
+from fsdfm.model.io.pretrained import read_config, read_generation
 from fsdfm.model.networks import build_network
 from fsdfm.model.transformer import FlowNetwork
 
@@ -33,6 +34,8 @@ class Job:
     """Model calls of a sampler, or updates of a training run."""
     rule: reference.Rule = "published"
     """Step rule of a sampler."""
+    sampling: dict[str, Any] | None = None
+    """What the model's generation.json says, for a sampler with a joint head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,21 @@ def shape(name: str) -> ModelConfig:
         )
     config, _ = read_config(Path(name))
     return replace(config, step_embedding="log2", neighbours=0)
+
+
+def sampling(name: str) -> dict[str, Any] | None:
+    """What generation.json says where the shape is that of a model; adapted is the bundled one.
+
+    Args:
+        name: as for `shape`.
+
+    Raises:
+        CheckpointError: an unreadable file.
+    """
+    if name in PRESETS:
+        return None
+    bundled = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
+    return read_generation(bundled if name == "adapted" else Path(name))
 
 
 def random_model(config: ModelConfig) -> FlowNetwork:

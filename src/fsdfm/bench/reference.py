@@ -148,16 +148,16 @@ def jump(
     """
     p = logits.softmax(-1)
     a = jump_chance(rule, t, then, schedule).to(p.dtype)[:, None].expand(x.shape)
-    landing = p
     if rule == "published":
-        vocab_size = p.shape[-1]
-        here = F.one_hot(x, vocab_size + 1)[..., :vocab_size].to(p.dtype)  # a mask id is nowhere
-        landing = p * (1.0 - here)
-        a = torch.where(a < 1.0, -torch.expm1(torch.log1p(-a) * (1.0 - (p * here).sum(-1))), a)
-        whole = (then >= 1.0)[:, None] | (landing.sum(-1) == 0.0)
-        landing = torch.where(whole[..., None], p, landing)
+        there = x < p.shape[-1]  # a mask id is nowhere
+        column = torch.where(there, x, 0)[..., None]
+        weight = p.gather(-1, column)[..., 0]
+        p_here = torch.where(there, weight, 0.0)
+        a = torch.where(a < 1.0, -torch.expm1(torch.log1p(-a) * (1.0 - p_here)), a)
+        whole = (then >= 1.0)[:, None] | (p_here >= 1.0) | ~there
+        p.scatter_(-1, column, torch.where(whole, weight, 0.0)[..., None])  # p without x
     u = torch.rand(x.shape, generator=generator, device=x.device)
-    return torch.where(u < a, categorical(landing, generator), x)
+    return torch.where(u < a, categorical(p, generator), x)
 
 
 def jump_chance(rule: Rule, t: Tensor, then: Tensor, schedule: Schedule) -> Tensor:
@@ -168,9 +168,14 @@ def jump_chance(rule: Rule, t: Tensor, then: Tensor, schedule: Schedule) -> Tens
 
 
 def categorical(weights: Tensor, generator: torch.Generator) -> Tensor:
-    """A token at every position, (B, L), from weights (B, L, V); drawn in float64."""
-    flat = weights.flatten(0, 1).double()
-    return torch.multinomial(flat, 1, generator=generator).view(weights.shape[:2])
+    """A token at every position, (B, L), from weights (B, L, V): the first whose sum passes u.
+
+    In float64, of which float32 numbers clip rare tokens.
+    """
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    shape = (*weights.shape[:2], 1)
+    u = torch.rand(shape, dtype=torch.float64, generator=generator, device=weights.device)
+    return torch.searchsorted(sums, u * sums[..., -1:], right=True)[..., 0]
 
 
 def reference_distill_loss(

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fsdfm.bench import autoregressive, reference
+from fsdfm.bench import autoregressive, ctranslate, reference
 from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, synchronise
-from fsdfm.flow.grid import GRIDS, even_grid
+from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
-from fsdfm.flow.posterior import INDEPENDENT, Grouped
-from fsdfm.flow.sampler import Drawing, Noise, sample
-from fsdfm.flow.step import EXACT, STEP_RULES
+from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
+from fsdfm.generate.options import DEFAULTS, SamplingOptions
+from fsdfm.generate.track import Track, call, start
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.transformer import FlowNetwork
@@ -69,21 +67,18 @@ class _Sampler:
 
 
 class OurSampler(_Sampler):
-    """This project's sampler, with a network that has no joint head."""
+    """What `fsdfm generate` runs (`Track` and `call`), with a network that has no joint head.
 
-    draws = 1
-
-    def rule(self, job: Job) -> str:
-        """Name of its step rule."""
-        return job.rule
-
-    def grid(self, steps: int) -> Tensor:
-        """Times of its calls."""
-        return even_grid(steps)
+    Tokens are not made words: there is no tokenizer.
+    """
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device = config, device
         self.engine = make_engine(random_model(config), device, dtype)
+
+    def sampling(self, job: Job) -> SamplingOptions:
+        """How it draws."""
+        return SamplingOptions(steps=job.steps, step=job.rule)
 
     def run(self, job: Job, seed: int) -> Cost:
         """See `Side`."""
@@ -98,45 +93,55 @@ class OurSampler(_Sampler):
         return {**shares, "draw": 1.0 - sum(shares.values())}
 
     def _sample(self, engine: Any, job: Job, seed: int) -> Cost:
-        config = self.config
-        noise = Noise(range(seed * job.batch, (seed + 1) * job.batch))
-        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
-        posterior = Grouped(engine, self.draws) if config.neighbours else INDEPENDENT
-        states = sample(
-            engine,
-            noise.start(source, job.length).to(self.device),
-            self.grid(job.steps),
-            noise,
-            source,
-            drawing=Drawing(STEP_RULES[self.rule(job)], posterior=posterior),
-        )
-        (last,) = deque(states, maxlen=1)
-        last.x.tolist()
-        flops = last.calls * body_flops(config, job.batch, job.length)
+        config, how = self.config, self.sampling(job)
+        asked: Any = _Asked(engine, config, self.device)
+        times, free = GRIDS[how.grid](how.steps).tolist(), torch.ones(job.length, dtype=torch.bool)
+        tracks = []
+        for each in range(seed * job.batch, (seed + 1) * job.batch):
+            noise = torch.Generator().manual_seed(each)
+            x_0 = start(asked, noise, job.length)
+            tracks.append(Track(x_0, free.clone(), list(times), how, how.controls(), noise))
+        calls = 0
+        while not tracks[0].done:
+            calls += call(asked, tracks)
+        tokens, rows = job.batch * job.length, sum(track.rows for track in tracks)
+        flops = calls * body_flops(config, job.batch, job.length)
         if job.batch == 1 or (job.length > ROWS_AT_ONCE // 2 and self.device.type == "cpu"):
             # A sequence that passes alone leaves the last block with its movers only.
-            still = last.calls * last.x.numel() - last.head_rows
-            flops -= still * last_block_flops(config, job.length)
-        flops += head_flops(config, last.head_rows)
-        return Cost(last.x.numel(), flops + joint_flops(config, last.head_rows))
+            flops -= (calls * tokens - rows) * last_block_flops(config, job.length)
+        return Cost(tokens, flops + head_flops(config, rows) + joint_flops(config, rows))
 
 
 class JointSampler(OurSampler):
-    """The same with a joint head, as `fsdfm generate` draws from one: in groups, on its grid."""
-
-    draws = DRAWS
-
-    def rule(self, job: Job) -> str:
-        """Exact: the published rule cannot draw in groups."""
-        return EXACT.name
-
-    def grid(self, steps: int) -> Tensor:
-        """Latest, where more positions move in a call than on an even one; even after masks."""
-        return even_grid(steps) if self.config.absorbing else GRIDS["latest"](steps)
+    """The same with a joint head: what users get who say nothing else."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")
         super().__init__(config, device, dtype)
+
+    def sampling(self, job: Job) -> SamplingOptions:
+        """What the model's generation.json says; else what `fsdfm distill` writes into one.
+
+        That is the exact rule, since no other can draw in groups, on the latest grid, where more
+        positions move in a call than on an even one; on an even one after masks.
+        """
+        grid = "even" if self.config.absorbing else "latest"
+        said = {"grid": grid, "draws": DRAWS} if job.sampling is None else job.sampling
+        own: dict[str, Any] = {name: value for name, value in said.items() if name in DEFAULTS}
+        return SamplingOptions(**{**own, "steps": job.steps})
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What `call` asks of a `Generator`."""
+
+    engine: Any
+    config: ModelConfig
+    state_device: torch.device
+
+    def posterior(self, how: SamplingOptions) -> Posterior:
+        """See `Generator`."""
+        return Grouped(self.engine, how.draws) if self.config.neighbours else INDEPENDENT
 
 
 class PlainSampler(_Sampler):
@@ -187,6 +192,19 @@ class Autoregressive:
     def peak(self, job: Job) -> Job:
         """All of it: the cache grows to the last token."""
         return job
+
+
+class Translated(Autoregressive):
+    """The same in CTranslate2."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.model = ctranslate.build(config, device, dtype)
+
+    def run(self, job: Job, seed: int) -> Cost:
+        """See `Side`."""
+        tokens = ctranslate.generate(self.model, job.batch, job.length, seed)
+        assert tokens.shape == (job.batch, job.length)
+        return Cost(tokens.numel(), None)
 
 
 # Training.

@@ -10,9 +10,15 @@ from collections.abc import Callable
 
 import torch
 
-from fsdfm.bench import autoregressive
+from fsdfm.bench import autoregressive, ctranslate
 from fsdfm.bench.jobs import Side
-from fsdfm.bench.samplers import Autoregressive, JointSampler, OurSampler, PlainSampler
+from fsdfm.bench.samplers import (
+    Autoregressive,
+    JointSampler,
+    OurSampler,
+    PlainSampler,
+    Translated,
+)
 from fsdfm.bench.trainers import OurDistill, OurPretrain, PlainDistill, PlainPretrain
 from fsdfm.model.config import ModelConfig
 
@@ -29,6 +35,9 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
         "engine-joint-int8": (JointSampler, torch.int8),
         "autoregressive-float32": (Autoregressive, torch.float32),
         "autoregressive-bf16": (Autoregressive, torch.bfloat16),
+        "ctranslate2-float32": (Translated, torch.float32),
+        "ctranslate2-bf16": (Translated, torch.bfloat16),
+        "ctranslate2-int8": (Translated, torch.int8),
     },
     "distill": {
         "reference-float32": (PlainDistill, torch.float32),
@@ -43,22 +52,43 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
 """Task -> side -> how it is built and the format of its products; None: the device's preferred."""
 
 
-NO_AUTOREGRESSIVE = "No autoregressive side: it needs transformers (pip install 'fsdfm[eval]')."
+MISSING = "Sides left out: {}. They need transformers and ctranslate2: pip install 'fsdfm[bench]'."
+CPU = torch.device("cpu")
 
 
-def sides_for(task: str, preferred: torch.dtype) -> list[str]:
-    """Sides of a task that can run and are worth it where `preferred` is the fast format."""
-    names = [name for name in SIDES[task] if not name.endswith("int8")]  # on request
+def sides_for(task: str, preferred: torch.dtype, device: torch.device = CPU) -> list[str]:
+    """Sides of a task that can run on a device and are worth it where `preferred` is its format."""
+    own_int8 = ("engine-int8", "engine-joint-int8")  # on request
+    names = [name for name in SIDES[task] if name not in own_int8]
     if preferred == torch.float32:  # bf16 would be emulated, and engine is engine-float32
         names = [name for name in names if not name.endswith("bf16") and name != "engine-float32"]
-    return runnable(names)
+    return runnable(names, device)
 
 
-def runnable(names: list[str]) -> list[str]:
-    """Without the autoregressive sides where transformers is missing (say NO_AUTOREGRESSIVE)."""
-    if autoregressive.available():
-        return names
-    return [name for name in names if not name.startswith("autoregressive")]
+def runnable(names: list[str], device: torch.device = CPU) -> list[str]:
+    """Without the sides whose packages are missing, or that know no such products here."""
+
+    def runs(name: str) -> bool:
+        if name.startswith("ctranslate2"):
+            return ctranslate.runs(device, dtype_of("sample", name, torch.float32))
+        return autoregressive.available() or not name.startswith("autoregressive")
+
+    return [name for name in names if runs(name)]
+
+
+def missing() -> str | None:
+    """What one should know of packages that are not installed."""
+    lacking = [
+        name
+        for name, there in (
+            ("autoregressive", autoregressive.available()),
+            ("ctranslate2", ctranslate.available()),
+        )
+        if not there
+    ]
+    if not lacking:
+        return None
+    return MISSING.format(", ".join(lacking))
 
 
 def dtype_of(task: str, name: str, preferred: torch.dtype) -> torch.dtype:

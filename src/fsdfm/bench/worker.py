@@ -7,7 +7,6 @@ answered by a line: figures, or {"error": ...}.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import json
 import os
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 
 from fsdfm.bench.jobs import Job, Side, synchronise
+from fsdfm.bench.limits import matmul_rate
 from fsdfm.bench.sides import build_side
+from fsdfm.core.device import give_back_memory
 from fsdfm.core.errors import FsdfmError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import ModelConfig
@@ -46,8 +47,7 @@ def memory_before(device: torch.device) -> dict[str, int] | None:
         synchronise(device)
         torch.cuda.reset_peak_memory_stats(device)
         return {"now": torch.cuda.memory_allocated(device)}
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_memory()
     try:
         (PROCESS / "clear_refs").write_text("5")
     except OSError:
@@ -82,23 +82,6 @@ def _status() -> dict[str, int]:
     text = (PROCESS / "status").read_text()
     found = re.findall(r"^(VmHWM|VmRSS|RssFile):\s+(\d+) kB", text, re.MULTILINE)
     return {name: 1024 * int(value) for name, value in found}
-
-
-def matmul_rate(width: int, device: torch.device, dtype: torch.dtype) -> float:
-    """FLOPs a second of [N, D] x [D, 4 D], best of five; N = 1,024, or 16,384 on a GPU."""
-    rows, calls = (16_384, 20) if device.type == "cuda" else (1024, 1)
-    a = torch.randn(rows, width, device=device, dtype=dtype)
-    b = torch.randn(width, 4 * width, device=device, dtype=dtype)
-    out = a @ b
-    times = []
-    for _ in range(5):
-        synchronise(device)
-        started = time.perf_counter()
-        for _ in range(calls):
-            torch.matmul(a, b, out=out)
-        synchronise(device)
-        times.append(time.perf_counter() - started)
-    return calls * 2 * rows * width * 4 * width / min(times)
 
 
 class Bench:
@@ -140,13 +123,14 @@ class Bench:
 
     def _time(self, job: Job, seed: int) -> dict[str, Any]:
         synchronise(self.device)
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         cost = self.side.run(job, seed)
         synchronise(self.device)
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
         dtype = torch.bfloat16 if self.dtype == torch.int8 else self.dtype
         rate = matmul_rate(self.config.hidden_size, self.device, dtype)
-        return {"seconds": seconds, "tokens": cost.tokens, "flops": cost.flops, "rate": rate}
+        figures = {"seconds": seconds, "cpu_seconds": cpu, "rate": rate}
+        return {**figures, "tokens": cost.tokens, "flops": cost.flops}
 
     def _split(self, job: Job, seed: int) -> dict[str, Any]:
         split = getattr(self.side, "split", None)

@@ -10,19 +10,20 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fsdfm.bench import autoregressive, benchmark
-from fsdfm.bench.figures import HEADERS, Row, cells, grouped
-from fsdfm.bench.sides import NO_AUTOREGRESSIVE
+from fsdfm.bench import benchmark
+from fsdfm.bench.figures import HEADERS, Row, cells, described, grouped
+from fsdfm.bench.sides import missing
 from fsdfm.cli.console import note, work, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import BenchError
 
-TABLE_WIDTH = 100
+TABLE_WIDTH = 120
 ABOUT = """\
 Measure speed and memory on this machine, beside reference implementations.
 
 Each side runs in a process of its own, in turn with the others. Sampling is compared with the
-published sampler as the formulas have it, and with an autoregressive model of the same size;
+published sampler as the formulas have it, and with an autoregressive model of the same size in
+transformers and in CTranslate2;
 distillation and pretraining with plain loops. Weights are random: they do not change the speed."""
 
 
@@ -43,10 +44,10 @@ def run(argv: Sequence[str]) -> None:
     if args.json:
         write(json.dumps({**machine, "rows": [row.to_dict() for row in rows]}) + "\n")
     else:
-        write(f"{', '.join(f'{name} {value}' for name, value in machine.items())}\n")
+        write(f"{described(machine)}\n")
         write(_tables(rows))
-    if not autoregressive.available():
-        note(NO_AUTOREGRESSIVE)
+    if (left_out := missing()) is not None:
+        note(left_out)
     if failed := [row.error for row in rows if row.error is not None]:
         for error in failed[:-1]:
             note(f"error: {error}")
@@ -61,7 +62,8 @@ def _tables(rows: Sequence[Row]) -> str:
         for name, group in grouped(rows).items():
             table = Table(title=name, title_justify="left", box=SIMPLE_HEAD)
             for header in HEADERS:
-                table.add_column(header, justify="left" if header == "side" else "right")
+                side = header == "side"
+                table.add_column(header, justify="left" if side else "right", no_wrap=side)
             for row in group:
                 table.add_row(*cells(row))
             console.print(table)

@@ -11,9 +11,9 @@ from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import write_whole
 from fsdfm.core.options import option
+from fsdfm.eval.comparison import comparison, named_rows
 from fsdfm.eval.report import load_report
 from fsdfm.eval.several import different_judges, shared_judges
-from fsdfm.eval.tables import comparison, named_rows
 
 ABOUT = "Put reports side by side and say which differences are real."
 POSITIONAL = ("reports",)

@@ -27,6 +27,9 @@ from fsdfm.core.errors import DataError
 from fsdfm.core.files import one_line
 from fsdfm.core.progress import Progress as Told
 
+LINE_EVERY = 30.0
+"""Seconds between two lines of progress, where there is no terminal."""
+
 
 class Stopped(Exception):
     """Training was interrupted, saved its state and said so."""
@@ -82,29 +85,40 @@ def bars(titles: Mapping[str, str]) -> Iterator[Told]:
 
 @contextlib.contextmanager
 def work(first: str) -> Iterator[Told]:
-    """A bar on stderr with an ETA, told (what was done, done, in all); lines without a terminal."""
+    """A bar on stderr, told (what was done, done, in all); lines without a terminal."""
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
         TextColumn("ETA"),
         TimeRemainingColumn(),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar, last = progress.add_task(first, total=None), ""
-        started = time.monotonic()
+        bar, last = progress.add_task(first, total=None, rate=""), ""
+        started = said = time.monotonic()
 
         def advance(label: str, done: int, total: int) -> None:
-            nonlocal last
-            progress.update(bar, description=label, completed=done, total=total)
-            if not console.is_terminal and label != last:
-                left = (time.monotonic() - started) / done * (total - done)
-                console.print(f"{label}  {done}/{total}  ETA {left / 60:.1f} min")
+            nonlocal last, said
+            now = time.monotonic()
+            rate = _rate(done, now - started)
+            progress.update(bar, description=label, completed=done, total=total, rate=rate)
+            due = label != last or now - said >= LINE_EVERY or done == total > 1
+            if not console.is_terminal and due:
+                left = (now - started) / done * (total - done)
+                console.print(f"{label}  {done}/{total}  {rate}  ETA {left / 60:.1f} min")
+                said = now
             last = label
 
         yield advance
+
+
+def _rate(done: int, seconds: float) -> str:
+    """So many a second, or a minute where they are slow."""
+    each = done / max(seconds, 1e-9)
+    return f"{each:.1f}/s" if each >= 1.0 else f"{60.0 * each:.1f}/min"
 
 
 def use_utf8(stream: Any) -> None:

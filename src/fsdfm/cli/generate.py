@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fsdfm.cli.asked import ELSEWHERE, REPEATED, asked, values
@@ -17,11 +20,14 @@ from fsdfm.core.errors import ConfigError, DataError, FsdfmError
 from fsdfm.core.files import write_whole
 from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.generate.files import answer_file, in_order
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.gif import gif, needs_pillow
 from fsdfm.generate.live import printable, show
+from fsdfm.generate.loading import load
 from fsdfm.generate.precision import PRECISIONS
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.running import Running
+from fsdfm.generate.trace import Recorder, page
 from fsdfm.generate.watch import watch
 
 SEPARATOR = "---"
@@ -33,6 +39,8 @@ class _Own:
 
     model: str | None = option(None, form="DIR", unset="the bundled model")
     """Model or run directory, or org/name on the Hugging Face Hub."""
+    adapter: str | None = option(None, form="DIR", unset="none")
+    """Run directory of a training with lora, whose weights are added to those of the model."""
     prompt_file: str | None = option(None, form="FILE", unset="none; - for standard input")
     """File with the prompt, in UTF-8; one line end at its end is left out."""
     edit: str | None = option(None, form="FILE", unset="none; - for standard input")
@@ -45,6 +53,10 @@ class _Own:
     """File with a request a line, as JSON; other flags say what its lines leave open."""
     out: str | None = option(None, form="FILE", unset="standard output")
     """File for the text, or for the results of requests; those that it has are not done again."""
+    trace: str | None = option(None, form="FILE.html", unset="none")
+    """Page that shows how the text came about, with a slider over the calls; of one text."""
+    gif: str | None = option(None, form="FILE.gif", unset="none")
+    """The same as a picture that moves; needs Pillow."""
     num_samples: int = option(1, within=AT_LEAST_1)
     """Texts to generate; each takes the next seed."""
     batch_size: int = option(1, within=AT_LEAST_1)
@@ -71,11 +83,16 @@ def run(argv: Sequence[str]) -> None:
     flags = Flags(of=Request, without=ELSEWHERE, repeated=REPEATED)
     request, given = parse("generate", ABOUT, argv, flags, Flags(of=_Own))
     own = _Own(**given)
+    if own.logprobs and not own.json and own.requests is None:
+        raise ConfigError("logprobs are told in JSON: give json too.", "logprobs", "json")
     fields = values(request, own)
     if own.requests is not None:
         _batch(fields, own)
         return
     wanted = list(asked(fields, own.num_samples))
+    if own.trace is not None or own.gif is not None:
+        _watched(wanted, own)
+        return
     generator = _load(own)
     if own.out is not None:
         _into(generator, wanted, own)
@@ -94,8 +111,11 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _load(own: _Own) -> Generator:
+    device, place = own.device, os.environ.get("LOCAL_RANK")
+    if device is None and place is not None and torch.cuda.is_available():
+        device = f"cuda:{place}"  # torchrun has a process for each
     with status("Loading the model"):
-        return load(own.model, device=own.device, precision=own.precision)
+        return load(own.model, adapter=own.adapter, device=device, precision=own.precision)
 
 
 def _fail(_: Any, error: FsdfmError) -> None:
@@ -107,6 +127,37 @@ def _shown(result: Result, number: int, own: _Own) -> str:
         return json.dumps(result.record(logprobs=own.logprobs), ensure_ascii=False) + "\n"
     text = result.text if own.edit is not None else f"{result.text}\n"
     return f"{SEPARATOR}\n{text}" if number else text
+
+
+def _watched(wanted: list[tuple[int, Request]], own: _Own) -> None:
+    """One text, and how it came about in files; a file that cannot be written loses no text.
+
+    Raises:
+        ConfigError: several texts, or no Pillow for a GIF.
+    """
+    if len(wanted) > 1:
+        name = "trace" if own.trace is not None else "gif"
+        raise ConfigError(f"{name} is of one text: leave num_samples out.", name, "num_samples")
+    if own.gif is not None:
+        needs_pillow()
+    generator, terminal, done = _load(own), Console(), list[Result]()
+    recorder = Recorder(generator)
+    snapshots = watch(generator, wanted[0][1], done, recorder.see)
+    if terminal.is_terminal and not terminal.is_dumb_terminal and not own.json:
+        show(snapshots, terminal)
+    else:
+        with status("Generating"):
+            deque(snapshots, maxlen=0)
+    trace = recorder.trace(done[0])
+    text = _shown(done[0], 0, own)
+    if own.out is not None:
+        write_whole(own.out, text)
+    else:
+        write(printable(text) if terminal.is_terminal and not own.json else text)
+    if own.trace is not None:
+        write_whole(own.trace, page(trace))
+    if own.gif is not None:
+        write_whole(own.gif, gif(trace))
 
 
 def _into(generator: Generator, wanted: list[tuple[int, Request]], own: _Own) -> None:
@@ -125,6 +176,9 @@ def _batch(found: dict[str, Any], own: _Own) -> None:
     """
     if own.out is None or own.requests is None:
         raise ConfigError("requests needs a file for the results: give out.", "requests", "out")
+    if own.trace is not None or own.gif is not None:
+        name = "trace" if own.trace is not None else "gif"
+        raise ConfigError(f"{name} is of one text: leave requests out.", name, "requests")
     if own.num_samples > 1:
         raise ConfigError("num_samples is 1 for each of requests: leave it out.", "num_samples")
     Request.from_dict(found)
@@ -140,6 +194,8 @@ def _batch(found: dict[str, Any], own: _Own) -> None:
             refused=note,
             progress=progress,
         )
+    if done.rank:
+        return
     there = f", {done.found:,} were there" if done.found else ""
     note(f"{done.written:,} results written to {own.out}{there}")
     if done.refused:

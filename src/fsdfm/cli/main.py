@@ -27,6 +27,7 @@ COMMANDS = (
     "compare",
     "baseline",
     "convert",
+    "merge",
     "bench",
     "serve",
 )
@@ -47,6 +48,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm baseline ngram --data DATA --out TEXTS.jsonl
                                                texts of a plain language model, to compare with
   fsdfm convert FILE DIR --tokenizer FILE      a published checkpoint -> model directory
+  fsdfm merge MODEL ADAPTER DIR                a model and what --lora trained -> model directory
   fsdfm serve --model STUDENT                  an API that OpenAI's clients speak, and a page
   fsdfm bench                                  speed and memory here, beside references
 

@@ -8,17 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load
 from fsdfm.generate.precision import PRECISIONS
+from fsdfm.serve.models import named
 from fsdfm.serve.settings import LOOPBACK, ServeSettings
-
-BUNDLED = "bundled"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +60,8 @@ def run(argv: Sequence[str]) -> None:
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    if settings.log_prompts:
+        logging.getLogger("fsdfm.serve").setLevel(logging.DEBUG)
     models = _models(_Own(**own))
     if settings.host not in LOOPBACK and settings.api_key is None:
         note(f"Everybody who reaches {settings.host} may use it: api_key is not set.")
@@ -70,15 +71,7 @@ def run(argv: Sequence[str]) -> None:
 def _models(own: _Own) -> dict[str, Generator]:
     """Models by the names that clients say."""
     found: dict[str, Generator] = {}
-    for place in own.model or (None,):
-        name = BUNDLED if place is None else _name(place)
-        if name in found:
-            raise ConfigError(f"model has two of the name {name!r}: rename one.", "model")
+    for name, place in named(own.model).items():
         with status(f"Loading {name}"):
             found[name] = load(place, device=own.device, precision=own.precision)
     return found
-
-
-def _name(place: str) -> str:
-    path = Path(place)
-    return path.resolve().name if path.exists() else place

@@ -19,6 +19,7 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.live import printable
 from fsdfm.model.transformer import FlowNetwork
+from fsdfm.recipes.settings import BASE, FlowSettings, PretrainSettings
 from fsdfm.recipes.watch import Plan
 
 PREVIEW_TOKENS = 96
@@ -103,14 +104,23 @@ class TrainingConsole:
                 f"command again to go on."
             )
         elif self.first_step == self.step:
-            self.say(f"Finished already, nothing to do: try  fsdfm generate --model {out}")
+            self.say(f"Finished already, nothing to do: try  fsdfm generate {self._model()}")
         else:
-            self.say(f"Done: try  fsdfm generate --model {out}")
+            self.say(f"Done: try  fsdfm generate {self._model()}")
+
+    def _model(self) -> str:
+        """Flags that name what was trained."""
+        args = self.args
+        if not isinstance(args, FlowSettings) or args.lora is None:
+            return f"--model {args.out}"
+        base = args.init if isinstance(args, PretrainSettings) else args.out / BASE
+        return f"--model {base} --adapter {args.out}"
 
     def _preview(self, ema: FlowNetwork) -> str:
         """A short sample from the moving average; it draws from its own noise."""
         config, noise = ema.config, Noise([self.args.seed % 2**32])
         network = Sequences(ema, next(ema.parameters()).device)
+        draws, seams = self.generation.get("draws", 1), self.generation.get("seams", "fixed")
         source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
         states = sample(
             network,
@@ -121,7 +131,7 @@ class TrainingConsole:
             schedule=Polynomial(config.schedule_power),
             drawing=Drawing(
                 STEP_RULES[self.generation["step"]],
-                posterior=Grouped(network, self.generation.get("draws", 1)),
+                posterior=Grouped(network, draws, seams),
             ),
         )
         *_, last = states

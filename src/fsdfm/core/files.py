@@ -58,12 +58,27 @@ def real(path: str | Path) -> Path:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write beside a regular file, then rename over it."""
-    partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        partial.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place to write a file that becomes `path` when the block ends well, and goes if it fails.
+
+    For files that a library writes; `write_whole` is for all others.
+
+    Args:
+        path: a regular file, behind all links, or nothing yet; its directory is there.
+
+    Raises:
+        OSError: the file cannot be made, or not be put in place.
+    """
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
+        yield partial
+        with partial.open("rb") as file:
             os.fsync(file.fileno())
         if path.exists():
             shutil.copymode(path, partial)

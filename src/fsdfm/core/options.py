@@ -172,7 +172,7 @@ class Option:
         elif self.item is float:
             try:
                 real = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 self._refuse("a number", repr(value))
             if real not in self.rule.within:
                 self._refuse(self.rule.within.words(whole=False), repr(real).removesuffix(".0"))

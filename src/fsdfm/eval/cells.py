@@ -221,12 +221,14 @@ class Cells:
             "movers": "independent" if paper else defaults["movers"],
             "grid": self.args.grid or ("even" if paper else defaults["grid"]),
             "draws": draws if source.joint else 1,
+            "seams": defaults["seams"],
             "top_p": 1.0 if paper else defaults["top_p"],
         }
 
     def drawing(self, name: str) -> dict[str, Any]:
         """How a model's texts are drawn at every budget and temperature."""
-        return {k: self.models[name][k] for k in ("step", "movers", "grid", "draws", "top_p")}
+        names = ("step", "movers", "grid", "draws", "seams", "top_p")
+        return {k: self.models[name][k] for k in names}
 
     def _generated(self, name: str, task: str, share: str) -> Iterator[Cell]:
         make = {

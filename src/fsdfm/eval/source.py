@@ -42,7 +42,7 @@ class TextSource(Protocol):
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Its own sampling options: step, movers, grid, draws, top_p."""
+        """Its own sampling options: step, movers, grid, draws, seams, top_p."""
         ...
 
     @property

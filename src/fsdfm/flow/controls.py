@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.flow.host import send
+
+MOST = 2.0**24
+"""Whole numbers up to it are exact in float32; no vocabulary has as many tokens."""
+
 
 @dataclass(frozen=True, slots=True)
 class Bans:
@@ -58,11 +63,12 @@ class Shaping:
 
     def __init__(self, controls: Sequence[Controls], device: torch.device) -> None:
         def column(name: str) -> Tensor:
-            return torch.tensor([float(getattr(c, name)) for c in controls], device=device)
+            # Made on the CPU: a tensor that is made on the device from numbers is waited for.
+            return send(torch.tensor([float(getattr(c, name)) for c in controls]), device)
 
         self.controls = controls
         self.temperature, self.top_p = column("temperature"), column("top_p")
-        self.top_k, self.min_p = column("top_k").long(), column("min_p")
+        self.top_k, self.min_p = column("top_k").clamp_max(MOST).long(), column("min_p")
         self.penalty = column("repetition_penalty").log()
         # Asked here, and not of the tensors, so that nothing waits for the device.
         self.penal = any(c.repetition_penalty != 1.0 for c in controls)

@@ -98,6 +98,8 @@ class Call:
     """What is known before any of them is drawn, bool, shape (B, L), beside the state."""
     u: Tensor
     """Uniform in [0, 1), shape (N,), beside the state: one number decides where a mover lands."""
+    offset: Tensor
+    """Uniform in [0, 1), shape (B,), on the CPU: where a sequence's groups begin in this call."""
     draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """(hidden rows (n, D), tokens as they stand (B L,), which of them are drawn (n,), u (n,)) ->
     their next tokens, int64, (n,)."""
@@ -111,6 +113,7 @@ class Call:
         movers: Tensor,
         known: Tensor,
         u: Tensor,
+        offset: Tensor,
         draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> Call:
         """The call at a state.
@@ -120,12 +123,12 @@ class Call:
             x: state, int64, shape (B, L).
             times: t and h.
             movers: who moves, bool, shape (B, L), on the CPU, as `known` and `u`.
-            known, u, draw: see the fields.
+            known, u, offset, draw: see the fields.
         """
         # Counted and picked on the CPU, so that nothing here waits for the device.
         places = movers.flatten().nonzero()[:, 0]
         rows, known, u = (send(each, x.device) for each in (places, known, u))
-        return cls(x, places, rows, model.hidden(x, *times, rows), known, u, draw)
+        return cls(x, places, rows, model.hidden(x, *times, rows), known, u, offset, draw)
 
     def placed(self, tokens: Tensor) -> Tensor:
         """The next state, in which the movers have these tokens."""
@@ -158,21 +161,31 @@ class Independent:
 
 INDEPENDENT = Independent()
 
+SEAMS = ("fixed", "random")
+"""At the multiples of the number of groups, or shifted in every call, each sequence on its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Grouped:
     """In groups, from left to right, each told by a joint head what the ones before have drawn.
 
-    One group passes through the joint head too: its training always does.
+    With exact conditionals the law of a call is the joint posterior's wherever no two positions of
+    a group depend on each other once the groups before are drawn; with as many groups as positions
+    it always is. One group passes through the joint head too: its training always does.
     """
 
     head: JointHead
     groups: int = 1
     """Every `groups`-th position is drawn together, at least 1."""
+    seams: str = "fixed"
+    """Where blocks of `groups` positions begin, one of SEAMS. The first of a block knows least; at
+    random seams no position is always the first."""
 
     def __post_init__(self) -> None:
         if self.groups < 1:
             raise ConfigError(f"draws must be at least 1, got {self.groups}.", "draws")
+        if self.seams not in SEAMS:
+            raise ConfigError(f"seams must be {' or '.join(SEAMS)}, got {self.seams!r}.", "seams")
 
     def check(self, rule: StepRule) -> None:
         """Several groups need a rule whose every mover lands on a fresh draw from p.
@@ -190,8 +203,12 @@ class Grouped:
 
     def tokens(self, call: Call) -> Tensor:
         """See `Posterior`."""
-        x, known = call.x.flatten(), call.known.flatten()
-        for picked in split(call.places % call.x.shape[1], self.groups):
+        x, known, length = call.x.flatten(), call.known.flatten(), call.x.shape[1]
+        position = call.places % length
+        if self.seams == "random":
+            shift = (call.offset * self.groups).long()
+            position = position + shift[call.places // length]
+        for picked in split(position, self.groups):
             part = send(picked, x.device)
             at, few = call.rows[part], call.hidden[part.to(call.hidden.device)]
             told = self.head.told(few, at, x.view_as(call.x), known.view_as(call.x))
@@ -204,13 +221,12 @@ def split(position: Tensor, groups: int) -> Iterator[Tensor]:
     """Which movers are drawn together: every `groups`-th position, from left to right.
 
     Args:
-        position: of each mover in its sequence, int64, shape (N,), on the CPU.
+        position: of each mover in its sequence, or shifted, int64, shape (N,), on the CPU.
         groups: how many.
 
     Yields:
         Indices into the movers, of each group that has any.
     """
-    for k in range(groups):
-        part = (position % groups == k).nonzero()[:, 0]
-        if len(part):
-            yield part
+    group = position % groups
+    for k in sorted(set(group.tolist())):  # however many there may be
+        yield (group == k).nonzero()[:, 0]

@@ -71,10 +71,13 @@ class Attempt:
     """Positions that were to be written, bool, shape (L,)."""
     logprobs: Tensor = field(init=False)
     """See `Track`; float32, shape (L,)."""
+    drawn_in: Tensor = field(init=False)
+    """Of all its steps the one in which each was drawn last, see `Track`; int64, shape (L,)."""
 
     def __post_init__(self) -> None:
         self.fresh = self.free.clone()
         self.logprobs = torch.full(self.x.shape, math.nan)
+        self.drawn_in = torch.zeros_like(self.x)
 
     @property
     def planned(self) -> tuple[int, int]:
@@ -103,6 +106,14 @@ class Attempt:
             hidden[slice(*self.window)] = False
         return x.masked_fill(hidden, mask).tolist()
 
+    def moved(self) -> list[int]:
+        """Step in which each position was drawn last, with those of the window; 0 if it was not."""
+        drawn_in = self.drawn_in.clone()
+        if self.track is not None:
+            part = slice(*self.window)
+            drawn_in[part] = _later(self.track.drawn_in, self.steps, drawn_in[part])
+        return drawn_in.tolist()
+
     def begin(self, window: tuple[int, int], track: Track) -> None:
         """Write a window."""
         self.window, self.track = window, track
@@ -121,6 +132,7 @@ class Attempt:
         self.x[part] = track.x
         drawn = ~track.logprobs.isnan()
         self.logprobs[part] = torch.where(drawn, track.logprobs, self.logprobs[part])
+        self.drawn_in[part] = _later(track.drawn_in, self.steps, self.drawn_in[part])
 
     def ban(self, position: int, token: int, vocab_size: int) -> None:
         """Have a token no more at a position."""
@@ -153,3 +165,8 @@ class Attempt:
                     found = position
                 head = tail
         return found
+
+
+def _later(drawn_in: Tensor, steps: int, before: Tensor) -> Tensor:
+    """Steps of a track, after so many of the text, where it has drawn; else those before."""
+    return torch.where(drawn_in > 0, drawn_in + steps, before)

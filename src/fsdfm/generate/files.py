@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeVar
@@ -15,6 +15,7 @@ from fsdfm.core.errors import DataError, FsdfmError
 from fsdfm.core.files import one_line
 from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
+from fsdfm.generate.parts import PARQUET, Parts, Ranks, check_kind, joined
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.running import BATCH, Event, Running
 
@@ -79,6 +80,8 @@ class Answered:
     """Those whose results were there."""
     refused: int
     """Lines that are no request, or one that cannot be done."""
+    rank: int = 0
+    """Of this process among those that share the file; the numbers are of all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,46 +109,101 @@ def answer_file(
     Args:
         generator: the model.
         source: the requests; one without an id is called by the number of its line.
-        out: the results, as `Result.record` has them; gone on with, if it is there.
+        out: the results, as `Result.record` has them, as JSON lines or, by its name, .parquet; gone
+            on with, if it is there. Under torchrun each process takes its share.
         defaults: fields of requests that do not say them.
         batch_size: sequences that share a call, at most.
         logprobs: whether results have their token ids and log-probabilities.
         refused: told of every line that cannot be done, in one sentence with its number.
-        progress: told ("requests", done, in all).
+        progress: told ("requests", done, in all), of those that have no result yet.
 
     Raises:
         DataError: a file that cannot be read or written, or results that are none.
         ConfigError: somebody else is writing the results.
     """
-    lines = _lines(source)
-    bad: list[int] = []
+    lines, place = _lines(source), Path(out)
+    check_kind(place)
+    with joined() as ranks, _writing(out), contextlib.ExitStack() as stack:
+        bad: list[int] = []
 
-    def refuse(number: int, reason: object) -> None:
-        bad.append(number)
-        if refused is not None:
-            refused(f"{source}, line {number}: {reason}")
+        def refuse(number: int, reason: object) -> None:
+            bad.append(number)
+            if refused is not None:
+                refused(f"{source}, line {number}: {reason}")
 
-    lock = Path(f"{out}.lock")
-    with _writing(out), contextlib.ExitStack() as stack:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(locked(lock, Path(out)))
-        done = _finished(Path(out))
-        asked = _requests(lines, defaults or {}, refuse)
+        def nobody(number: int, reason: object) -> None:
+            """Lines that are no request are told once."""
+
+        asked = _requests(lines, defaults or {}, nobody if ranks.rank else refuse)
+        todo = stack.enter_context(_shared(asked, place, ranks))
+
+        def answers() -> Iterator[tuple[_Line, Result]]:
+            return in_order(
+                generator,
+                todo.mine,
+                batch_size=batch_size,
+                refused=lambda line, error: refuse(line.number, error),
+            )
+
+        written = todo.write(answers(), progress, logprobs=logprobs)
+        counts = ranks.total(written, len(bad))
+    return Answered(counts[0], todo.found, counts[1], ranks.rank)
+
+
+@dataclass(frozen=True, slots=True)
+class _Todo:
+    """Requests that have no result yet, and where their results go.
+
+    Results go straight into a file of JSON lines, where one process writes it. A parquet file, and
+    one of several processes, is put together of parts.
+    """
+
+    ranks: Ranks
+    file: Path
+    parts: Parts | None
+    order: list[str]
+    """Ids of all requests."""
+    found: int
+    mine: list[tuple[_Line, Request]]
+    """Those that this process answers."""
+
+    def write(
+        self,
+        answers: Iterator[tuple[_Line, Result]],
+        progress: Progress | None,
+        *,
+        logprobs: bool,
+    ) -> int:
+        """Write the results as they come; returns their number."""
+        written = 0
+        with open(self.file, "ab") as file:
+            for line, result in answers:
+                written += 1
+                _append(file, replace(result, id=line.id).record(logprobs=logprobs))
+                if progress is not None:
+                    progress("requests", written, len(self.mine))
+        self.ranks.wait()
+        if self.parts is not None and self.ranks.rank == 0:
+            self.parts.finish(self.order, logprobs=logprobs)
+        self.ranks.wait()
+        return written
+
+
+@contextlib.contextmanager
+def _shared(asked: Sequence[tuple[_Line, Request]], out: Path, ranks: Ranks) -> Iterator[_Todo]:
+    """This process's share of what has no result yet; while it lasts nobody else writes there."""
+    parts = Parts(out)
+    in_parts = ranks.world > 1 or out.suffix == PARQUET or parts.directory.exists()
+    file = parts.own(ranks.rank) if in_parts else out
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(Path(f"{file if ranks.rank else out}.lock"), out):
+        done = parts.done() if in_parts else _finished(out)
+        ranks.wait()  # all have seen the same, before anybody writes
+        _cut(file)
         todo = [(line, request) for line, request in asked if line.id not in done]
-        skipped, written = len(asked) - len(todo), 0
-        file = stack.enter_context(open(out, "ab"))
-        results = in_order(
-            generator,
-            todo,
-            batch_size=batch_size,
-            refused=lambda line, error: refuse(line.number, error),
-        )
-        for line, result in results:
-            written += 1
-            _append(file, replace(result, id=line.id).record(logprobs=logprobs))
-            if progress is not None:
-                progress("requests", skipped + written, len(asked))
-    return Answered(written, skipped, len(bad))
+        mine, order = todo[ranks.rank :: ranks.world], [line.id for line, _ in asked]
+        found = len(asked) - len(todo)
+        yield _Todo(ranks, file, parts if in_parts else None, order, found, mine)
 
 
 def _lines(source: str | Path) -> list[bytes]:
@@ -207,12 +265,9 @@ def _finished(out: Path) -> set[str]:
     """Ids of the results that are there; a last line that was cut by a kill is cut off."""
     if not out.exists():
         return set()
-    data = out.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(out, whole)
+    data = _cut(out)
     found = set()
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             found.add(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError):
@@ -220,3 +275,14 @@ def _finished(out: Path) -> set[str]:
                 f"{out}, line {number} is no result of a request: give another place for results."
             ) from None
     return found
+
+
+def _cut(file: Path) -> bytes:
+    """The whole lines of a file, if it is there; a last one that a kill has cut is cut off."""
+    if not file.exists():
+        return b""
+    data = file.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        os.truncate(file, whole)
+    return data[:whole]

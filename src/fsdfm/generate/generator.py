@@ -9,15 +9,13 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
 from fsdfm.core.device import pick_device
-from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
 from fsdfm.flow.sampler import State
@@ -31,7 +29,6 @@ from fsdfm.generate.rows import Rows, given_rows
 from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
 from fsdfm.generate.track import Track, call, start
 from fsdfm.model.engine import Engine
-from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.text.tokenizer import DOCUMENT_SEPARATOR, Tokenizer
 
@@ -58,7 +55,8 @@ class Generator:
     """A model ready to generate text.
 
     Args:
-        model: the network; its weights must not change afterwards.
+        model: the network; its weights must not change afterwards. It is not kept: the engine has
+            what it needs of it, once, in its format.
         tokenizer: the tokenizer it was trained with.
         defaults: what `generate` uses where its caller says nothing (see DEFAULTS).
         device: where to run; cuda if there is one, else mps, else cpu.
@@ -79,13 +77,12 @@ class Generator:
     ) -> None:
         self.ancestors = ancestors
         self.device = pick_device(device)
-        self.model = model.to(self.device).eval()
         self.config = model.config
         self.tokenizer = tokenizer
         known = {name: value for name, value in (defaults or {}).items() if name in DEFAULTS}
         self.defaults: dict[str, Any] = {**DEFAULTS, **known}
         self.dtype = pick_dtype(precision, self.device)
-        self.engine = Engine(self.model, self.dtype)
+        self.engine = Engine(model.to(self.device).eval(), self.dtype)
         # The sampler draws in float64, which MPS lacks.
         self.state_device = torch.device("cpu") if self.device.type == "mps" else self.device
         self._pieces: dict[int, str] = {}
@@ -206,7 +203,7 @@ class Generator:
         for first in range(0, len(seeds), request.batch_size):
             batch = seeds[first : first + request.batch_size]
             began = time.perf_counter()
-            (last,) = deque(self._states(request, first, len(batch)), maxlen=1)
+            ((_, last),) = deque(self._states(request, first, len(batch)), maxlen=1)
             rows: list[list[int]] = last.x.tolist()
             seconds = time.perf_counter() - began
             free = (~request.frozen[first : first + len(batch)]).sum(1).tolist()
@@ -226,7 +223,7 @@ class Generator:
     def _snapshots(self, request: _Request) -> Iterator[Snapshot]:
         began = time.perf_counter()
         frozen: list[bool] = request.frozen[0].tolist()
-        for state in self._states(request, 0, 1):
+        for tracks, state in self._states(request, 0, 1):
             ids: list[int] = state.x[0].tolist()
             yield Snapshot(
                 step=state.step,
@@ -238,10 +235,13 @@ class Generator:
                 token_ids=ids,
                 text=self.decode(ids),
                 pieces=[self.piece(i) for i in ids],
+                moved=tracks[0].drawn_in.tolist(),
             )
 
-    def _states(self, request: _Request, first: int, count: int) -> Iterator[State]:
-        """States of samples first, ..., first + count - 1."""
+    def _states(
+        self, request: _Request, first: int, count: int
+    ) -> Iterator[tuple[list[Track], State]]:
+        """Samples first, ..., first + count - 1 from call to call."""
         tracks = []
         for number in range(first, first + count):
             noise = torch.Generator().manual_seed(request.seed + number)
@@ -251,10 +251,10 @@ class Generator:
             tracks.append(Track(x, ~frozen, request.grid.tolist(), how, controls, noise))
         calls = 0
         try:
-            yield self._state(tracks, calls)
+            yield tracks, self._state(tracks, calls)
             while not tracks[0].done:
                 calls += call(self, tracks)
-                yield self._state(tracks, calls)
+                yield tracks, self._state(tracks, calls)
         except torch.OutOfMemoryError:
             raise ConfigError(
                 f"{self.device} has not enough memory for {count} x {request.length} tokens: "
@@ -270,7 +270,7 @@ class Generator:
         return State(x, one.step, one.times[one.step], calls, sum(t.rows for t in tracks))
 
     def autocast(self) -> torch.autocast:
-        """For calls of `model` itself: products in the engine's format (bfloat16 for int8)."""
+        """For calls of the network itself: products in the engine's format (bfloat16 for int8)."""
         dtype = self.engine.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
@@ -293,7 +293,8 @@ class Generator:
         if length > context:
             raise ConfigError(
                 f"length={length} is more than this model's context of {context} tokens: "
-                f"ask for {context} at most.",
+                f"ask for {context} at most, or give a Request of this length to answer, which "
+                "makes it in windows.",
                 "length",
             )
         num_samples, seed = wanted.num_samples, wanted.seed
@@ -330,7 +331,9 @@ class Generator:
                 f"draws={sampling.draws} out, or use a model that was distilled to one.",
                 "draws",
             )
-        found = Grouped(self.engine, sampling.draws) if self.config.neighbours else INDEPENDENT
+        found: Posterior = INDEPENDENT
+        if self.config.neighbours:
+            found = Grouped(self.engine, sampling.draws, sampling.seams)
         found.check(STEP_RULES[sampling.step])
         return found
 
@@ -357,45 +360,3 @@ class Generator:
                 "length",
             )
         return torch.tensor(ids, dtype=torch.int64)
-
-
-def load(
-    model: str | Path | None = None,
-    *,
-    device: str | torch.device | None = None,
-    precision: str | None = None,
-) -> Generator:
-    """Load a model to generate text with.
-
-    Args:
-        model: a model directory, a run directory of `pretrain` or `distill`, or `org/name` on the
-            Hugging Face Hub; None takes the model that comes with the package.
-        device: where to run; cuda if there is one, else mps, else cpu.
-        precision: of the matrix products. None: bfloat16 where it is fast, else float32. int8 is
-            faster still for large networks, on CPUs with AVX512-VNNI or AMX, and slightly coarser.
-
-    Raises:
-        CheckpointError: the model is missing, damaged, or not one of ours.
-        ConfigError: the device or the precision cannot be used.
-    """
-    place = pick_device(device)
-    loaded = load_pretrained(_bundled() if model is None else model, device=place)
-    tokenizer = Tokenizer.from_json(loaded.tokenizer_json)
-    return Generator(
-        loaded.model,
-        tokenizer,
-        defaults=loaded.generation,
-        device=place,
-        precision=precision,
-        ancestors=loaded.ancestors,
-    )
-
-
-def _bundled() -> Path:
-    directory = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
-    if not directory.is_dir():
-        raise CheckpointError(
-            "This installation came without its bundled model: reinstall fsdfm, or name the "
-            "directory of a model."
-        )
-    return directory

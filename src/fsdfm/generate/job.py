@@ -22,7 +22,7 @@ from fsdfm.generate.lengths import choose_lengths
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.template import Gap
 from fsdfm.generate.track import Probe, Task, Track, start
-from fsdfm.generate.words import bans, check_room, choose, offenders, phrases
+from fsdfm.generate.words import banned_tokens, bans, check_room, choose, offenders, phrases
 from fsdfm.text.tokenizer import HALF
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Job:
         self.layout = lay_out(request, generator)
         self.end = ending(request, self.layout)
         self.phrases = phrases(request, generator)
+        self.banned = banned_tokens(request, generator)
         self._check()
         self.began: float | None = None
         self.calls = 0
@@ -82,7 +83,7 @@ class Job:
                 "require",
                 "length",
             )
-        bans(request, layout, self.generator, [], self.end)
+        bans(self.banned, layout, self.generator, [], self.end)
 
     def proceed(self) -> None:
         """Go on, once all that it waits for is done."""
@@ -186,7 +187,7 @@ class Job:
             for place in places:
                 where = slice(place.first, place.first + len(place.ids))
                 x[where], free[where] = torch.tensor(place.ids), False
-        banned = bans(self.request, layout, self.generator, places, self.end)
+        banned = bans(self.banned, layout, self.generator, places, self.end)
         return Attempt(seed, layout, places, noise, x, free, banned)
 
     def _track(self, attempt: Attempt, window: tuple[int, int]) -> Track:
@@ -225,6 +226,7 @@ class Job:
             again = self._again(attempt, position, window)
             yield [again]
             attempt.take(again, window)
+            attempt.steps += again.step
             self.calls += again.calls
 
     def _again(self, attempt: Attempt, position: int, window: tuple[int, int]) -> Track:

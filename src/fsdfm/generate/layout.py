@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -190,7 +191,7 @@ def compose(
             )
             tokens = first + kept
         else:
-            shown = _piece(before, written, generator)
+            shown = piece_text(before, written, generator)
         spans.append((len(text), len(text) + len(shown)))
         text += shown
     return Composed(text, spans, tokens, finish)
@@ -208,18 +209,19 @@ def _trimmed(
     eos = generator.tokenizer.eos_id
     if end == "trim" and eos in written[earliest:]:
         keep, finish = written.index(eos, earliest), "end"
-    text = _piece(before, written[:keep], generator)
-    after = len(_piece(before, written[:earliest], generator)) if earliest else 0
+    text = piece_text(before, written[:keep], generator)
+    after = len(piece_text(before, written[:earliest], generator)) if earliest else 0
     found = [place for each in stop if (place := text.find(each, after)) >= 0]
     if not found:
         return keep, text, finish
     place = min(found)
-    while keep and len(_piece(before, written[: keep - 1], generator)) >= place:
-        keep -= 1
+    keep = bisect_left(
+        range(keep), place, key=lambda count: len(piece_text(before, written[:count], generator))
+    )
     return keep, text[:place], "stop"
 
 
-def _piece(before: Sequence[int], written: Sequence[int], generator: Generator) -> str:
+def piece_text(before: Sequence[int], written: Sequence[int], generator: Generator) -> str:
     """The text of a gap's tokens; documents in it are apart by a blank line."""
     eos = generator.tokenizer.eos_id
     if eos in before or eos in written:

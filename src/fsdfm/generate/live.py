@@ -12,9 +12,10 @@ from rich.live import Live
 from rich.text import Text
 
 from fsdfm.generate.results import Snapshot
+from fsdfm.generate.trace import warmth
 
 MASKED = "░"
-NOISE, SETTLED, CHANGED = "dim", "", "bold green"
+NOISE, GIVEN = "dim", ""
 
 SHORTEST_FRAME = 1 / 30
 """Seconds; snapshots that come faster are skipped, but for the last."""
@@ -31,7 +32,8 @@ def printable(text: str) -> str:
 def show(snapshots: Iterable[Snapshot], console: Console) -> Snapshot:
     """Show a text as it settles; the view is wiped at its end.
 
-    Tokens that are still noise are dim, those that the last step changed are green.
+    Tokens that are still noise are dim. The others have the colour of the step that drew them last,
+    from blue, the first, to red; those of the last step are bold.
 
     Args:
         snapshots: as `Generator.stream` gives them, at least one.
@@ -41,31 +43,29 @@ def show(snapshots: Iterable[Snapshot], console: Console) -> Snapshot:
         The last snapshot.
     """
     snapshots = iter(snapshots)
-    last = before = first = next(snapshots)
+    last = first = next(snapshots)
     shown_at = 0.0
     with Live(console=console, transient=True, auto_refresh=False) as live:
         for snapshot in itertools.chain((first,), snapshots):
             last = snapshot
             now = time.monotonic()
             if now - shown_at >= SHORTEST_FRAME or snapshot.step == snapshot.steps:
-                live.update(frame(first, before, snapshot, console), refresh=True)
-                before, shown_at = snapshot, now
+                live.update(frame(snapshot, console), refresh=True)
+                shown_at = now
     return last
 
 
-def frame(first: Snapshot, before: Snapshot, now: Snapshot, console: Console) -> Group:
+def frame(now: Snapshot, console: Console) -> Group:
     """One picture: a line of figures, and as much of the text as the terminal is high.
 
     Args:
-        first: the noise; a token that differs from it has moved.
-        before: what was shown last; a token that differs from it is highlighted.
         now: what to show.
         console: its width and height are kept to.
     """
     width, rows = console.width, max(console.height - 4, 1)
     text = Text(overflow="fold")
     for index, piece in enumerate(now.pieces):
-        style = _style(first, before, now, index)
+        style = _style(now, index)
         # Noise is full of line ends; only settled ones may move the text below them.
         shown = printable(piece.replace("\n", " ") if style == NOISE else piece)
         text.append(shown or MASKED, style=style)
@@ -75,12 +75,12 @@ def frame(first: Snapshot, before: Snapshot, now: Snapshot, console: Console) ->
     return Group(_figures(now), Text(), *lines[:rows])
 
 
-def _style(first: Snapshot, before: Snapshot, now: Snapshot, index: int) -> str:
-    token = now.token_ids[index]
-    if now.step and token != before.token_ids[index]:
-        return CHANGED
-    settled = token != first.token_ids[index] or now.frozen[index] or now.step == now.steps
-    return SETTLED if settled else NOISE
+def _style(now: Snapshot, index: int) -> str:
+    moved = now.moved[index]
+    if not moved:
+        return GIVEN if now.frozen[index] else NOISE
+    red, green, blue = warmth(moved, now.steps, lightness=0.6)
+    return f"{'bold ' * (moved == now.step)}rgb({red},{green},{blue})"
 
 
 def _figures(now: Snapshot) -> Text:

@@ -14,6 +14,7 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, check, known, option
 from fsdfm.flow.controls import Bans, Controls
 from fsdfm.flow.grid import GRIDS
+from fsdfm.flow.posterior import SEAMS
 from fsdfm.flow.step import MOVERS, STEP_RULES
 
 GREEDY_BELOW = 1e-6
@@ -36,6 +37,9 @@ class SamplingOptions:
     draws: int = option(1, within=AT_LEAST_1, form="K")
     """Groups in which the positions of a call are drawn, each knowing the ones before: more are
     better and slower (models with a joint head)."""
+    seams: str = option("fixed", choices=SEAMS)
+    """Where the blocks of K positions begin: at the multiples of K, or anywhere, another place in
+    every call (random); for models that were trained so."""
     temperature: float = option(1.0, within=NOT_NEGATIVE)
     """Divides the logits: below 1 safer, above 1 wilder, 0 the likeliest token."""
     top_p: float = option(1.0, within=Range(0, 1, above=True))
@@ -93,6 +97,7 @@ class Options(TypedDict, total=False):
     movers: str | None
     grid: str | None
     draws: int | None
+    seams: str | None
     temperature: float | None
     top_p: float | None
     top_k: int | None

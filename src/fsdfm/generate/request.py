@@ -55,7 +55,7 @@ class Request:
     """The text ends before the first of these in what was written after the last given part."""
     ban: tuple[str, ...] = option((), form="TEXT")
     """Words or phrases that are not written."""
-    ban_ids: tuple[int, ...] = option((), within=Range(0), form="ID")
+    ban_ids: tuple[int, ...] = option((), within=Range(0), unset="none", form="ID")
     """Token ids that are not written."""
     require: tuple[str, ...] = option((), form="TEXT")
     """Words or phrases that are written."""
@@ -69,6 +69,7 @@ class Request:
     movers: str | None = said(SamplingOptions, "movers", unset=OURS)
     grid: str | None = said(SamplingOptions, "grid", unset=OURS)
     draws: int | None = said(SamplingOptions, "draws", unset=OURS)
+    seams: str | None = said(SamplingOptions, "seams", unset=OURS)
     temperature: float | None = said(SamplingOptions, "temperature", unset=OURS)
     top_p: float | None = said(SamplingOptions, "top_p", unset=OURS)
     top_k: int | None = said(SamplingOptions, "top_k", unset=OURS)

@@ -57,3 +57,5 @@ class Snapshot:
     """The tokens so far as text; masked positions are left out."""
     pieces: list[str]
     """The text of each token on its own; empty where it is still masked."""
+    moved: list[int]
+    """Step in which each position was drawn last; 0 where it is given, or still noise."""

@@ -16,8 +16,10 @@ from fsdfm.core.files import digest, tensor_bytes
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.generate.generator import Generator, load
+from fsdfm.generate.generator import Generator
+from fsdfm.generate.loading import load_with_network
 from fsdfm.generate.results import Sample
+from fsdfm.model.transformer import FlowNetwork
 
 BOUND_TIMES = 32
 """Of a text's bound, each a pass of the body: with 24 x 1,024 tokens its spread is 0.01 nats."""
@@ -28,17 +30,18 @@ class GeneratorSource:
 
     Args:
         generator: the model.
+        network: its network, in float32: what a bound needs, and a generator does not keep.
     """
 
-    def __init__(self, generator: Generator) -> None:
-        self.generator, config = generator, generator.config
+    def __init__(self, generator: Generator, network: FlowNetwork) -> None:
+        self.generator, self.network, config = generator, network, generator.config
         self.tokenizer, self.decode = generator.tokenizer, generator.decode
         self.context_length, self.joint = config.context_length, config.neighbours > 0
         self.defaults, self.ancestors = generator.defaults, generator.ancestors
         text = json.dumps(config.to_dict(), sort_keys=True)
-        weights = digest(chain([text], tensor_bytes(generator.model.parameters())))
+        weights = digest(chain([text], tensor_bytes(network.parameters())))
         self.facts: dict[str, Any] = {
-            "parameters": sum(p.numel() for p in generator.model.parameters()),
+            "parameters": sum(p.numel() for p in network.parameters()),
             "weights_sha256": weights,
             "tokenizer": generator.tokenizer.fingerprint,
             "source": config.source,
@@ -76,7 +79,7 @@ class GeneratorSource:
         x_1 = torch.tensor([list(ids)], device=generator.device)
         found = list(
             elbo_nats_per_token(
-                _Precise(generator),
+                _Precise(generator, self.network),
                 x_1,
                 source,
                 schedule,
@@ -92,7 +95,8 @@ def load_source(
     model: str | None, device: torch.device, precision: str | None = None
 ) -> GeneratorSource:
     """Load a model to be judged; arguments and errors are those of `load`."""
-    return GeneratorSource(load(model, device=device, precision=precision))
+    generator, found = load_with_network(model, device=device, precision=precision)
+    return GeneratorSource(generator, found.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +104,17 @@ class _Precise:
     """A generator's network for the bound: the body in its format, logits in float32."""
 
     generator: Generator
+    network: FlowNetwork
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """See `TrainableModel`."""
         with self.generator.autocast():
-            return self.generator.model.body(x_t, t, h).float()
+            return self.network.body(x_t, t, h).float()
 
     def told(self, rows: Tensor, at: Tensor, x: Tensor, known: Tensor) -> Tensor:
         """See `JointHead`; in float32, as the head."""
-        return self.generator.model.told(rows, at, x, known)
+        return self.network.told(rows, at, x, known)
 
     def head_parameters(self) -> tuple[Tensor, Tensor | None]:
         """See `TrainableModel`."""
-        return self.generator.model.head_parameters()
+        return self.network.head_parameters()

@@ -17,8 +17,9 @@ from fsdfm.core.errors import ConfigError
 FREE = 32
 """Tokens that [[?]] may have at most."""
 
-_MARK = re.compile(r"(?P<slashes>\\*)(?P<mark>\[\[|\]\]|[\[\]])")
-_GAP = re.compile(r"(?P<free>\?)|(?P<low>\d+)(?:-(?P<high>\d+))?", re.ASCII)
+# Not within backslashes: a long run of them would be gone through once from each.
+_MARK = re.compile(r"(?<!\\)(?P<slashes>\\*)(?P<mark>\[\[|\]\]|[\[\]])")
+_GAP = re.compile(r"(?P<free>\?)|(?P<low>\d{1,18})(?:-(?P<high>\d{1,18}))?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ def _written(pieces: list[Piece]) -> Iterator[str]:
         if isinstance(piece, Gap):
             yield f"[[{piece.low}-{piece.high}]]" if piece.free else f"[[{piece.low}]]"
             continue
-        text = re.sub(r"(\\*)([\[\]])", r"\1\1\\\2", piece.text)
+        text = re.sub(r"(?<!\\)(\\*)([\[\]])", r"\1\1\\\2", piece.text)
         if number + 1 < len(pieces):  # what follows is a bracket
             slashes = len(text) - len(text.rstrip("\\"))
             text += "\\" * slashes
@@ -108,8 +109,8 @@ def _gap(inside: str) -> Gap:
     found = _GAP.fullmatch(inside.strip())
     if found is None:
         raise ConfigError(
-            f"template has the gap [[{inside}]]: a gap is a number of tokens as in [[12]], a range "
-            "as in [[3-8]], or [[?]].",
+            f"template has the gap [[{inside:.40}]]: a gap is a number of tokens as in [[12]], a "
+            "range as in [[3-8]], or [[?]].",
             "template",
         )
     if found["free"]:

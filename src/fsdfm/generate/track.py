@@ -6,12 +6,13 @@ Shapes: B sequences, L positions, N movers of one call, V data tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from fsdfm.flow.controls import Controls, Shaping
 from fsdfm.flow.host import send
@@ -56,12 +57,15 @@ class Track:
     """Positions that hold what was given or drawn, and no noise, bool, shape (L,)."""
     logprobs: Tensor = field(init=False)
     """log p of each token as it was drawn last, nats, float32, shape (L,); NaN where it was not."""
+    drawn_in: Tensor = field(init=False)
+    """Step in which each position was drawn last, from 1, int64, shape (L,); 0 where it was not."""
     entropy: float = math.nan
     """Mean of the rows of the last call, nats."""
 
     def __post_init__(self) -> None:
         self.fresh, self.settled = self.free.clone(), ~self.free
         self.logprobs = torch.full(self.x.shape, math.nan)
+        self.drawn_in = torch.zeros_like(self.x)
 
     @property
     def done(self) -> bool:
@@ -71,9 +75,18 @@ class Track:
     @property
     def key(self) -> tuple[object, ...]:
         """Tracks of one key can share a call."""
-        t, then = self.times[self.step : self.step + 2]
         how = self.sampling
-        return len(self.x), t, then, how.step, how.movers, how.draws, type(self)
+        return how.step, how.draws, how.seams, type(self)
+
+    @property
+    def t(self) -> float:
+        """Time of its next call."""
+        return self.times[self.step]
+
+    @property
+    def h(self) -> float:
+        """Step size of its next call."""
+        return self.times[self.step + 1] - self.times[self.step]
 
     def moved(self, power: float, absorbing: bool) -> None:
         """After a call: on to the next time; at a pace of its own, on to the time that it allows.
@@ -117,10 +130,13 @@ class Probe:
     @property
     def key(self) -> tuple[object, ...]:
         """See `Track`."""
-        return len(self.x), self.t, self.h, type(self)
+        return (type(self),)
 
 
 Task = Track | Probe
+Moving = tuple[Track, Tensor, Tensor, float, Tensor]
+"""Who moves, bool, (L,); what decides where each lands, (N,); the chance to move; where its groups
+begin, (1,)."""
 
 
 @torch.no_grad()
@@ -138,11 +154,10 @@ def call(generator: Generator, tasks: Sequence[Task]) -> bool:
 
 
 def _look(generator: Generator, probes: Sequence[Probe]) -> None:
-    length, engine = len(probes[0].x), generator.engine
-    rows = torch.cat([p.positions + i * length for i, p in enumerate(probes)])
-    x = torch.stack([p.x for p in probes]).to(generator.state_device)
-    known, rows = torch.stack([p.known for p in probes]).to(x.device), rows.to(x.device)
-    hidden = engine.told(engine.hidden(x, probes[0].t, probes[0].h, rows), rows, x, known)
+    engine, device = generator.engine, generator.state_device
+    x, known = _side_by_side([(p.x, p.known) for p in probes], device)
+    rows = torch.cat([p.positions + i * x.shape[1] for i, p in enumerate(probes)]).to(device)
+    hidden = engine.told(_hidden(generator, probes, x, rows), rows, x, known)
     sizes = [len(p.positions) for p in probes]
     for probe, few in zip(probes, torch.split(hidden, sizes), strict=True):
         logits = engine.head(few)[:, : generator.config.vocab_size]
@@ -151,38 +166,47 @@ def _look(generator: Generator, probes: Sequence[Probe]) -> None:
 
 
 def _advance(generator: Generator, tracks: Sequence[Track]) -> bool:
-    config, how = generator.config, tracks[0].sampling
-    t, then = tracks[0].times[tracks[0].step : tracks[0].step + 2]
-    rule, length = STEP_RULES[how.step], len(tracks[0].x)
-    times = torch.tensor((t, then - t), dtype=torch.float64)
-    a = float(rule.mover_probability(Polynomial(config.schedule_power), *times))
-    moving: list[tuple[Track, Tensor, Tensor]] = []
+    config, schedule = generator.config, Polynomial(generator.config.schedule_power)
+    moving: list[Moving] = []
     for track in tracks:
+        rule, length = STEP_RULES[track.sampling.step], len(track.x)
+        times = torch.tensor((track.t, track.h), dtype=torch.float64)
+        a = float(rule.mover_probability(schedule, *times))
         u, offset, landing = (_uniform(n, track) for n in (length, 1, length))
-        movers = MOVERS[how.movers](a, u[None], track.free[None], offset)[0]
+        movers = MOVERS[track.sampling.movers](a, u[None], track.free[None], offset)[0]
         if bool(movers.any()):
-            moving.append((track, movers, landing[movers]))
+            moving.append((track, movers, landing[movers], a, offset))
     if moving:
-        _draw(generator, moving, t, then - t, a)
+        _draw(generator, moving)
     for track in tracks:
         track.moved(config.schedule_power, config.absorbing)
     return bool(moving)
 
 
-def _draw(
-    generator: Generator, moving: list[tuple[Track, Tensor, Tensor]], t: float, h: float, a: float
-) -> None:
+def _hidden(generator: Generator, tasks: Sequence[Task], x: Tensor, rows: Tensor) -> Tensor:
+    """Rows of tasks whose tokens are side by side."""
+    times, sizes = [(task.t, task.h) for task in tasks], [len(task.x) for task in tasks]
+    t, h = zip(*times, strict=True)
+    return generator.engine.hidden(x, t, h, rows, sizes)
+
+
+def _side_by_side(each: Sequence[tuple[Tensor, ...]], device: torch.device) -> Iterator[Tensor]:
+    """Tensors of several sequences, (L,), as (B, L of the longest); the rest of a row is 0."""
+    for parts in zip(*each, strict=True):
+        yield pad_sequence(list(parts), batch_first=True).to(device)
+
+
+def _draw(generator: Generator, moving: list[Moving]) -> None:
     """Draw the movers of the tracks that have any, and note what was drawn."""
-    tracks, movers, landings = zip(*moving, strict=True)
-    engine, device = generator.engine, generator.state_device
-    x, free, settled = (
-        torch.stack([getattr(track, name) for track in tracks]).to(device)
-        for name in ("x", "free", "settled")
-    )
-    places = torch.stack(movers).flatten().nonzero()[:, 0]
+    tracks, movers, landings, chances, offsets = zip(*moving, strict=True)
+    device, facts = generator.state_device, [(t.x, ~t.free, t.settled) for t in tracks]
+    x, known, settled = _side_by_side(facts, device)
+    (moves,) = _side_by_side([(each,) for each in movers], torch.device("cpu"))
+    places = moves.flatten().nonzero()[:, 0]
     rows, u = send(places, device), send(torch.cat(landings), device)
+    a = send(torch.tensor(chances), device)
     shaping = Shaping([track.controls for track in tracks], device)
-    hidden = engine.hidden(x, t, h, rows)
+    hidden = _hidden(generator, tracks, x, rows)
     noted = torch.zeros((2, len(rows)), device=device)
     how = tracks[0].sampling
     paced = any(track.pace is not None for track in tracks)
@@ -194,13 +218,14 @@ def _draw(
         noted[:, torch.searchsorted(rows, at)] = torch.stack(facts)
         return token
 
-    asked = Call(x, places, rows, hidden, ~free, u, drawn)
+    asked = Call(x, places, rows, hidden, known, u, torch.cat(offsets), drawn)
     x = x.flatten().index_copy(0, rows, generator.posterior(how).tokens(asked)).view_as(x)
-    logp, entropy = noted.cpu()
+    # The only two waits for the device of a call, however many tracks there are.
+    x, (logp, entropy) = x.cpu(), noted.cpu()
     of = places // x.shape[1]
     for i, (track, mine) in enumerate(zip(tracks, movers, strict=True)):
-        track.x, track.settled = x[i].cpu(), settled[i].cpu()
-        track.logprobs[mine] = logp[of == i]
+        track.x, track.settled = x[i, : len(mine)].clone(), track.settled | mine
+        track.logprobs[mine], track.drawn_in[mine] = logp[of == i], track.step + 1
         track.entropy = float(entropy[of == i].mean())
         track.calls, track.rows = track.calls + 1, track.rows + int(mine.sum())
         if generator.config.absorbing:
@@ -212,7 +237,7 @@ def _tokens(
     hidden: Tensor,
     at: Tensor,
     state: tuple[Tensor, Tensor],
-    chance: tuple[Tensor, float, str, bool],
+    chance: tuple[Tensor, Tensor, str, bool],
     shaping: Shaping,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Next tokens of rows (N, D) at positions (N,), their log p under the model, and its entropy.
@@ -222,7 +247,8 @@ def _tokens(
         hidden: what is drawn from.
         at: where, of the B L positions.
         state: tokens and which of them are settled, both (B, L).
-        chance: u (N,), the mover probability, the step rule, and whether the entropy is wanted.
+        chance: u (N,), the mover probabilities (B,), the step rule, and whether the entropy is
+            wanted.
         shaping: of the sequences.
     """
     (x, settled), (u, a, step, paced), size = state, chance, generator.config.vocab_size
@@ -233,7 +259,7 @@ def _tokens(
         logits = generator.engine.head(hidden[part])[:, :size].to(x.device).float()
         now = x.view(-1)[at[part]]
         p = shaping.posterior(logits, at[part], x, settled)
-        token = draw(STEP_RULES[step].land(p, now, p.new_full((len(p),), a)), u[part])
+        token = draw(STEP_RULES[step].land(p, now, a[at[part] // x.shape[1]]), u[part])
         total = logits.logsumexp(-1)
         logp = logits.gather(1, token[:, None])[:, 0] - total
         spread = total - ((logits - total[:, None]).exp() * logits).sum(-1) if paced else total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from fsdfm.generate.job import Job
@@ -15,29 +15,39 @@ if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
 
 
-def watch(generator: Generator, request: Request, done: list[Result]) -> Iterator[Snapshot]:
+Seen = Callable[[Job, float], None]
+"""Told of a job as it stands, and of the seconds that it took."""
+
+
+def watch(
+    generator: Generator, request: Request, done: list[Result], seen: Seen | None = None
+) -> Iterator[Snapshot]:
     """Snapshots of a request: what it starts from, then after every step.
 
     Args:
         generator: the model.
         request: what is wanted; of several texts the first is shown.
         done: gets the result.
+        seen: told of every snapshot's job.
 
     Raises:
         ConfigError: the model cannot do it; at once, and not at the first snapshot.
     """
     running = Running(generator)
-    return _snapshots(generator, running, running.job(running.admit(request)), done)
+    return _snapshots(generator, running, running.job(running.admit(request)), done, seen)
 
 
 def _snapshots(
-    generator: Generator, running: Running, job: Job, done: list[Result]
+    generator: Generator, running: Running, job: Job, done: list[Result], seen: Seen | None
 ) -> Iterator[Snapshot]:
-    began, shown = time.perf_counter(), -1
+    began, shown = time.perf_counter(), list[int]()
     while True:
-        if job.attempts and (step := job.attempts[0].planned[0]) > shown:
-            shown = step
-            yield snapshot(generator, job, time.perf_counter() - began)
+        steps, seconds = [a.planned[0] for a in job.attempts], time.perf_counter() - began
+        if seen is not None and steps != shown:
+            seen(job, seconds)
+        if steps[:1] != shown[:1]:
+            yield snapshot(generator, job, seconds)
+        shown = steps
         if not len(running):
             return
         done += [event.result for event in running.step() if event.result is not None]
@@ -59,4 +69,5 @@ def snapshot(generator: Generator, job: Job, seconds: float) -> Snapshot:
         token_ids=ids,
         text=job.draft().text,
         pieces=[generator.piece(i) for i in ids],
+        moved=attempt.moved(),
     )

@@ -31,41 +31,44 @@ class Place:
     ids: tuple[int, ...]
 
 
+def banned_tokens(request: Request, generator: Generator) -> Tensor:
+    """Tokens that are banned or hold a banned word, bool, shape (V,).
+
+    Raises:
+        ConfigError: an id out of the vocabulary.
+    """
+    size = generator.config.vocab_size
+    if (most := max(request.ban_ids, default=0)) >= size:
+        raise ConfigError(f"ban_ids must be below {size}, got {most}.", "ban_ids")
+    out = torch.zeros(size, dtype=torch.bool)
+    out[list(request.ban_ids)] = True
+    for token, text in enumerate(generator.pieces() if request.ban else []):
+        out[token] |= any(word in text for word in request.ban)
+    return out
+
+
 def bans(
-    request: Request,
-    layout: Layout,
-    generator: Generator,
-    places: Sequence[Place],
-    end: str,
+    out: Tensor, layout: Layout, generator: Generator, places: Sequence[Place], end: str
 ) -> Bans | None:
     """What the positions of a text may not take; None where they may take anything.
 
     Args:
-        request: its banned words and ids.
+        out: see `banned_tokens`.
         layout: every gap has its length.
         generator: whose vocabulary it is.
         places: of required words, which a letter may not follow.
         end: what is done at the end of a document.
 
     Raises:
-        ConfigError: an id out of the vocabulary, or nothing left to write.
+        ConfigError: nothing is left to write.
     """
-    size, eos = generator.config.vocab_size, generator.tokenizer.eos_id
-    texts = generator.pieces() if request.ban or places else []
-    out = torch.zeros(size, dtype=torch.bool)
-    for token in request.ban_ids:
-        if token >= size:
-            raise ConfigError(f"ban_ids must be below {size}, got {token}.", "ban_ids")
-        out[token] = True
-    for token, text in enumerate(texts):
-        out[token] |= any(word in text for word in request.ban)
+    eos = generator.tokenizer.eos_id
     sets = out.repeat(4, 1)
     sets[LAST, eos] |= end == "never"
     sets[INNER, eos] |= end != "keep"
     sets[ENDING, eos] = True
     if places:
-        letters = torch.tensor([text[:1].isalnum() for text in texts])
-        sets[AFTER] |= letters
+        sets[AFTER] |= torch.tensor([text[:1].isalnum() for text in generator.pieces()])
     if bool(sets.all(1).any()):
         raise ConfigError("ban and ban_ids leave no token to write: ban less.", "ban", "ban_ids")
     at = torch.full((sum(layout.sizes),), -1, dtype=torch.int64)
@@ -138,9 +141,10 @@ def choose(
     noise, runs, found = torch.Generator().manual_seed(seed), _runs(free), []
     for number, phrase in enumerate(phrases):
         starts = [i for first, last in runs for i in range(first, last - len(phrase) + 1)]
-        score = torch.tensor(
-            [sum(float(logp[i + k, token]) for k, token in enumerate(phrase)) for i in starts]
-        )
+        at, score = torch.tensor(starts), torch.zeros(len(starts), dtype=torch.float64)
+        for k, token in enumerate(phrase):
+            score += logp[at + k, token]
+        score = score.float()
         u = torch.rand(len(starts), generator=noise, dtype=torch.float64)
         score = score - temperature * (-(u.clamp_min(1e-12).log())).log()
         # Not where the others would no longer fit; at the front of some run they do.

@@ -25,7 +25,7 @@ from fsdfm.model.fused import modulated_rms, product_dtype, swiglu, turned
 from fsdfm.model.joint import JointHead
 from fsdfm.model.layers import fuse, fuser
 from fsdfm.model.rotary import Rotary
-from fsdfm.model.transformer import FlowNetwork, silence
+from fsdfm.model.transformer import FlowNetwork, begin, silence
 
 Attention = Literal["bidirectional", "causal"]
 
@@ -195,12 +195,8 @@ class CausalNetwork(FlowNetwork):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal(0.02) matrices, zero biases; what must start silent starts at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        """As `begin` says; what must start silent starts at zero."""
+        begin(self)
         modulations = [b.modulation for b in self.blocks if isinstance(b, CausalBlock)]
         silence(self, [*modulations, self.output_layer.modulation])
 

@@ -1,17 +1,21 @@
 """A network made ready to sample: what is the same for every row is computed once.
 
-All sequences of a sampler's step share t and h. So the condition is one row; a norm, its weight and
-the modulation after it are one norm; weights are in the format of the products
-from the start; and the last block, once it has its keys and values, runs on the rows that may move
-(where a sequence passes alone).
+A condition is one row, kept for the next sequence at its time; a norm, its weight and the
+modulation after it are one norm; weights are in the format of the products from the start; and the
+last block, once it has its keys and values, runs on the rows that may move (where a sequence passes
+alone). Sequences of several times and lengths lie behind each other: they share every product but
+those of attention.
 
-Shapes: B sequences, L positions, N rows (some of the B L positions), D hidden, H heads of width d.
+Shapes: B sequences, L positions of the longest, N rows (some of the B L positions), D hidden, H
+heads of width d. Sequences that are computed together are (S, P, D): of one length each has its
+place, S of them; else they lie behind each other in one, S = 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -19,37 +23,40 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.flow.grid import SMALLEST_STEP
-from fsdfm.model.attention import attend
+from fsdfm.flow.host import send
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import modulated_rms, turned
 from fsdfm.model.int8 import int8_linear
 from fsdfm.model.joint import JointHead, known_around, neighbourhood
 from fsdfm.model.layers import fuse
+from fsdfm.model.together import Condition, Modulation, NormWeights, Pack, norms_of, side_by_side
 from fsdfm.model.transformer import Block, FlowNetwork, Transformer
 
 ROWS_AT_ONCE = 512
 """Positions that pass the blocks together on a CPU: more are no faster, and take more memory."""
 
-NormWeights = tuple[Tensor, Tensor]
-"""Weight and bias of a norm, each (D,), float32."""
+CONDITIONS = 64
+"""Times and step sizes whose conditions are kept."""
 
 
 class Engine:
     """p(. given x, t, h) at the rows that a sampler asks for.
 
-    It equals `Transformer` under autocast but for rounding. The network's weights must not change
-    afterwards: the engine has converted some of them.
+    It equals `Transformer` under autocast but for rounding. Of the matrices it holds only what the
+    products read; the network itself stays as it is, and is no longer held when its owner lets go.
 
     Args:
-        model: the network, on the device to run on.
+        model: the network, on the device to run on; its weights must not change afterwards.
         dtype: of the matrix products; int8 (on a CPU with `has_int8`) rounds what goes into linear
             layers to 8 bits, and does the rest in bfloat16.
     """
 
     def __init__(self, model: FlowNetwork, dtype: torch.dtype) -> None:
-        self.model = model
+        self.model = model = _other_tree(model)
         self.device = model.vocab_embed.weight.device
         self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+        self._head = _linear(*model.head_parameters(), dtype)
+        self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
         self.kind: _Published | _Twin
         if isinstance(model, CausalNetwork):
             self.kind = _Twin(model)
@@ -58,39 +65,59 @@ class Engine:
             assert isinstance(model, Transformer)
             self.kind = _Published(model)
             self.layers = [_PublishedLayer(block, dtype) for block in model.blocks]
-        self._head = _linear(*model.head_parameters(), dtype)
-        self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
+        # From here on a matrix is held by its product alone, in the format of the products.
+        _leave_out(model, "joint")
+        _leave_out(model.output_layer, "linear")
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
+        self._modulations = functools.lru_cache(CONDITIONS)(self._new_modulations)
 
     @torch.no_grad()
-    def hidden(self, x: Tensor, t: float, h: float, rows: Tensor) -> Tensor:
+    def hidden(
+        self,
+        x: Tensor,
+        t: float | Sequence[float],
+        h: float | Sequence[float],
+        rows: Tensor,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
         """Final hidden rows.
 
         Args:
             x: token ids, int64, shape (B, L).
-            t: time of all sequences, in [0, 1].
-            h: step size of all sequences, in (0, 1]; less than SMALLEST_STEP is told as that.
+            t: time of all sequences, or of each, in [0, 1].
+            h: step size, likewise, in (0, 1]; less than SMALLEST_STEP is told as that.
             rows: which of the B L positions, ascending, int64, shape (N,).
+            lengths: of each sequence, whose other positions are not looked at; L if not given.
 
         Returns:
             (N, D), for `head`.
         """
         x, rows = x.to(self.device), rows.to(self.device)
-        modulations, final = self._modulations(t, h)
-        length = x.shape[1]
-        group = max(1, (self.rows_at_once or x.numel()) // length)
-        if group >= len(x):
-            return self._rows(x, rows, modulations, final)
-        starts = range(0, x.numel(), group * length)
-        edges = torch.searchsorted(rows, torch.tensor([*starts, x.numel()])).tolist()
+        sizes = [x.shape[1]] * len(x) if lengths is None else list(lengths)
+        all_t, all_h = (e if isinstance(e, Sequence) else [e] * len(x) for e in (t, h))
+        groups = list(self._groups(sizes))
+        if len(groups) == 1:
+            return self._rows(x, rows, sizes, self._told_times(all_t, all_h))
+        starts = torch.tensor([first * x.shape[1] for first, _ in groups] + [x.numel()])
+        edges = torch.searchsorted(rows, starts.to(rows.device)).tolist()
         parts = []
-        for i, start in enumerate(starts):
-            wanted = rows[edges[i] : edges[i + 1]] - start
+        for i, (first, last) in enumerate(groups):
+            wanted = rows[edges[i] : edges[i + 1]] - first * x.shape[1]
             if len(wanted):
-                few = x[i * group : (i + 1) * group]
-                parts.append(self._rows(few, wanted, modulations, final))
+                told = self._told_times(all_t[first:last], all_h[first:last])
+                parts.append(self._rows(x[first:last], wanted, sizes[first:last], told))
         return torch.cat(parts)
+
+    def _groups(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """First and last-but-one sequence of those that are computed together."""
+        first, total = 0, 0
+        for number, size in enumerate(sizes):
+            if number > first and total + size > (self.rows_at_once or total + size):
+                yield first, number
+                first, total = number, 0
+            total += size
+        yield first, len(sizes)
 
     @torch.no_grad()
     def head(self, rows: Tensor) -> Tensor:
@@ -106,7 +133,15 @@ class Engine:
         tokens, there = neighbourhood(x, known, at, self.model.config.neighbours)
         return self._joint.told(rows, known_around(self.model.vocab_embed(tokens), there))
 
-    def _modulations(self, t: float, h: float) -> tuple[list[_Modulation], NormWeights]:
+    def _told_times(self, t: Sequence[float], h: Sequence[float]) -> Condition:
+        """What the times of sequences make of the network."""
+        each = [self._modulations(*times) for times in zip(t, h, strict=True)]
+        if all(one is each[0] for one in each):
+            return each[0]
+        layers = [side_by_side(of) for of in zip(*(one for one, _ in each), strict=True)]
+        return layers, norms_of(final for _, final in each)
+
+    def _new_modulations(self, t: float, h: float) -> Condition:
         """What (t, h) makes of every block, and of the final norm."""
         # Filled in place: copies from the host would be waited for.
         times = (
@@ -117,37 +152,51 @@ class Engine:
         return [layer.modulation(c) for layer in self.layers], self.kind.final(c)
 
     def _rows(
-        self, tokens: Tensor, rows: Tensor, modulations: list[_Modulation], final: NormWeights
+        self, tokens: Tensor, rows: Tensor, sizes: Sequence[int], condition: Condition
     ) -> Tensor:
         """Hidden rows of sequences that are computed together: tokens (B, L), rows (N,)."""
-        tokens, rows = self.kind.shifted(tokens, rows)
-        cos, sin = self.model.rotary_emb.tables(tokens.shape[1])
+        tokens, rows, pack = self._packed(tokens, rows, sizes)
+        cos, sin = pack.tables(self.model.rotary_emb)
         x = self.model.vocab_embed(tokens).float()
+        modulations, final = condition
         for layer, m in zip(self.layers, modulations, strict=True):
-            q, k, v = layer.project(self._norm(x, m.norm1))
-            k = turned(k, cos, sin)
-            if layer is self.layers[-1] and len(tokens) == 1 and not self.kind.causal:
+            q, k, v = layer.project(self._norm(x, m.norm1, pack))
+            k, v = turned(k, cos, sin), v.transpose(1, 2)
+            if layer is self.layers[-1] and pack.count == 1 and not self.kind.causal:
                 # From here on a row matters to itself alone.
                 x, q, cos, sin = x[:, rows], q[:, rows], cos[rows], sin[rows]
                 rows = torch.arange(len(rows), device=rows.device)
-            y = attend(turned(q, cos, sin), k, v.transpose(1, 2), causal=self.kind.causal)
-            x = _added(x, layer.out(y), m.gate1)
-            x = _added(x, layer.mlp(self._norm(x, m.norm2)), m.gate2)
-        return self._norm(x.flatten(0, 1)[rows], final)
+            y = pack.attend(turned(q, cos, sin), k, v, causal=self.kind.causal)
+            x = _added(x, layer.out(y), pack.spread(m.gate1))
+            x = _added(x, layer.mlp(self._norm(x, m.norm2, pack)), pack.spread(m.gate2))
+        if final[0].ndim == 1:
+            return self.kind.norm(x.flatten(0, 1)[rows], *final, self.dtype)
+        return self._norm(x, final, pack).flatten(0, 1)[rows]
 
-    def _norm(self, x: Tensor, weights: NormWeights) -> Tensor:
+    def _packed(
+        self, tokens: Tensor, rows: Tensor, sizes: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Pack]:
+        """What passes the blocks, (S, P), where in it the rows are, and who lies where."""
+        if len(set(sizes)) == 1:
+            tokens, length = tokens[:, : sizes[0]], tokens.shape[1]
+            rows = rows - rows // length * (length - sizes[0])
+            tokens, rows = self.kind.shifted(tokens, rows)
+            return tokens, rows, Pack(len(sizes), (tokens.shape[1],))
+        shifted, _ = self.kind.shifted(tokens, rows[:0])
+        more, at = shifted.shape[1] - tokens.shape[1], rows // tokens.shape[1]
+        pack = Pack(len(sizes), tuple(size + more for size in sizes))
+        flat = torch.cat([one[:size] for one, size in zip(shifted, pack.sizes, strict=True)])
+        before = send(torch.tensor(pack.edges[:-1]), rows.device)
+        return flat[None], rows - at * tokens.shape[1] + before[at], pack
+
+    def _norm(self, x: Tensor, weights: NormWeights, pack: Pack) -> Tensor:
         """In float32, as in training; the result goes into a product."""
-        return self.kind.norm(x, *weights).to(self.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Modulation:
-    """What t and h make of a block; a gate is (D,), float32, where the network has any."""
-
-    norm1: NormWeights
-    gate1: Tensor | None
-    norm2: NormWeights
-    gate2: Tensor | None
+        if weights[0].ndim == 1 or len(x) == pack.count:
+            return self.kind.norm(x, *weights, self.dtype)
+        y = torch.empty(x.shape, dtype=self.dtype, device=x.device)
+        for (first, last), weight, bias in zip(pack.places, *weights, strict=True):
+            y[:, first:last] = self.kind.norm(x[:, first:last], weight, bias, self.dtype)
+        return y
 
 
 def _added(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
@@ -166,9 +215,13 @@ class _Published:
         """What passes the blocks, and where in it the rows are."""
         return tokens, rows
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A layer norm."""
-        return F.layer_norm(x, x.shape[-1:], weight, bias)
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A layer norm, (N, D) or (B, L, D), in a format."""
+        if weight.ndim == 1:
+            return F.layer_norm(x, x.shape[-1:], weight, bias).to(dtype)
+        each = zip(x, weight, bias, strict=True)  # as if it were alone
+        normed = [F.layer_norm(one, one.shape[-1:], w, b) for one, w, b in each]
+        return torch.stack(normed).to(dtype)
 
     def final(self, c: Tensor) -> NormWeights:
         """The last norm."""
@@ -190,11 +243,12 @@ class _Twin:
         length, tokens = tokens.shape[1], self.model.shifted(tokens)
         return tokens, rows + rows // length * (tokens.shape[1] - length)
 
-    def norm(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A root-mean-square norm."""
+    def norm(self, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+        """A root-mean-square norm, (N, D) or (B, L, D), in a format."""
         rows = x if x.ndim == 3 else x[None]
+        weight, bias = weight.view(-1, x.shape[-1]), bias.view(-1, x.shape[-1])
         epsilon = self.model.config.norm_epsilon
-        return modulated_rms(rows, weight[None], bias[None], epsilon, x.dtype).view_as(x)
+        return modulated_rms(rows, weight, bias, epsilon, dtype).view_as(x)
 
     def final(self, c: Tensor) -> NormWeights:
         """See `_Published`."""
@@ -205,7 +259,7 @@ class _Twin:
 class _Layer(Protocol):
     """A block as the engine runs it."""
 
-    def modulation(self, c: Tensor) -> _Modulation:
+    def modulation(self, c: Tensor) -> Modulation:
         """The block's share of a condition, (1, C)."""
         ...
 
@@ -232,11 +286,12 @@ class _TwinLayer:
         self._out = _linear(block.attn_out.weight, None, dtype)
         self._mlp_in = _linear(block.mlp_in.weight, None, dtype)
         self._mlp_out = _linear(block.mlp_out.weight, None, dtype)
+        _leave_out(block, "qkv", "attn_out", "mlp_in", "mlp_out")
 
-    def modulation(self, c: Tensor) -> _Modulation:
+    def modulation(self, c: Tensor) -> Modulation:
         """See `_Layer`."""
         shift1, scale1, shift2, scale2 = self.block.modulations(c)[0].chunk(4)
-        return _Modulation(
+        return Modulation(
             (self.block.norm1.weight * (1.0 + scale1), shift1),
             None,
             (self.block.norm2.weight * (1.0 + scale2), shift2),
@@ -270,14 +325,15 @@ class _PublishedLayer:
         self._out = _linear(block.attn_out.weight, None, dtype)
         self.up = _gelu_linear(up.weight, up.bias, dtype)
         self.down = _linear(down.weight, down.bias, dtype)
+        _leave_out(block, "qw", "kw", "vw", "attn_out", "mlp")
 
-    def modulation(self, c: Tensor) -> _Modulation:
+    def modulation(self, c: Tensor) -> Modulation:
         """See `_Layer`."""
         block = self.block
         shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(
             fuse(block.condition_fuser, c)
         )[0].chunk(6)
-        return _Modulation(
+        return Modulation(
             (block.norm1.weight * (1.0 + scale1), shift1),
             gate1,
             (block.norm2.weight * (1.0 + scale2), shift2),
@@ -310,6 +366,18 @@ class _Joint:
     def told(self, rows: Tensor, around: Tensor) -> Tensor:
         """Rows (N, D), their neighbours (N, 2 R D) -> (N, D)."""
         return rows + self.out(self.inner(torch.cat((around.to(rows.dtype), rows), 1)))
+
+
+def _other_tree(model: FlowNetwork) -> FlowNetwork:
+    """The same tensors as modules of our own, from which parts can be left out."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters()})
+
+
+def _leave_out(module: nn.Module, *names: str) -> None:
+    """Let go of parts, where the module has them."""
+    for name in names:
+        if hasattr(module, name):
+            delattr(module, name)
 
 
 def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

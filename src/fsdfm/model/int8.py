@@ -43,6 +43,23 @@ def int8_linear(
         dtype: of the result.
         gelu: whether tanh-GELU follows; here it costs nothing.
     """
+    multiplied = qlinear(weight, bias, dtype, gelu=gelu)
+    outputs = len(weight)  # not the weight itself: a closure would hold it
+
+    def product(x: Tensor) -> Tensor:
+        return multiplied(*_round(x.flatten(0, -2))).view(*x.shape[:-1], outputs)
+
+    return product
+
+
+def qlinear(
+    weight: Tensor, bias: Tensor | None, dtype: torch.dtype, *, gelu: bool = False
+) -> Callable[[Tensor, float, int], Tensor]:
+    """The product alone: (x8 (rows, K) unsigned 8-bit, scale, zero) -> scale (x8 - zero) W^T + b.
+
+    Args:
+        weight, bias, dtype, gelu: see `int8_linear`.
+    """
     weight, b = weight.detach().float(), None if bias is None else bias.detach().float()
     scales = weight.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LEVELS
     rounded = (weight / scales[:, None]).round_().to(torch.int8)
@@ -50,12 +67,11 @@ def int8_linear(
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     after: tuple[str, list[float], str] = ("gelu", [], "tanh") if gelu else ("none", [], "")
 
-    def product(x: Tensor) -> Tensor:
-        x8, scale, zero = _round(x.flatten(0, -2))
+    def product(x8: Tensor, scale: float, zero: int) -> Tensor:
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             x8, scale, zero, packed, scales, zeros, b, 1.0, 0, dtype, *after
         )
-        return y.view(*x.shape[:-1], len(weight))
+        return y
 
     return product
 

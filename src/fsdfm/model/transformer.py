@@ -175,6 +175,22 @@ class FlowNetwork(nn.Module):
         return self.head(self.body(x_t, t, h))
 
 
+def begin(model: FlowNetwork) -> None:
+    """Normal(0.02) matrices and zero biases; fusers as PyTorch makes a linear layer.
+
+    With matrices of 0.02 the fusers would pass so little of time and step size that a student
+    could tell neither.
+    """
+    for name, module in model.named_modules():
+        if name.endswith("condition_fuser"):
+            assert isinstance(module, nn.Linear)
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
 def silence(model: FlowNetwork, modulations: list[nn.Linear]) -> None:
     """Zero what must start silent: modulations, a branch of log2 h, what a joint head adds."""
     silent: list[nn.Module] = list(modulations)
@@ -209,18 +225,14 @@ class Transformer(FlowNetwork):
         self._initialise()
 
     def _initialise(self) -> None:
-        """Normal(0.02) matrices, zero biases; everything that must start silent starts at zero.
+        """As `begin` says; everything that must start silent starts at zero.
 
         The head starts as a copy of the embedding (they are not tied), at a scale that gives the
         present token a logit of ln V + 1 and so about half of the mass: near t = 1 nearly every
         token is to be copied, and a head that must first learn V such pairs wastes thousands of
         updates on it.
         """
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
+        begin(self)
         modulations = [block.adaLN_modulation for block in self._blocks()]
         silence(self, [*modulations, self.output_layer.adaLN_modulation])
         # Normed hidden rows have length sqrt(D), embedding rows std sqrt(D): the logit is D std.

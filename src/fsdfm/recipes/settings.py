@@ -22,6 +22,8 @@ from fsdfm.train.settings import TrainSettings
 
 ADAPT_LENGTH = 256
 """Tokens of a sequence where adapting is told no length."""
+BASE = "base"
+"""Where in its run directory adapting with LoRA puts the model that the adapter is of."""
 JOINT = "joint"
 STUDENTS: Mapping[str, Any] = ChainMap(TARGETS, {JOINT: None})
 """What distilling can aim at: a target of TARGETS, or a joint head."""
@@ -57,6 +59,9 @@ class FlowSettings(RunSettings):
     frozen_share: float = option(within=Range(0, 1))
     """Of the sequences, those in which a beginning, an end or a gap is given and not learned, as
     prompts and gaps will be."""
+    lora: int | None = option(None, within=AT_LEAST_1, unset="none", form="RANK")
+    """Train no weight of the model but a product of two matrices of this rank beside each of those
+    in its blocks (LoRA), which is saved on its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +76,11 @@ class PretrainSettings(FlowSettings):
     """Model or run to start from, instead of a fresh network of the preset's shape."""
     source: Source = option("uniform", choices=SOURCES)
     frozen_share: float = option(0.0, within=Range(0, 1))
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.lora is not None and self.init is None:
+            raise ConfigError("lora changes a model that there is: give init too.", "lora", "init")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

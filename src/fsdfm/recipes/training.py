@@ -14,25 +14,29 @@ from torch import Tensor
 
 from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError, FsdfmError, TrainingError
-from fsdfm.core.files import digest, tensor_bytes
+from fsdfm.core.files import digest
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.flow.target import TARGETS
 from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.io.adapter import base_digest, save_adapter
 from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
 from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
+from fsdfm.model.lora import add_lora
 from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.directory import claimed
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
+    BASE,
     JOINT,
     AdaptSettings,
     DistillSettings,
+    FlowSettings,
     PretrainSettings,
     RunSettings,
 )
@@ -184,7 +188,7 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
         "grid": settings.grid or usual,
     }
     if joint:
-        generation |= {"step": "exact", "draws": settings.draws}
+        generation |= {"step": "exact", "draws": settings.draws, "seams": "random"}
     objective = _student_objective(settings, config)
     return _train(settings, store, model, objective, length, generation, teacher.ancestors, watch)
 
@@ -219,7 +223,7 @@ def _train(
     store.validation.require(length)
     device = pick_device(settings.device)
     with lost_told(), started(device) as world:
-        start = digest(tensor_bytes(model.parameters()))
+        start = base_digest(model)
         facts = {
             "format": "fsdfm-run",
             "command": type(settings).__name__.removesuffix("Settings").lower(),
@@ -228,39 +232,64 @@ def _train(
             "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
             "start_sha256": start,
         }
-        source, schedule = objective_parts(model.config)
-        count = min(settings.validation_sequences, store.validation.blocks(length))
-        task = Task(
-            objective=objective,
-            source=source,
-            schedule=schedule,
-            batch=_batches(store, settings.batch_size, length, _order(settings.seed, start), world),
-            validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
-            device=device,
-            autocast=preferred_dtype(device),
-            likelihood=objective.nats if isinstance(objective, NextToken) else None,
-            world=world,
-        )
-        plan = Plan(
-            settings,
-            Tokenizer.from_json(store.tokenizer_json),
-            generation,
-            settings.batch_size * settings.accumulate * length,
-        )
+        order = _order(settings.seed, start)
+        task = _task(settings, store, model.config, objective, length, order, world)
+        per_update = settings.batch_size * settings.accumulate * length
+        plan = Plan(settings, Tokenizer.from_json(store.tokenizer_json), generation, per_update)
 
-        def export(ema: FlowNetwork) -> None:
+        def keep(where: Path, network: FlowNetwork) -> None:
             save_pretrained(
-                settings.out,
-                ema,
+                where,
+                network,
                 tokenizer_json=store.tokenizer_json,
                 generation=generation,
                 ancestors=ancestors,
             )
 
+        def export(ema: FlowNetwork) -> None:
+            if rank is None:
+                keep(settings.out, ema)
+            else:
+                save_adapter(settings.out, ema, start)
+
+        rank = settings.lora if isinstance(settings, FlowSettings) else None
         told = watch if world.first else unwatched
         with _claimed(world, settings.out, facts), told(plan) as watcher:
+            model = model.to(device)
+            if rank is not None:
+                base = settings.out / BASE
+                own = isinstance(settings, AdaptSettings) and world.first
+                if own and not (base / "config.json").exists():
+                    keep(base, model)
+                add_lora(model, rank, settings.seed)
             run = Run(settings.out, settings, task, Exporting(export, watcher))
-            return run.train(model.to(device))
+            return run.train(model)
+
+
+def _task(
+    settings: RunSettings,
+    store: TokenStore,
+    config: ModelConfig,
+    objective: Objective,
+    length: int,
+    order: int,
+    world: World,
+) -> Task:
+    """What the loop trains on, and how."""
+    device = pick_device(settings.device)
+    source, schedule = objective_parts(config)
+    count = min(settings.validation_sequences, store.validation.blocks(length))
+    return Task(
+        objective=objective,
+        source=source,
+        schedule=schedule,
+        batch=_batches(store, settings.batch_size, length, order, world),
+        validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
+        device=device,
+        autocast=preferred_dtype(device),
+        likelihood=objective.nats if isinstance(objective, NextToken) else None,
+        world=world,
+    )
 
 
 @contextmanager

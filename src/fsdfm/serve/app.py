@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import logging
-import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI
@@ -29,6 +25,7 @@ from fsdfm.serve.batcher import Batcher, Begun, Done, Moved, Refused, Submission
 from fsdfm.serve.bodies import Chat, Common, Completion, Edit, understood
 from fsdfm.serve.guard import Guard, Problem, json_body, plain, problem, told
 from fsdfm.serve.metrics import Metrics
+from fsdfm.serve.pages import page_of
 from fsdfm.serve.schema import operation
 from fsdfm.serve.settings import ServeSettings
 from fsdfm.serve.shapes import Answer
@@ -42,6 +39,8 @@ ENDPOINTS: Mapping[str, tuple[str, type[Common]]] = {
     "/v1/chat/completions": ("chat", Chat),
     "/v1/edit/completions": ("edit", Edit),
 }
+BEHIND = 64
+"""Updates that wait for a client before drafts are left out."""
 GONE = 499
 """Status, for the log, of a client that left."""
 
@@ -152,12 +151,18 @@ class Service:
         asked = await asyncio.to_thread(understood, kind, values, self.models, self.settings)
         body, queue = asked.body, asyncio.Queue[Update]()
         loop = asyncio.get_running_loop()
+
+        def tell(update: Update) -> None:
+            # Of a client that reads too slowly, drafts are left out; later ones say as much.
+            if not (isinstance(update, Moved) and queue.qsize() >= BEHIND):
+                queue.put_nowait(update)
+
         watch = {False: "settled", True: "draft"}.get(body.diffusing, "tokens")
         seconds = min(self.settings.deadline, body.timeout or self.settings.deadline)
         submission = Submission(
             asked.model,
             asked.requests,
-            quiet(lambda update: loop.call_soon_threadsafe(queue.put_nowait, update)),
+            quiet(lambda update: loop.call_soon_threadsafe(tell, update)),
             deadline=time.monotonic() + seconds,
             watch=watch if body.stream else "result",
         )
@@ -335,7 +340,7 @@ def _route(service: Service, name: str, kind: type[Common]) -> Any:
 
 
 def _look_routes(app: FastAPI, service: Service) -> None:
-    pages = {name: _page(f"{name}.html") for name in ("page", "docs")}
+    pages = {name: page_of(f"{name}.html") for name in ("page", "docs")}
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -366,22 +371,6 @@ def _look_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", summary="Counters, as Prometheus reads them.")
     async def metrics() -> Response:
         return Response(service.metrics.page(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _page(name: str) -> Response:
-    """A page of ours, which may use its own script and style, this server, and nothing else."""
-    html = (resources.files("fsdfm.serve") / name).read_text("utf-8")
-    rules = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'"]
-    for tag in ("script", "style"):
-        (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        rules.append(f"{tag}-src 'sha256-{digest}'")
-    headers = {
-        "Content-Security-Policy": "; ".join([*rules, "frame-ancestors 'none'"]),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
-    }
-    return Response(html, headers=headers, media_type="text/html")
 
 
 def _event(content: Mapping[str, Any]) -> bytes:

@@ -28,6 +28,7 @@ from fsdfm.generate.results import Snapshot
 from fsdfm.generate.running import Event, Running
 from fsdfm.generate.template import Fixed
 from fsdfm.generate.watch import snapshot
+from fsdfm.serve.bugs import note_bug
 
 log = logging.getLogger("fsdfm.serve")
 
@@ -236,8 +237,8 @@ class Batcher:
                 time.sleep(LINGER)
             try:
                 self._round()
-            except Exception:  # a bug of ours; the thread must live on
-                log.exception("The batcher stumbled.")
+            except Exception as error:  # a bug of ours; the thread must live on
+                note_bug("The batcher stumbled:", error)
 
     def _round(self) -> None:
         """Look at the queue, and make a call."""
@@ -288,8 +289,8 @@ class Batcher:
         except FsdfmError as error:
             self._fail(work.of, error)
             return
-        except Exception:
-            log.exception("A request could not be begun.")
+        except Exception as error:
+            note_bug("A request could not be begun:", error)
             self._fail(work.of, _bug())
             return
         lane.works[ticket] = work
@@ -319,8 +320,8 @@ class Batcher:
             work.of.began = work.of.began or began
             try:
                 self._tell(lane, work, event)
-            except Exception:
-                log.exception("A text could not be told.")
+            except Exception as error:
+                note_bug("A text could not be told:", error)
                 self._fail(work.of, _bug())
 
     def _tell(self, lane: _Lane, work: _Work, event: Event) -> None:
@@ -344,7 +345,7 @@ class Batcher:
         if len(works) == 1:
             known = isinstance(error, ConfigError)
             if not known:
-                log.error("A call failed.", exc_info=error)
+                note_bug("A call failed:", error)
             self._fail(works[0].of, Refused(503, str(error)) if known else _bug())
             return
         log.warning("A call of %d texts failed: each begins again on its own.", len(works))

@@ -235,13 +235,17 @@ def _check_type(name: str, found: Option, value: Any) -> None:
         raise ConfigError(f"{name} must be text, got {value!r}.", name)
     if found.item is bool and not isinstance(value, bool):
         raise ConfigError(f"{name} must be true or false, got {value!r}.", name)
+    if found.item is not found.kind and not isinstance(value, list):
+        raise ConfigError(f"{name} must be a list, got {value!r}.", name)
     number = found.item in (int, float) and found.item is found.kind
     if number and isinstance(value, bool | str) and not (value and value == found.rule.also):
         raise ConfigError(f"{name} must be a number, got {value!r}.", name)
     if name == "diffusing" and value not in (False, True, "tokens"):
         raise ConfigError(f"diffusing must be true, false or tokens, got {value!r}.", name)
-    if name == "stream_options" and not isinstance(value, Mapping):
-        raise ConfigError("stream_options must be an object.", name)
+    if name == "stream_options" and not (
+        isinstance(value, Mapping) and isinstance(value.get("include_usage", False), bool)
+    ):
+        raise ConfigError('stream_options must be as {"include_usage": true}.', name)
 
 
 def _given(body: Common, generator: Generator) -> tuple[list[dict[str, Any]], str]:
@@ -344,6 +348,11 @@ def _check_limits(request: Request, limits: Limits) -> None:
             f"The text has {request.length} tokens, more than {limits.max_length}: ask for fewer.",
             "max_tokens",
         )
+    for name in ("stop", "ban", "require"):
+        if (count := len(getattr(request, name))) > limits.max_words:
+            raise ConfigError(
+                f"{name} has {count} strings, more than {limits.max_words}: give fewer.", name
+            )
     if isinstance(request.steps, int) and request.steps > limits.max_steps:
         raise ConfigError(
             f"steps={request.steps} is more than {limits.max_steps}: take fewer.", "steps"

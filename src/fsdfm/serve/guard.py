@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 import json
-import logging
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -14,8 +13,7 @@ from starlette.exceptions import HTTPException
 
 from fsdfm.core.errors import ConfigError, FsdfmError
 from fsdfm.serve.batcher import Refused
-
-log = logging.getLogger("fsdfm.serve")
+from fsdfm.serve.bugs import note_bug
 
 Message = MutableMapping[str, Any]
 App = Callable[
@@ -94,7 +92,7 @@ def problem(error: BaseException) -> Problem:
         return Problem(error.status_code, said.get(error.status_code, str(error.detail)))
     if isinstance(error, RecursionError):
         return Problem(400, "The body has too many brackets in each other.")
-    log.error("A request failed.", exc_info=error)
+    note_bug("A request failed:", error)
     return Problem(500, "The server could not do this request; its log says why.")
 
 

@@ -16,6 +16,10 @@ from fsdfm.generate.generator import Generator
 from fsdfm.serve.app import create_app
 from fsdfm.serve.settings import ServeSettings
 
+KEEP_ALIVE = 75
+"""Seconds that an idle connection is kept: longer than clients and balancers keep theirs, for who
+closes first may do so just as the other sends."""
+
 
 class Server(uvicorn.Server):
     """Stops on a signal as uvicorn does, but does not send the signal on afterwards."""
@@ -56,6 +60,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=round(settings.drain),
     )
     if listening is not None:

@@ -25,6 +25,8 @@ class Limits:
     """Bytes of a request, at most."""
     max_texts: int = option(64, within=AT_LEAST_1, form="N")
     """Texts of one request, at most: prompts times n times best_of."""
+    max_words: int = option(64, within=AT_LEAST_1, form="N")
+    """Strings of each of stop, ban and require, at most."""
     max_length: int = option(8192, within=AT_LEAST_1, form="TOKENS")
     """Tokens of a text, at most, with what is given of it."""
     max_steps: int = option(1024, within=AT_LEAST_1, form="N")

@@ -6,9 +6,8 @@ them.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic
@@ -16,10 +15,10 @@ from typing import Generic
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError
-from fsdfm.core.files import one_line, real
+from fsdfm.core.files import one_line, real, replacing
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
 
@@ -50,9 +49,9 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
     Raises:
         CheckpointError: the file cannot be written (no space, no permission); the old one is kept.
     """
-    tensors: dict[str, Tensor] = {f"model.{name}": p for name, p in state.model.named_parameters()}
-    tensors |= {f"ema.{name}": p for name, p in state.ema.model.named_parameters()}
-    for name, parameter in state.model.named_parameters():
+    tensors: dict[str, Tensor] = {}
+    for name, parameter, average in _trained(state):
+        tensors |= {f"model.{name}": parameter, f"ema.{name}": average}
         for moment, value in state.optimizer.moments(parameter).items():
             tensors[f"{moment}.{name}"] = value
     tensors |= {f"pending.{name}": torch.stack(values) for name, values in state.pending.items()}
@@ -63,25 +62,16 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    partial = real(path).with_suffix(".partial")
+    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in tensors.items()},
-            partial,
-            metadata={"state": json.dumps(facts)},
-        )
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(real(path))
+        with replacing(real(path)) as partial:
+            save_file(whole, partial, metadata={"state": json.dumps(facts)})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"Cannot write checkpoint {path} ({one_line(error)}); free some space or choose "
             f"another out, then run the same command again.",
             "out",
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
@@ -98,10 +88,9 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
             state.skipped = int(facts.get("skipped", 0))
             state.skipped_in_a_row = int(facts.get("skipped_in_a_row", 0))
             with torch.no_grad():
-                for name, parameter in state.model.named_parameters():
+                for name, parameter, average in _trained(state):
                     parameter.copy_(_like(file.get_tensor(f"model.{name}"), parameter))
-                for name, parameter in state.ema.model.named_parameters():
-                    parameter.copy_(_like(file.get_tensor(f"ema.{name}"), parameter))
+                    average.copy_(_like(file.get_tensor(f"ema.{name}"), average))
             device = next(state.model.parameters()).device
             state.pending = {
                 name.removeprefix("pending."): list(
@@ -131,6 +120,16 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
             f"Cannot resume from {path} ({missing}{one_line(error)}); delete it to start this run "
             f"anew."
         ) from None
+
+
+def _trained(
+    state: TrainState[Module],
+) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+    """Parameters that training changes, and their averages; the others are those of the start."""
+    averages = dict(state.ema.model.named_parameters())
+    for name, parameter in state.model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter, averages[name]
 
 
 def _like(tensor: Tensor, parameter: Tensor) -> Tensor:

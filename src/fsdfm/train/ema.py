@@ -46,7 +46,9 @@ class Ema(Generic[Module]):
     """
 
     def __init__(self, model: Module, decay: float, warmup: bool = True) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        # What is never trained is shared, and not copied.
+        shared = {id(p): p for p in model.parameters() if not p.requires_grad}
+        self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
         self.decay, self.warmup = decay, warmup
         self.updates = 0
 
@@ -56,7 +58,7 @@ class Ema(Generic[Module]):
         decay = self.decay
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(
-            list(self.model.parameters()), list(model.parameters()), weight=1.0 - decay
-        )
+        pairs = zip(self.model.parameters(), model.parameters(), strict=True)
+        ours, theirs = zip(*((a, b) for a, b in pairs if a is not b), strict=True)
+        torch._foreach_lerp_(list(ours), list(theirs), weight=1.0 - decay)
         self.updates += 1

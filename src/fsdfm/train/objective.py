@@ -245,6 +245,8 @@ class Joint:
     """Of the rows at t = 0, where every budget starts; the others are uniform over [0, 1)."""
     frozen_share: float = 0.25
     """Of the rows, those with a prompt or the rims of a gap, which are known from the start."""
+    seams: str = "random"
+    """As in sampling (`Grouped.seams`)."""
 
     def loss(
         self, model: Any, ema: Network, x_1: Tensor, generator: Randomness
@@ -257,7 +259,7 @@ class Joint:
         # The posterior is that of any step; a network that is told h learns so.
         span = uniform(generator, count, dtype=torch.float64)
         h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
-        known = known_at_random(count, length, generator)
+        known = known_at_random(count, length, generator, self.seams)
         frozen = frozen_at_random(count, length, self.frozen_share, generator)
         batch = replace(batch, h=h).given(frozen)
         known = known | batch.known
@@ -271,7 +273,9 @@ class Joint:
         return {"loss": loss * shared(generator, len(places), count)}
 
 
-def known_at_random(batch: int, length: int, generator: Randomness) -> Tensor:
+def known_at_random(
+    batch: int, length: int, generator: Randomness, seams: str = "random"
+) -> Tensor:
     """What the groups drawn so far might be, bool, (B, L); nothing in over a quarter of rows."""
     draws = 2 ** (1 + (uniform(generator, batch, 1) * 5).long())
     drawn = (uniform(generator, batch, 1) * draws).long()
@@ -279,4 +283,6 @@ def known_at_random(batch: int, length: int, generator: Randomness) -> Tensor:
     share = torch.where(uniform(generator, batch, 1) < 0.5, 1.0, some)
     share = torch.where(uniform(generator, batch, 1) < 0.2, 0.0, share)
     place = torch.arange(length, device=share.device)
+    if seams == "random":
+        place = place + (uniform(generator, batch, 1) * draws).long()
     return (place % draws < drawn) & (uniform(generator, batch, length) < share)

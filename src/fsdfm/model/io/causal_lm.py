@@ -144,7 +144,6 @@ def adapt(
     source: Source,
     context_length: int,
     attention: Attention = "bidirectional",
-    cond_size: int = COND_SIZE,
     schedule_power: float = 1.0,
 ) -> CausalNetwork:
     """A flow network with a language model's weights; the language model may be used up by it.
@@ -158,45 +157,48 @@ def adapt(
         source: where x_0 comes from; `mask` adds a row, the mean of the others.
         context_length: tokens of a training sequence.
         attention: `causal` keeps the language model as it is.
-        cond_size: C.
         schedule_power: n in kappa_t = t ** n.
     """
-    theirs = lm.model.config
     parts = lm.model.model
-    first = parts.layers[layers[0]]
-    tied = bool(theirs.tie_word_embeddings)
-    size = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     config = CausalConfig(
         vocab_size=len(token_ids),
-        hidden_size=theirs.hidden_size,
         blocks=len(layers),
-        heads=theirs.num_attention_heads,
-        cond_size=cond_size,
+        cond_size=COND_SIZE,
         context_length=context_length,
         source=source,
         schedule_power=schedule_power,
-        kv_heads=theirs.num_key_value_heads,
-        head_size=size,
-        mlp_size=theirs.intermediate_size,
-        rotary_base=_rotary_base(theirs),
-        norm_epsilon=theirs.rms_norm_eps,
-        qkv_bias=first.self_attn.q_proj.bias is not None,
-        qk_norm=hasattr(first.self_attn, "q_norm"),
-        tied=tied,
         start_id=start_id,
         attention=attention,
+        **_shape(lm.model.config, parts.layers[layers[0]].self_attn),
     )
     network = CausalNetwork(config)
     rows = torch.tensor([-1 if i is None else i for i in token_ids])
     with torch.no_grad():
         _fill_rows(network.vocab_embed.weight, parts.embed_tokens.weight, rows)
-        if not tied:
+        if not config.tied:
             _fill_rows(network.output_layer.linear.weight, lm.model.lm_head.weight, rows)
         network.output_layer.norm_final.weight.copy_(parts.norm.weight)
         for block, number in zip(network.blocks, layers, strict=True):
             assert isinstance(block, CausalBlock)
             _fill_block(block, parts.layers[number])
     return network.eval()
+
+
+def _shape(theirs: Any, attention: Any) -> dict[str, Any]:
+    """What a twin takes over, as fields of its config: from a model's config and one attention."""
+    heads = theirs.num_attention_heads
+    return {
+        "hidden_size": theirs.hidden_size,
+        "heads": heads,
+        "kv_heads": theirs.num_key_value_heads,
+        "head_size": getattr(theirs, "head_dim", None) or theirs.hidden_size // heads,
+        "mlp_size": theirs.intermediate_size,
+        "rotary_base": _rotary_base(theirs),
+        "norm_epsilon": theirs.rms_norm_eps,
+        "qkv_bias": attention.q_proj.bias is not None,
+        "qk_norm": hasattr(attention, "q_norm"),
+        "tied": bool(theirs.tie_word_embeddings),
+    }
 
 
 def _fill_rows(ours: Tensor, theirs: Tensor, rows: Tensor) -> None:

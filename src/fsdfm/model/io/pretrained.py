@@ -1,17 +1,12 @@
 """A model as a directory: config.json, model.safetensors, tokenizer.json, generation.json.
 
-A save is staged in full inside the directory, committed by one rename, and then moved into place
-file by file. Whoever dies in between leaves a directory that loads: before the rename the old
-model, after it the new one, because a reader prefers a committed file to the one beside it.
-The weights carry the config and the tokenizer's digest, so files of two saves never mix unnoticed.
+`model.io.directory` brings its files into place as one. The weights carry
+the config and the tokenizer's digest, so files of two saves never mix unnoticed.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +14,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
 from fsdfm.model.config import ModelConfig
+from fsdfm.model.io.directory import (
+    CONFIG,
+    GENERATION,
+    TOKENIZER,
+    WEIGHTS,
+    commit,
+    find,
+    read_object,
+    read_text,
+    resolve,
+)
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.packed import Packed, bits_of, pack, unpack
 from fsdfm.model.transformer import FlowNetwork
@@ -36,12 +41,6 @@ PLAIN_VERSION = 1
 """The newest that this package reads, for weights in few bits; and that of all others."""
 HEADER = ("format", "format_version", "ancestors")
 """What config.json has besides the network's own fields; ancestors only where there are some."""
-
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TOKENIZER, GENERATION = "tokenizer.json", "generation.json"
-FILES = (WEIGHTS, CONFIG, TOKENIZER, GENERATION)
-
-STAGED, COMMITTED = ".saving", ".saved"
 
 SHOWN_NAMES = 4
 
@@ -112,7 +111,7 @@ def save_pretrained(
         metadata["packed"] = json.dumps(_pack(tensors, model, bits, packed or {}))
     generated = json.dumps(dict(generation or {}), indent=2) + "\n"
     texts = {CONFIG: json.dumps(header, indent=2) + "\n", TOKENIZER: tokenizer_json}
-    _commit(directory, tensors, metadata, texts | {GENERATION: generated})
+    commit(directory, tensors, metadata, texts | {GENERATION: generated})
 
 
 def load_pretrained(
@@ -131,20 +130,19 @@ def load_pretrained(
         CheckpointError: the directory is missing, foreign, newer than this package, or damaged.
         ConfigError: the device cannot be used.
     """
-    directory = _resolve(directory_or_hub_id)
+    directory = resolve(directory_or_hub_id)
     config, ancestors = read_config(directory)
-    state, metadata = _read_weights(_find(directory, WEIGHTS))
+    state, metadata = _read_weights(find(directory, WEIGHTS))
     _check_metadata(metadata, (config, ancestors), directory)
-    model = build(config, state, str(_find(directory, WEIGHTS)))
-    tokenizer_json = _read_text(_find(directory, TOKENIZER))
+    model = build(config, state, str(find(directory, WEIGHTS)))
+    tokenizer_json = read_text(find(directory, TOKENIZER))
     _check_tokenizer(tokenizer_json, config, str(directory / TOKENIZER))
     if metadata.get("tokenizer_sha256") != _digest(tokenizer_json):
         raise CheckpointError(
             f"{directory / TOKENIZER} is not the tokenizer that these weights were saved with: "
             "restore it, or save the model again."
         )
-    generation_path = _find(directory, GENERATION)
-    generation = _read_object(generation_path) if generation_path.exists() else {}
+    generation = read_generation(directory)
     try:
         model = model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
@@ -208,34 +206,6 @@ def vocabulary_size(tokenizer_json: str, where: str) -> int:
     return max(vocabulary.values(), default=-1) + 1
 
 
-def _commit(
-    directory: Path,
-    tensors: dict[str, Tensor],
-    metadata: dict[str, str],
-    texts: Mapping[str, str],
-) -> None:
-    """Stage weights and texts, then bring them into place as one."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        _move_committed(directory)
-        staged = directory / STAGED
-        shutil.rmtree(staged, ignore_errors=True)
-        staged.mkdir()
-        save_file(tensors, staged / WEIGHTS, metadata)
-        for name, text in texts.items():
-            (staged / name).write_text(text, encoding="utf-8")
-        # The library makes the weights readable by their owner alone; follow the umask instead.
-        shutil.copymode(staged / CONFIG, staged / WEIGHTS)
-        for path in (*(staged / name for name in FILES), staged):
-            _sync(path)
-        staged.rename(directory / COMMITTED)
-        _sync(directory)
-        _move_committed(directory)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(directory / STAGED, ignore_errors=True)
-        raise CheckpointError(f"Cannot save a model in {directory}: {one_line(error)}.") from error
-
-
 def _to_save(model: FlowNetwork, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The state dict on the CPU in the given dtype, finite."""
     own = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -286,10 +256,21 @@ def read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
     Raises:
         CheckpointError: no model directory, or one that is foreign, newer or damaged.
     """
-    path = _find(directory, CONFIG)
+    path = find(directory, CONFIG)
     if not path.is_file():
         raise CheckpointError(f"{directory} is not a model directory: it has no {CONFIG}.")
-    return _parse_config(_read_object(path), path)
+    return _parse_config(read_object(path), path)
+
+
+def read_generation(directory: Path) -> dict[str, Any]:
+    """What a model directory says of generating; nothing if it has no such file.
+
+    Raises:
+        CheckpointError: an unreadable file.
+    """
+    path = find(directory, GENERATION)
+    found: dict[str, Any] = read_object(path) if path.exists() else {}
+    return found
 
 
 def _parse_config(values: Any, path: Path) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -361,73 +342,6 @@ def _unpacked(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[s
         packed = Packed(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales"))
         tensors[name] = unpack(packed, int(facts["bits"]), tuple(facts["shape"]))
     return tensors
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(_read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {one_line(error)}.") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return values
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"Cannot read {path}: {one_line(error)}.") from error
-
-
-def _resolve(name: str | Path) -> Path:
-    """A local directory, or the local copy of a model on the Hub."""
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path} is a file: give the directory of a model.")
-    # A first part that exists here makes it a mistyped path, not a name on the Hub.
-    looks_remote = isinstance(name, str) and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)
-    if not looks_remote or path.parent.exists():
-        raise CheckpointError(f"There is no model directory {path}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=list(FILES)))
-    except Exception as error:  # HTTP, offline, authorisation: the library has many trees
-        raise CheckpointError(
-            f"There is no directory {path}, and the Hugging Face Hub does not give it: "
-            f"{one_line(error)}."
-        ) from error
-
-
-def _find(directory: Path, name: str) -> Path:
-    """Where a file of the model lies: a committed save that was not moved yet comes first."""
-    committed = directory / COMMITTED / name
-    return committed if committed.exists() else directory / name
-
-
-def _move_committed(directory: Path) -> None:
-    """Bring a committed save into place; does nothing without one."""
-    committed = directory / COMMITTED
-    if not committed.is_dir():
-        return
-    for name in FILES:
-        if (committed / name).exists():
-            os.replace(committed / name, directory / name)
-    committed.rmdir()
-    _sync(directory)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digest(tokenizer_json: str) -> str:

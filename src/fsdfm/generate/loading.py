@@ -1,0 +1,75 @@
+"""A generator from a model directory."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from fsdfm.core.device import give_back_memory, pick_device
+from fsdfm.core.errors import CheckpointError
+from fsdfm.generate.generator import Generator
+from fsdfm.model.io.adapter import add_adapter
+from fsdfm.model.io.pretrained import Pretrained, load_pretrained
+from fsdfm.text.tokenizer import Tokenizer
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+) -> Generator:
+    """Load a model to generate text with.
+
+    Args:
+        model: a model directory, a run directory of `pretrain` or `distill`, or `org/name` on the
+            Hugging Face Hub; None takes the model that comes with the package.
+        adapter: a run directory of a training with `lora`, whose weights are added.
+        device: where to run; cuda if there is one, else mps, else cpu.
+        precision: of the matrix products. None: bfloat16 where it is fast, else float32. int8 is
+            faster still for large networks, on CPUs with AVX512-VNNI or AMX, and slightly coarser.
+
+    Raises:
+        CheckpointError: the model is missing, damaged, or not one of ours; or the adapter is, or is
+            another model's.
+        ConfigError: the device or the precision cannot be used.
+    """
+    generator = load_with_network(model, adapter=adapter, device=device, precision=precision)[0]
+    give_back_memory()  # the network's float32 matrices are free by now
+    return generator
+
+
+def load_with_network(
+    model: str | Path | None = None,
+    *,
+    adapter: str | Path | None = None,
+    device: str | torch.device | None = None,
+    precision: str | None = None,
+) -> tuple[Generator, Pretrained]:
+    """As `load`, and what the directory holds: the network in float32, which a generator drops."""
+    place = pick_device(device)
+    found = load_pretrained(_bundled() if model is None else model, device=place)
+    if adapter is not None:
+        add_adapter(found.model, adapter)
+    generator = Generator(
+        found.model,
+        Tokenizer.from_json(found.tokenizer_json),
+        defaults=found.generation,
+        device=place,
+        precision=precision,
+        ancestors=found.ancestors,
+    )
+    return generator, found
+
+
+def _bundled() -> Path:
+    directory = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
+    if not directory.is_dir():
+        raise CheckpointError(
+            "This installation came without its bundled model: reinstall fsdfm, or name the "
+            "directory of a model."
+        )
+    return directory

@@ -1,0 +1,218 @@
+"""Results that are written in parts, and put together in order when all are there.
+
+Beside the results OUT stands a directory OUT.parts with a file of JSON lines for each process. A
+kill loses at most the line that it cuts. The results appear whole, and then the parts go.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+from fsdfm.core.errors import ConfigError, DataError
+
+PARQUET = ".parquet"
+ROWS = 1024
+"""Rows of a parquet file that are held together."""
+PATIENCE = datetime.timedelta(days=30)
+"""That a process which is done waits for the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Processes that share a file of requests."""
+
+    rank: int = 0
+    """Of this one, from 0."""
+    world: int = 1
+
+    def wait(self) -> None:
+        """Until all are here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def total(self, *counts: int) -> list[int]:
+        """Sums over all of them."""
+        if self.world == 1:
+            return list(counts)
+        sums = torch.tensor(counts)
+        distributed.all_reduce(sums)
+        return [int(x) for x in sums]
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[Ranks]:
+    """The processes that torchrun has started; or this one alone.
+
+    Raises:
+        ConfigError: RANK and WORLD_SIZE are set, but not what else torchrun sets.
+    """
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Ranks()
+        return
+    try:
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    except ValueError:
+        raise ConfigError(
+            "RANK and WORLD_SIZE are set without MASTER_ADDR and MASTER_PORT: start with torchrun, "
+            "or unset them."
+        ) from None
+    try:
+        yield Ranks(distributed.get_rank(), distributed.get_world_size())
+    finally:
+        distributed.destroy_process_group()
+
+
+def check_kind(out: Path) -> None:
+    """Raises ConfigError where results are wanted as parquet and pyarrow is not installed."""
+    if out.suffix == PARQUET and importlib.util.find_spec("pyarrow") is None:
+        raise ConfigError("Parquet needs pyarrow: pip install 'fsdfm[data]' brings it.")
+
+
+class Parts:
+    """The parts of a file of results.
+
+    Args:
+        out: the file.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.directory = Path(f"{out}.parts")
+
+    def own(self, rank: int) -> Path:
+        """The part of a process."""
+        return self.directory / f"{rank}.jsonl"
+
+    def done(self) -> set[str]:
+        """Ids of all results that there are.
+
+        Raises:
+            DataError: a line that is no result.
+        """
+        written = (record["id"] for record in self._written())
+        return {*written, *(name for name, *_ in self._lines())}
+
+    def finish(self, order: Sequence[str], *, logprobs: bool) -> None:
+        """Put the parts together, and remove them.
+
+        Args:
+            order: ids as they are to follow each other; results that are there stay before them.
+            logprobs: whether results have them.
+        """
+        lines = {name: (path, at, size) for name, path, at, size in self._lines()}
+        if not lines and self.out.exists():
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return
+        partial = self.out.with_name(f".{self.out.name}.partial")
+        try:
+            records = self._ordered(order, lines)
+            if self.out.suffix == PARQUET:
+                _write_parquet(partial, records, logprobs=logprobs)
+            else:
+                with partial.open("wb") as file:
+                    for record in records:
+                        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self.out)
+        finally:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _ordered(
+        self, order: Sequence[str], lines: Mapping[str, tuple[Path, int, int]]
+    ) -> Iterator[Mapping[str, Any]]:
+        there = set()
+        for record in self._written():
+            there.add(record["id"])
+            yield record
+        with contextlib.ExitStack() as stack:
+            files = {p: stack.enter_context(p.open("rb")) for p, *_ in lines.values()}
+            for name in order:
+                if name in there or name not in lines:
+                    continue
+                path, at, size = lines[name]
+                files[path].seek(at)
+                yield json.loads(files[path].read(size))
+
+    def _written(self) -> Iterator[Mapping[str, Any]]:
+        """What the results hold already."""
+        if not self.out.exists():
+            return
+        if self.out.suffix == PARQUET:
+            yield from _read_parquet(self.out)
+            return
+        with self.out.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield _record(line, self.out)
+
+    def _lines(self) -> list[tuple[str, Path, int, int]]:
+        """Id, file, first byte and size of every whole line of the parts."""
+        found = []
+        for path in sorted(self.directory.glob("*.jsonl")):
+            at = 0
+            with path.open("rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):  # else a kill has cut it
+                        found.append((_record(line, path)["id"], path, at, len(line)))
+                    at += len(line)
+        return found
+
+
+def _record(line: bytes, path: Path) -> Mapping[str, Any]:
+    try:
+        found: Mapping[str, Any] = json.loads(line)
+        found["id"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(
+            f"{path} has a line that is no result of a request: give another place for results."
+        ) from None
+    return found
+
+
+def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            if "id" not in file.schema_arrow.names:
+                raise DataError(f"{path} holds no results: give another place for them.")
+            for batch in file.iter_batches(ROWS):
+                yield from batch.to_pylist()
+    except ArrowException:
+        raise DataError(f"{path} is no parquet file: give another place for results.") from None
+
+
+def _write_parquet(path: Path, records: Iterator[Mapping[str, Any]], *, logprobs: bool) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    whole, real, text = pyarrow.int64(), pyarrow.float64(), pyarrow.string()
+    kinds = {"id": text, "text": text, "tokens": whole, "nfe": whole, "seed": whole}
+    kinds |= {"seconds": real, "tokens_per_second": real}
+    kinds |= {"spans": pyarrow.list_(pyarrow.list_(whole)), "finish": text}
+    if logprobs:
+        kinds |= {"token_ids": pyarrow.list_(whole), "logprobs": pyarrow.list_(real)}
+    schema = pyarrow.schema(list(kinds.items()))
+    with parquet.ParquetWriter(path, schema) as writer:
+        rows: list[Mapping[str, Any]] = []
+        for record in records:
+            rows.append(record)
+            if len(rows) == ROWS:
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                rows = []
+        writer.write_table(pyarrow.Table.from_pylist(rows, schema))

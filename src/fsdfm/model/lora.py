@@ -1,0 +1,109 @@
+"""LoRA: a matrix of the blocks is its own weight, which stays, plus a product of two thin ones.
+
+    W' = W + B A
+
+A starts random and B at zero, so that the network starts as it was. Every linear layer of the
+blocks has a pair; embedding, head and norms stay.
+
+Shapes: R rank, I columns and O rows of a matrix.
+
+Source: LoRA, arXiv 2106.09685.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.model.transformer import FlowNetwork
+
+
+class Low(nn.Module):
+    """What is added to a matrix (O, I).
+
+    Args:
+        weight: the matrix.
+        rank: R.
+        noise: that A is drawn from.
+    """
+
+    def __init__(self, weight: Tensor, rank: int, noise: torch.Generator) -> None:
+        super().__init__()
+        rows, columns = weight.shape
+        a = torch.randn((rank, columns), generator=noise) * columns**-0.5
+        self.a = nn.Parameter(a.to(weight.device))
+        self.b = nn.Parameter(weight.new_zeros((rows, rank)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The sum, in float32 whatever the products are in."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return weight + self.b @ self.a
+
+
+def add_lora(model: FlowNetwork, rank: int, seed: int = 0) -> None:
+    """Freeze a network, and give every linear layer of its blocks a pair that can be trained.
+
+    Args:
+        model: changed in place.
+        rank: R.
+        seed: of the pairs.
+
+    Raises:
+        ConfigError: a rank that is no less than a matrix has.
+    """
+    noise = torch.Generator().manual_seed(seed)
+    model.requires_grad_(False)
+    for name, linear in _linears(model):
+        if rank >= min(linear.weight.shape):
+            raise ConfigError(
+                f"lora must be less than the smaller side of each matrix, but {name} has "
+                f"{min(linear.weight.shape)}: give a smaller one.",
+                "lora",
+            )
+        parametrize.register_parametrization(linear, "weight", Low(linear.weight, rank, noise))
+
+
+def pairs(model: FlowNetwork) -> dict[str, Tensor]:
+    """A (R, I) and B (O, R) of every layer that has them, by its name with .a and .b."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Low):
+            own = name.removesuffix(".parametrizations.weight.0")
+            found |= {f"{own}.a": module.a.detach(), f"{own}.b": module.b.detach()}
+    return found
+
+
+@torch.no_grad()
+def merge(model: FlowNetwork, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Add pairs to the weights of a network.
+
+    Args:
+        model: changed in place.
+        tensors: as `pairs` gives them.
+        where: what to call their origin in an error.
+
+    Raises:
+        CheckpointError: pairs that do not fit the network, are missing, or are not finite.
+    """
+    linears = dict(_linears(model))
+    wanted = {f"{name}.{part}" for name in linears for part in "ab"}
+    fits = wanted == tensors.keys()
+    for name, linear in linears.items() if fits else ():
+        a, b = tensors[f"{name}.a"], tensors[f"{name}.b"]
+        shape = (b.shape[:1] + a.shape[1:], b.shape[1:])
+        fits = fits and shape == (linear.weight.shape, a.shape[:1])
+    if not fits or not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise CheckpointError(f"{where} is damaged: its pairs do not fit the network.")
+    for name, linear in linears.items():
+        a, b = (tensors[f"{name}.{part}"].to(linear.weight) for part in "ab")
+        linear.weight += b @ a
+
+
+def _linears(model: FlowNetwork) -> Iterator[tuple[str, nn.Linear]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.startswith("blocks."):
+            yield name, module

@@ -1,0 +1,112 @@
+"""The benchmark of steering: its parts run and go on after a kill; its baseline sees the left."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from language_models import save_lm
+from steering_fixtures import make_generators
+from test_generator import WORDS
+
+from fsdfm.model.io.causal_lm import load_causal_lm
+from fsdfm.text.tokenizer import Tokenizer
+
+PARTS = ("cost", "words", "lengths", "auto", "prompts", "infill", "seam")
+
+
+@pytest.fixture(scope="module")
+def steering() -> ModuleType:
+    path = Path(__file__).parents[1] / "benchmarks" / "steering.py"
+    spec = importlib.util.spec_from_file_location("steering", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["steering"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Counting:
+    """A judge of one nat a byte, and a baseline that fills nothing; both say how often."""
+
+    asked = 0
+
+    def judge(self, texts: list[str], prefixes: list[str]) -> list[Any]:
+        self.asked += 1
+        return [SimpleNamespace(score=SimpleNamespace(nats=float(len(t.encode())))) for t in texts]
+
+    def fill(self, x: list[int], hidden: list[bool], temperature: float, seed: int) -> list[int]:
+        self.asked += 1
+        return list(x)
+
+
+def bench(steering: ModuleType, out: Path, texts: int = 2) -> Any:
+    numbers = {"texts": texts, "long_texts": 1, "repeats": 1, "requests": 4, "windows": 2}
+    names = {"model": None, "judge": "none", "left": "none", "text": None, "seam_steps": 2}
+    found = steering.Bench(argparse.Namespace(**numbers, **names, out=out))
+    stub = Counting()
+    found.__dict__ |= {"generator": make_generators(256)["absorbing"], "judge": stub, "left": stub}
+    found.__dict__["held_out"] = [WORDS * 20]
+    return found
+
+
+def test_every_part_runs_and_measures_nothing_twice(steering: ModuleType, tmp_path: Path) -> None:
+    out = tmp_path / "steering.json"
+    first, again = bench(steering, out), bench(steering, out)
+    assert tuple(steering.PARTS) == PARTS
+    found = {part: steering.PARTS[part](first) for part in PARTS}
+    assert first.judge.asked > 0
+    assert found["words"]["required_there"] == found["words"]["requests"] == 4
+    assert found["words"]["banned_there"] == 0
+    assert found["infill"]["25%"]["left"]["accuracy"]["mean"] == 1.0
+    assert found["infill"]["25%"]["left"]["judged_above_truth"]["nats_per_byte"] == 0.0
+    assert found["prompts"]["own"] == {"nats_per_byte": 1.0, "standard_error": 0.0}
+    again.generator.answer = None  # nothing is asked again
+    rows = again.rows.read_text()
+    again.rows.write_text(rows + '\n["words 9')  # as a kill leaves it
+    for part in PARTS:
+        assert steering.PARTS[part](again) == found[part]
+    assert again.judge.asked == 0
+    more = bench(steering, out, texts=3)
+    steering.PARTS["prompts"](more)
+    assert more.judge.asked == 4
+    assert len(bench(steering, out).kept) == len(rows.splitlines()) + 1
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
+def test_spans_hide_a_share_and_touch_neither_each_other_nor_the_ends(
+    steering: ModuleType, share: float
+) -> None:
+    for number in range(20):
+        hidden = steering.spans(share, number)
+        runs = "".join("x" if h else "." for h in hidden).split(".")
+        assert {len(run) for run in runs} == {0, steering.SPAN}
+        assert len(hidden) == steering.INFILL and not hidden[0] and not hidden[-1]
+        assert abs(sum(hidden) / len(hidden) - share) < 0.05
+
+
+def test_the_baseline_takes_the_likeliest_token_after_all_before_it(
+    steering: ModuleType, tmp_path: Path
+) -> None:
+    save_lm(tmp_path / "lm")
+    lm = load_causal_lm(str(tmp_path / "lm"))
+    tokenizer = Tokenizer.from_json(lm.tokenizer_json)
+    left = steering.Left(str(tmp_path / "lm"), tokenizer)
+    x = tokenizer.encode("the miller saw a stranger at his door")[:12]
+    hidden = [place in (0, 4, 5, 9) for place in range(len(x))]
+    found = left.fill(x, hidden, 0.0, 0)
+    assert [a for a, h in zip(found, hidden, strict=True) if not h] == [
+        a for a, h in zip(x, hidden, strict=True) if not h
+    ]
+    for place, gap in enumerate(hidden):
+        if gap:
+            before = torch.tensor([[tokenizer.eos_id, *found[:place]]])
+            with torch.no_grad():
+                logits = lm.model(before).logits[0, -1]
+            assert found[place] == int(logits.argmax())

@@ -38,6 +38,7 @@ from fsdfm.flow.sampler import Drawing, sample
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
+from fsdfm.train.checkpoint import load_average
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import Joint
 
@@ -108,7 +109,7 @@ def trained(name: str, args: argparse.Namespace, language: study.Chain) -> Trans
         raise SystemExit(study.STOPPED)
     print(f"{name}: {time.process_time() - started:.0f} s of CPU", flush=True)
     if watch.ema is None:
-        model.load_state_dict(study.averaged(directory))
+        load_average(directory / "checkpoint.safetensors", model)
         return model.eval()
     return watch.ema
 

@@ -36,7 +36,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -52,6 +51,7 @@ from fsdfm.flow.target import TARGETS
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
+from fsdfm.train.checkpoint import load_average
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Objective, Pretrain
 from fsdfm.train.settings import TrainSettings
@@ -355,9 +355,7 @@ def train(
     if not Run(directory, settings, task, watch).train(model.to(device)):
         raise SystemExit("Stopped: run the same command again to go on.")
     if watch.ema is None:  # it was finished before: the checkpoint holds the average
-        tensors = load_file(directory / "checkpoint.safetensors")
-        ema = {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
-        model.load_state_dict(ema)
+        load_average(directory / "checkpoint.safetensors", model)
         return model.eval()
     return watch.ema
 

@@ -44,7 +44,6 @@ from typing import Any, Protocol
 import markov
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fsdfm.core.device import pick_device, preferred_dtype
@@ -66,6 +65,7 @@ from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.train.checkpoint import load_average
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
@@ -382,7 +382,7 @@ class Chain:
         run = args.teacher_run or args.out / place_of(args) / "teacher"
         if args.teacher_run is None:
             self._pretrain(run, args.teacher_steps)
-        self.teacher.load_state_dict(averaged(run))
+        load_average(run / "checkpoint.safetensors", self.teacher)
 
     def _pretrain(self, run: Path, steps: int) -> None:
         """As benchmarks/markov.py does."""
@@ -442,12 +442,6 @@ def thousandths(row: Row) -> Cell:
 def place_of(args: argparse.Namespace) -> str:
     """Where results of a language and source lie, below --out."""
     return args.language if args.source == "uniform" else f"{args.language}, {args.source}"
-
-
-def averaged(run: Path) -> dict[str, Tensor]:
-    """The averaged network in a run's checkpoint."""
-    tensors = load_file(run / "checkpoint.safetensors")
-    return {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
 
 
 LANGUAGES: dict[str, Callable[[argparse.Namespace], Prose | Chain]] = {
@@ -551,7 +545,7 @@ def student(
     if not Run(directory, settings, task, watch).train(model):
         raise SystemExit(STOPPED)
     if watch.ema is None:
-        model.load_state_dict(averaged(directory))
+        load_average(directory / "checkpoint.safetensors", model)
         return model.eval()
     return watch.ema
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the bundled model on: at 256 tokens, then at 1,024, then its joint head, then pack it. Resumable:
 # call it again on the same machine until it says it is done. Needs prepared data in runs/gpu/data
-# (recipes/bundled.sh makes prose.jsonl; prepare it with the bundled tokenizer.json).
+# (recipes/bundled.sh makes prose.jsonl; prepare it and recipes/stories.jsonl.gz with the bundled tokenizer.json).
 #
 #     OUT=/tmp/out gpu/adapt.sh
 #     DEVICE=cpu STEPS=2 BATCH=2 OUT=/tmp/out gpu/adapt.sh      # rehearsal
@@ -24,7 +24,7 @@ run() { # a command of fsdfm, stopped in time; it goes on at the next call
 
 flow=(pretrain --source mask --frozen-share 0.33 --data "$work/data")
 run "${flow[@]}" --init src/fsdfm/assets/bundled --out "$work/on256" --context-length 256 \
-  --batch-size "$batch" --steps "$steps" --learning-rate 6e-4 --warmup-steps $((steps / 20)) \
+  --batch-size "$batch" --steps "$steps" --learning-rate 5e-4 --warmup-steps $((steps / 20)) \
   --ema-decay 0.999
 run "${flow[@]}" --init "$work/on256" --out "$work/on1024" --context-length 1024 \
   --batch-size $((batch / 4 + 1)) --steps $((steps / 8 + 1)) --learning-rate 2e-4 \
@@ -33,7 +33,7 @@ run distill --data "$work/data" --teacher "$work/on1024" --out "$work/student" \
   --context-length 256 --batch-size "$batch" --steps $((steps / 8 + 1)) \
   --warmup-steps $((steps / 100)) --ema-decay 0.99
 python3 recipes/bundle.py "$work/student" "$work/packed" --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate "$work/data"
+  --calibrate "$work/data" --temperature 0.8
 cp -r "$work/packed" "$out"
 for name in on256 on1024 student; do cp "$work/$name/metrics.jsonl" "$out/$name.jsonl"; done
 echo "Done."

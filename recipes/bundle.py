@@ -24,9 +24,11 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--bits", nargs="*", default=[], metavar="PREFIX=BITS")
     parser.add_argument("--calibrate", type=Path, metavar="DATA")
+    parser.add_argument("--temperature", type=float, help="that it is to draw with by default")
     args = parser.parse_args()
     bits = {prefix: int(count) for prefix, _, count in (b.partition("=") for b in args.bits)}
     trained = load_pretrained(args.run)
+    own = {} if args.temperature is None else {"temperature": args.temperature}
     packed = None
     if args.calibrate is not None:
         packed = rounded_on(trained, args.run, args.calibrate, bits, progress=say)
@@ -34,7 +36,7 @@ def main() -> None:
         args.out,
         trained.model,
         tokenizer_json=trained.tokenizer_json,
-        generation=trained.generation,
+        generation={**trained.generation, **own},
         bits=bits,
         packed=packed,
         ancestors=trained.ancestors,

@@ -5,14 +5,13 @@
 #     recipes/bundled.sh WORK_DIR PACKED.jsonl.gz [PACKED.jsonl.gz ...]
 #
 # recipes/README.md says what PACKED holds and how to rebuild it. STEPS (default 1000) is the length of the
-# adaptation in updates of 2,048 tokens: the more, the better it writes (2 s each on two cores). MINUTES (default 30) is
-# how long SmolLM2 writes stories, which are half of the text of the second stage.
+# adaptation in updates of 2,048 tokens: the more, the better it writes (2 s each on two cores). Half of the text of the
+# second stage are stories.jsonl.gz, which stories.py wrote; stories.py WORK_DIR/stories.jsonl adds more.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$1
 packed=("${@:2}")
 steps=${STEPS:-1000}
-minutes=${MINUTES:-30}
 mkdir -p "$work"
 cd "$work"
 
@@ -26,10 +25,7 @@ fsdfm adapt smollm2 --data data --out teacher256 --layers 12 --steps "$steps" --
   --learning-rate 6e-4 --ema-decay 0.997 --evaluate-every 200 --sample-every 400 --checkpoint-every 100
 python "$here/heldout.py" data heldout.jsonl.gz
 
-[ -f stories.jsonl ] || {
-  python "$here/stories.py" stories.part --minutes "$minutes"
-  mv stories.part stories.jsonl
-}
+[ -f stories.jsonl ] || gunzip -c "$here/stories.jsonl.gz" > stories.jsonl
 [ -f mixed.jsonl ] || {
   python "$here/corpus.py" "${packed[@]}" stories.jsonl --sources smollm2 austen:0.07 novel:0.07 \
     mobydick:0.07 grimm:0.07 cfi:0.07 enwiki:0.07 endless_sky:0.07 wesnoth:0.07 sotu:0.03 \
@@ -47,4 +43,4 @@ fsdfm distill --teacher teacher --data mixed --out student --context-length 256 
   --steps 360 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.98 --evaluate-every 360 \
   --sample-every 0 --checkpoint-every 90
 python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate mixed
+  --calibrate mixed --temperature 0.8

@@ -13,13 +13,13 @@ from test_train import SETTINGS, Recorder, Toy, batch, distill_objective, make_t
 
 from fsdfm.core.errors import FsdfmError
 from fsdfm.train.loop import Run
-from fsdfm.train.parallel import lost_told, started
+from fsdfm.train.parallel import started
 
 
 def main(directory: str, kind: str, steps: int, whole: int, die_at: int) -> None:
     torch.set_num_threads(1)
     objective = distill_objective() if kind == "distill" else None
-    with lost_told(), started(torch.device("cpu")) as world:
+    with started(torch.device("cpu")) as world:
 
         def dies(step: int) -> None:
             if world.rank == 1 and step == die_at:

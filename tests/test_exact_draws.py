@@ -91,8 +91,7 @@ def called(law: Tensor, x_t: Tensor, t: float, groups: int, seams: str) -> Tenso
         (t, 1.0 - t),
         torch.ones(COUNT, L, dtype=torch.bool),
         torch.zeros(COUNT, L, dtype=torch.bool),
-        noise.uniform(COUNT * L)[0],
-        noise.uniform(COUNT)[0],
+        (noise.uniform(COUNT * L)[0], noise.uniform(COUNT)[0]),
         lambda rows, _, at, u: draw(rows.exp(), u),
     )
     return call.placed(Grouped(oracle, groups, seams).tokens(call))

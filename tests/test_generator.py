@@ -387,8 +387,8 @@ def test_an_option_that_there_is_not_is_refused_everywhere(generator: Generator)
         with pytest.raises(ConfigError) as caught:
             call(**wrong)
         assert str(caught.value) == "There is no option 'stpes': did you mean steps?"
-    wrong = {"beams": 2}
-    with pytest.raises(ConfigError, match=r"no option 'beams': choose steps, step, movers"):
+    wrong = {"width": 2}
+    with pytest.raises(ConfigError, match=r"no option 'width': choose steps, step, movers"):
         generator.stream(**wrong)
 
 

@@ -162,8 +162,8 @@ def test_a_draft_of_a_uniform_model_is_told_its_time() -> None:
     generator, times = GENERATORS["uniform"], []
     hidden = generator.engine.hidden
 
-    def told(x: torch.Tensor, t: float, *rest: Any) -> torch.Tensor:
-        times.append(t)
+    def told(x: torch.Tensor, t: tuple[float], *rest: Any) -> torch.Tensor:
+        times.extend(t)
         return hidden(x, t, *rest)
 
     generator.engine.hidden = told  # type: ignore[method-assign]

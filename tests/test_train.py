@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
@@ -33,7 +33,7 @@ from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
-from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from fsdfm.train.checkpoint import TrainState, load_average, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, within
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
@@ -1090,3 +1090,19 @@ def test_numbers_out_of_range_are_refused_by_name(name: str, values: list[float]
 def test_numbers_at_the_edge_of_their_range_are_taken() -> None:
     replace(SETTINGS, warmup_steps=0, weight_decay=0.0, ema_decay=0.0, seed=2**63 - 1)
     replace(SETTINGS, final_fraction=0.0, clip_norm=math.inf, steps=1)
+
+
+def test_an_average_is_taken_from_a_checkpoint_and_what_was_not_trained_stays(
+    tmp_path: Path,
+) -> None:
+    file, model = tmp_path / "checkpoint.safetensors", torch.nn.Linear(2, 3)
+    weight, bias = torch.arange(6.0).view(3, 2), model.bias.detach().clone()
+    save_file({"ema.weight": weight, "model.weight": -weight}, file)
+    load_average(file, model)
+    assert torch.equal(model.weight, weight) and torch.equal(model.bias, bias)
+    save_file({"ema.weight": weight, "ema.other": bias}, file)
+    with pytest.raises(CheckpointError, match=r"another network: it has ema.other"):
+        load_average(file, model)
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        load_average(file, model)

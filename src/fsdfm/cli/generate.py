@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from fsdfm.cli.asked import ELSEWHERE, REPEATED, asked, values
@@ -19,6 +17,7 @@ from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError, DataError, FsdfmError
 from fsdfm.core.files import write_whole
 from fsdfm.core.options import AT_LEAST_1, check, option
+from fsdfm.core.workers import own_device
 from fsdfm.generate.files import answer_file, in_order
 from fsdfm.generate.generator import Generator
 from fsdfm.generate.gif import gif, needs_pillow
@@ -111,11 +110,13 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _load(own: _Own) -> Generator:
-    device, place = own.device, os.environ.get("LOCAL_RANK")
-    if device is None and place is not None and torch.cuda.is_available():
-        device = f"cuda:{place}"  # torchrun has a process for each
     with status("Loading the model"):
-        return load(own.model, adapter=own.adapter, device=device, precision=own.precision)
+        return load(
+            own.model,
+            adapter=own.adapter,
+            device=own_device(own.device),
+            precision=own.precision,
+        )
 
 
 def _fail(_: Any, error: FsdfmError) -> None:

@@ -26,6 +26,7 @@ from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import digest, one_line, write_whole
 from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
+from fsdfm.core.workers import Workers, own_device
 from fsdfm.eval.cells import HUMAN, OTHERS, Cell, Cells, Text, samples_of
 from fsdfm.eval.heldout import HeldOut
 from fsdfm.eval.judge import Judge, load_judge, require_judge
@@ -34,7 +35,6 @@ from fsdfm.eval.metrics import distinct, histogram_entropy_nats, ngram_js_bits, 
 from fsdfm.eval.report import JUDGED, Opinion, Record, Report, Row
 from fsdfm.eval.settings import JudgeSettings
 from fsdfm.eval.source import Load
-from fsdfm.eval.workers import Workers
 
 EVALUATION = 5
 """Part of every key: raise it when what a part holds, or how it is made, changes."""
@@ -153,7 +153,7 @@ def evaluate(args: JudgeSettings, load: Load, progress: Progress | None = None) 
     args = args.resolved()
     folder = _claim(args.out)
     with Workers.joined() as workers, _alone(folder, args.out, workers):
-        device = pick_device(workers.device(args.device))
+        device = pick_device(own_device(args.device))
         with _undisturbed(device):
             for name in args.judge:
                 require_judge(name)

@@ -6,7 +6,7 @@ some devices lack, and without a wait for the device to say how many rows there 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ def seeded(*entropy: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(word >> np.uint64(1)))
 
 
-def _alone(counts: Sequence[int]) -> list[int]:
+def _alone(*counts: int) -> list[int]:
     return list(counts)
 
 
@@ -49,7 +49,7 @@ class Draws:
         number: int,
         rows: range,
         count: int,
-        totals: Callable[[Sequence[int]], list[int]] = _alone,
+        totals: Callable[..., list[int]] = _alone,
     ) -> None:
         self.generators = [seeded(seed, 1, number * count + row) for row in rows]
         self.rows, self.count, self.totals = rows, count, totals
@@ -97,4 +97,4 @@ def stratified(count: int, random: Randomness) -> Tensor:
 
 def totals(random: Randomness, *counts: int) -> list[int]:
     """Sums over all processes that share a pass; of one stream there is one process."""
-    return random.totals(counts) if isinstance(random, Draws) else list(counts)
+    return random.totals(*counts) if isinstance(random, Draws) else list(counts)

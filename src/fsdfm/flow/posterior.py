@@ -112,8 +112,7 @@ class Call:
         times: tuple[float, float],
         movers: Tensor,
         known: Tensor,
-        u: Tensor,
-        offset: Tensor,
+        chance: tuple[Tensor, Tensor],
         draw: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
     ) -> Call:
         """The call at a state.
@@ -123,10 +122,12 @@ class Call:
             x: state, int64, shape (B, L).
             times: t and h.
             movers: who moves, bool, shape (B, L), on the CPU, as `known` and `u`.
-            known, u, offset, draw: see the fields.
+            chance: u and offset.
+            known, draw: see the fields.
         """
         # Counted and picked on the CPU, so that nothing here waits for the device.
         places = movers.flatten().nonzero()[:, 0]
+        u, offset = chance
         rows, known, u = (send(each, x.device) for each in (places, known, u))
         return cls(x, places, rows, model.hidden(x, *times, rows), known, u, offset, draw)
 

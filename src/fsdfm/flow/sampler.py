@@ -155,7 +155,7 @@ def sample(
         u_land = noise.uniform(x.shape[1])[movers]
         if len(u_land):
             draw = partial(drawing.tokens, model.head, a, source.vocab_size)
-            call = Call.of(model, x, (t, then - t), movers, ~free, u_land, offset, draw)
+            call = Call.of(model, x, (t, then - t), movers, ~free, (u_land, offset), draw)
             x = call.placed(drawing.posterior.tokens(call))
             calls, head_rows = calls + 1, head_rows + len(u_land)
             free = free & ~movers if source.absorbing else free

@@ -15,7 +15,8 @@ from fsdfm.core.errors import DataError, FsdfmError
 from fsdfm.core.files import one_line
 from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
-from fsdfm.generate.parts import PARQUET, Parts, Ranks, check_kind, joined
+from fsdfm.core.workers import Workers
+from fsdfm.generate.parts import PARQUET, Parts, check_kind
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.running import BATCH, Event, Running
 
@@ -123,7 +124,7 @@ def answer_file(
     """
     lines, place = _lines(source), Path(out)
     check_kind(place)
-    with joined() as ranks, _writing(out), contextlib.ExitStack() as stack:
+    with Workers.joined() as workers, _writing(out), contextlib.ExitStack() as stack:
         bad: list[int] = []
 
         def refuse(number: int, reason: object) -> None:
@@ -134,8 +135,8 @@ def answer_file(
         def nobody(number: int, reason: object) -> None:
             """Lines that are no request are told once."""
 
-        asked = _requests(lines, defaults or {}, nobody if ranks.rank else refuse)
-        todo = stack.enter_context(_shared(asked, place, ranks))
+        asked = _requests(lines, defaults or {}, nobody if workers.rank else refuse)
+        todo = stack.enter_context(_shared(asked, place, workers))
 
         def answers() -> Iterator[tuple[_Line, Result]]:
             return in_order(
@@ -146,8 +147,8 @@ def answer_file(
             )
 
         written = todo.write(answers(), progress, logprobs=logprobs)
-        counts = ranks.total(written, len(bad))
-    return Answered(counts[0], todo.found, counts[1], ranks.rank)
+        counts = workers.totals(written, len(bad))
+    return Answered(counts[0], todo.found, counts[1], workers.rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ class _Todo:
     one of several processes, is put together of parts.
     """
 
-    ranks: Ranks
+    workers: Workers
     file: Path
     parts: Parts | None
     order: list[str]
@@ -182,28 +183,28 @@ class _Todo:
                 _append(file, replace(result, id=line.id).record(logprobs=logprobs))
                 if progress is not None:
                     progress("requests", written, len(self.mine))
-        self.ranks.wait()
-        if self.parts is not None and self.ranks.rank == 0:
+        self.workers.wait()
+        if self.parts is not None and self.workers.rank == 0:
             self.parts.finish(self.order, logprobs=logprobs)
-        self.ranks.wait()
+        self.workers.wait()
         return written
 
 
 @contextlib.contextmanager
-def _shared(asked: Sequence[tuple[_Line, Request]], out: Path, ranks: Ranks) -> Iterator[_Todo]:
+def _shared(asked: Sequence[tuple[_Line, Request]], out: Path, workers: Workers) -> Iterator[_Todo]:
     """This process's share of what has no result yet; while it lasts nobody else writes there."""
     parts = Parts(out)
-    in_parts = ranks.world > 1 or out.suffix == PARQUET or parts.directory.exists()
-    file = parts.own(ranks.rank) if in_parts else out
+    in_parts = workers.size > 1 or out.suffix == PARQUET or parts.directory.exists()
+    file = parts.own(workers.rank) if in_parts else out
     file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(Path(f"{file if ranks.rank else out}.lock"), out):
+    with locked(Path(f"{file if workers.rank else out}.lock"), out):
         done = parts.done() if in_parts else _finished(out)
-        ranks.wait()  # all have seen the same, before anybody writes
+        workers.wait()  # all have seen the same, before anybody writes
         _cut(file)
         todo = [(line, request) for line, request in asked if line.id not in done]
-        mine, order = todo[ranks.rank :: ranks.world], [line.id for line, _ in asked]
+        mine, order = todo[workers.rank :: workers.size], [line.id for line, _ in asked]
         found = len(asked) - len(todo)
-        yield _Todo(ranks, file, parts if in_parts else None, order, found, mine)
+        yield _Todo(workers, file, parts if in_parts else None, order, found, mine)
 
 
 def _lines(source: str | Path) -> list[bytes]:

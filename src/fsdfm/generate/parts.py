@@ -7,71 +7,19 @@ kill loses at most the line that it cuts. The results appear whole, and then the
 from __future__ import annotations
 
 import contextlib
-import datetime
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import distributed
-
 from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.core.files import replacing
 
 PARQUET = ".parquet"
 ROWS = 1024
 """Rows of a parquet file that are held together."""
-PATIENCE = datetime.timedelta(days=30)
-"""That a process which is done waits for the others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ranks:
-    """Processes that share a file of requests."""
-
-    rank: int = 0
-    """Of this one, from 0."""
-    world: int = 1
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self.world > 1:
-            distributed.barrier()
-
-    def total(self, *counts: int) -> list[int]:
-        """Sums over all of them."""
-        if self.world == 1:
-            return list(counts)
-        sums = torch.tensor(counts)
-        distributed.all_reduce(sums)
-        return [int(x) for x in sums]
-
-
-@contextlib.contextmanager
-def joined() -> Iterator[Ranks]:
-    """The processes that torchrun has started; or this one alone.
-
-    Raises:
-        ConfigError: RANK and WORLD_SIZE are set, but not what else torchrun sets.
-    """
-    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
-        yield Ranks()
-        return
-    try:
-        distributed.init_process_group("gloo", timeout=PATIENCE)
-    except ValueError:
-        raise ConfigError(
-            "RANK and WORLD_SIZE are set without MASTER_ADDR and MASTER_PORT: start with torchrun, "
-            "or unset them."
-        ) from None
-    try:
-        yield Ranks(distributed.get_rank(), distributed.get_world_size())
-    finally:
-        distributed.destroy_process_group()
 
 
 def check_kind(out: Path) -> None:
@@ -115,21 +63,14 @@ class Parts:
         if not lines and self.out.exists():
             shutil.rmtree(self.directory, ignore_errors=True)
             return
-        partial = self.out.with_name(f".{self.out.name}.partial")
-        try:
-            records = self._ordered(order, lines)
+        records = self._ordered(order, lines)
+        with replacing(self.out) as partial:
             if self.out.suffix == PARQUET:
                 _write_parquet(partial, records, logprobs=logprobs)
             else:
                 with partial.open("wb") as file:
                     for record in records:
                         file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self.out)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def _ordered(

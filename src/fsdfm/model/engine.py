@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -26,9 +26,9 @@ from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.host import send
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import modulated_rms, turned
-from fsdfm.model.int8 import int8_linear
 from fsdfm.model.joint import JointHead, known_around, neighbourhood
 from fsdfm.model.layers import fuse
+from fsdfm.model.products import gelu_linear, linear
 from fsdfm.model.together import Condition, Modulation, NormWeights, Pack, norms_of, side_by_side
 from fsdfm.model.transformer import Block, FlowNetwork, Transformer
 
@@ -55,7 +55,7 @@ class Engine:
         self.model = model = _other_tree(model)
         self.device = model.vocab_embed.weight.device
         self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
-        self._head = _linear(*model.head_parameters(), dtype)
+        self._head = linear(*model.head_parameters(), dtype)
         self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
         self.kind: _Published | _Twin
         if isinstance(model, CausalNetwork):
@@ -282,10 +282,10 @@ class _TwinLayer:
     def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
         assert isinstance(block, CausalBlock)
         self.block = block
-        self._qkv = _linear(block.qkv.weight, block.qkv.bias, dtype)
-        self._out = _linear(block.attn_out.weight, None, dtype)
-        self._mlp_in = _linear(block.mlp_in.weight, None, dtype)
-        self._mlp_out = _linear(block.mlp_out.weight, None, dtype)
+        self._qkv = linear(block.qkv.weight, block.qkv.bias, dtype)
+        self._out = linear(block.attn_out.weight, None, dtype)
+        self._mlp_in = linear(block.mlp_in.weight, None, dtype)
+        self._mlp_out = linear(block.mlp_out.weight, None, dtype)
         _leave_out(block, "qkv", "attn_out", "mlp_in", "mlp_out")
 
     def modulation(self, c: Tensor) -> Modulation:
@@ -321,10 +321,10 @@ class _PublishedLayer:
         qkv = torch.cat([linear.weight for linear in (block.qw, block.kw, block.vw)])
         up, down = block.mlp[0], block.mlp[2]
         assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        self.qkv = _linear(qkv, None, dtype)
-        self._out = _linear(block.attn_out.weight, None, dtype)
-        self.up = _gelu_linear(up.weight, up.bias, dtype)
-        self.down = _linear(down.weight, down.bias, dtype)
+        self.qkv = linear(qkv, None, dtype)
+        self._out = linear(block.attn_out.weight, None, dtype)
+        self.up = gelu_linear(up.weight, up.bias, dtype)
+        self.down = linear(down.weight, down.bias, dtype)
         _leave_out(block, "qw", "kw", "vw", "attn_out", "mlp")
 
     def modulation(self, c: Tensor) -> Modulation:
@@ -360,8 +360,8 @@ class _Joint:
 
     def __init__(self, joint: JointHead, dtype: torch.dtype) -> None:
         both = torch.cat((joint.tokens.weight, joint.row.weight), 1)
-        self.inner = _gelu_linear(both, joint.tokens.bias, dtype)
-        self.out = _linear(joint.out.weight, joint.out.bias, dtype)
+        self.inner = gelu_linear(both, joint.tokens.bias, dtype)
+        self.out = linear(joint.out.weight, joint.out.bias, dtype)
 
     def told(self, rows: Tensor, around: Tensor) -> Tensor:
         """Rows (N, D), their neighbours (N, 2 R D) -> (N, D)."""
@@ -378,37 +378,3 @@ def _leave_out(module: nn.Module, *names: str) -> None:
     for name in names:
         if hasattr(module, name):
             delattr(module, name)
-
-
-def _linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """x -> W x + b in the format of the products."""
-    if dtype == torch.int8:
-        return int8_linear(weight, bias, torch.bfloat16)
-    w, b = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
-    return lambda x: F.linear(x, w, b)
-
-
-def _gelu_linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """x -> tanh-GELU(W x + b), in one pass where oneDNN is there: on its own it is a third of W x.
-
-    oneDNN's fused product is what torch.compile calls, too; it has no public name.
-    """
-    if dtype == torch.int8:
-        return int8_linear(weight, bias, torch.bfloat16, gelu=True)
-    weight, bias = (p.detach().to(dtype) for p in (weight, bias))
-
-    def plain(x: Tensor) -> Tensor:
-        return F.gelu(F.linear(x, weight, bias), approximate="tanh")
-
-    def fused(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "gelu", [], "tanh")
-        return y
-
-    if weight.device.type != "cpu":
-        return plain
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS_AT_ONCE)
-        fused(weight.new_zeros(1, weight.shape[1]))
-    except (RuntimeError, AttributeError):  # no oneDNN, or another PyTorch
-        return plain
-    return fused

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.device import pick_device, preferred_dtype
-from fsdfm.core.errors import ConfigError, FsdfmError, TrainingError
+from fsdfm.core.errors import ConfigError, FsdfmError, WorkerError
 from fsdfm.core.files import digest
+from fsdfm.core.workers import own_device
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
@@ -47,7 +48,7 @@ from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
-from fsdfm.train.parallel import World, lost_told, started
+from fsdfm.train.parallel import World, started
 
 CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
 """Settings that may differ when a run goes on: places, which are compared by content instead."""
@@ -221,8 +222,8 @@ def _train(
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
     store.train.require(length)
     store.validation.require(length)
-    device = pick_device(settings.device)
-    with lost_told(), started(device) as world:
+    device = pick_device(own_device(settings.device))
+    with started(device) as world:
         start = base_digest(model)
         facts = {
             "format": "fsdfm-run",
@@ -233,7 +234,7 @@ def _train(
             "start_sha256": start,
         }
         order = _order(settings.seed, start)
-        task = _task(settings, store, model.config, objective, length, order, world)
+        task = _task(settings, store, model.config, objective, length, order, device, world)
         per_update = settings.batch_size * settings.accumulate * length
         plan = Plan(settings, Tokenizer.from_json(store.tokenizer_json), generation, per_update)
 
@@ -273,10 +274,10 @@ def _task(
     objective: Objective,
     length: int,
     order: int,
+    device: torch.device,
     world: World,
 ) -> Task:
     """What the loop trains on, and how."""
-    device = pick_device(settings.device)
     source, schedule = objective_parts(config)
     count = min(settings.validation_sequences, store.validation.blocks(length))
     return Task(
@@ -302,11 +303,11 @@ def _claimed(world: World, out: Path, facts: dict[str, Any]) -> Iterator[None]:
                 stack.enter_context(claimed(out, facts))
             except FsdfmError as error:
                 refusal = error
-        (refused,) = world.totals([refusal is not None])
+        (refused,) = world.totals(refusal is not None)
         if refusal is not None:
             raise refusal
         if refused:
-            raise TrainingError("The first process of this run refused to start: see its message.")
+            raise WorkerError("The first process of this run refused to start: see its message.")
         yield
 
 

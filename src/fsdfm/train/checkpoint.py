@@ -122,6 +122,30 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
         ) from None
 
 
+def load_average(path: Path, model: nn.Module) -> None:
+    """Fill a network with the averages of a run; what the run did not train stays.
+
+    Args:
+        path: the run's checkpoint.
+        model: of that run, as it began.
+
+    Raises:
+        CheckpointError: the file is corrupt or belongs to another network.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = {name for name in file.keys() if name.startswith("ema.")}  # noqa: SIM118
+            with torch.no_grad():
+                for name, parameter in model.named_parameters():
+                    if f"ema.{name}" in found:
+                        parameter.copy_(_like(file.get_tensor(f"ema.{name}"), parameter))
+                        found.remove(f"ema.{name}")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"Cannot read {path} ({one_line(error)}).") from None
+    if found:
+        raise CheckpointError(f"{path} belongs to another network: it has {min(found)}.")
+
+
 def _trained(
     state: TrainState[Module],
 ) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:

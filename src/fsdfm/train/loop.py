@@ -26,7 +26,7 @@ from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
 from fsdfm.train.optim import learning_rate, make_optimizer
-from fsdfm.train.parallel import ALONE, Pass, World
+from fsdfm.train.parallel import ALONE, Pass, World, unshared
 from fsdfm.train.settings import TrainSettings
 
 LOG = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class Run(Generic[Module]):
             while True:
                 step, finished = state.step, state.step >= settings.steps
                 # All processes stop after the same update, whichever was told to.
-                last = finished or any(self.task.world.totals([stopping.is_set()]))
+                last = finished or any(self.task.world.totals(stopping.is_set()))
                 fresh = step > resumed_at
                 loss = None
                 if fresh and (step % settings.log_every == 0 or finished):
@@ -229,7 +229,7 @@ class Run(Generic[Module]):
             x_1 = rows[first : first + self.settings.batch_size]
             estimates = self._nats(state.ema.model, x_1.to(self.task.device), first)
             total += x_1.numel() * sum(estimates) / len(estimates)
-        (total,) = world.totals([total])
+        total = float(world.sum(torch.tensor(total, dtype=torch.float64)))
         record = {
             "step": state.step,
             "elbo_nats_per_token": total / self.task.validation.numel(),
@@ -311,8 +311,8 @@ def update(
         number = state.step * settings.accumulate + micro
         x_1 = send(task.batch(number), task.device)
         random = _draws(settings.seed, number, len(x_1), task.world)
-        summing = micro + 1 < settings.accumulate and task.world.size > 1
-        with through.no_sync() if summing else contextlib.nullcontext():  # type: ignore[operator]
+        summing = micro + 1 < settings.accumulate
+        with unshared(through) if summing else contextlib.nullcontext():
             with _autocast(task):
                 parts = through(state.ema.model, x_1, random)
             (parts["loss"] / settings.accumulate).backward()
@@ -341,7 +341,7 @@ def update(
 
 def _draws(seed: int, number: int, count: int, world: World) -> Draws:
     """Random numbers of this process's samples of a pass."""
-    return Draws(seed, number, world.rows(count), count * world.size, world.counts)
+    return Draws(seed, number, world.rows(count), count * world.size, world.totals)
 
 
 def _values(scalars: list[Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Several processes that train as one: start, wrap and reduce, and who writes.
+"""Several processes that train as one: start, wrap and reduce.
 
 Each process holds the whole network and a part of every pass. torchrun starts them and says, in the
 environment, which one this is. Gradients are averaged by DistributedDataParallel.
@@ -7,36 +7,26 @@ environment, which one this is. Gradients are averaged by DistributedDataParalle
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fsdfm.core.errors import ConfigError, TrainingError
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.workers import Workers, alone
 
 PATIENCE = timedelta(minutes=10)
-"""How long a process waits for the others."""
-_LOST = re.compile(r"gloo|nccl|connection|peer|socket|timed out|rank \d", re.IGNORECASE)
+"""How long a process waits for the others: all do the same, at the same time."""
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """This process among those of a run."""
-
-    rank: int = 0
-    size: int = 1
-
-    @property
-    def first(self) -> bool:
-        """Whether this is the process that writes and speaks."""
-        return self.rank == 0
+class World(Workers):
+    """This process among those that train together; the first one writes and speaks."""
 
     def rows(self, count: int) -> range:
         """The samples of a pass that fall to this process, of as many in each."""
@@ -63,86 +53,44 @@ class World:
         # An objective may train a part of the network: what it leaves alone has no gradient.
         return DistributedDataParallel(module, find_unused_parameters=True)
 
-    def totals(self, numbers: Sequence[float]) -> list[float]:
-        """Sums over processes; waits for all of them, not for their devices.
-
-        Raises:
-            TrainingError: another process ended.
-        """
-        if self.size == 1:
-            return list(numbers)
-        found = torch.tensor(list(numbers), dtype=torch.float64)
-        with lost_told():
-            dist.all_reduce(found)
-        return found.tolist()
-
-    def counts(self, numbers: Sequence[int]) -> list[int]:
-        """`totals` of whole numbers."""
-        return [int(number) for number in self.totals(numbers)]
-
     def mean(self, values: Tensor) -> Tensor:
-        """Means over processes, on the device.
-
-        Raises:
-            TrainingError: another process ended.
-        """
-        if self.size == 1:
-            return values
-        values = values.clone()
-        with lost_told():
-            dist.all_reduce(values)
-        return values / self.size
+        """Means over processes, on the device."""
+        return self.sum(values) / self.size
 
 
 ALONE = World()
 
 
-@contextmanager
-def started(device: torch.device) -> Iterator[World]:
+def started(device: torch.device) -> AbstractContextManager[World]:
     """Join the other processes of this run, if torchrun started several.
+
+    Args:
+        device: of this process (`own_device`).
 
     Raises:
         ConfigError: fewer GPUs than processes on this machine.
-        TrainingError: the others cannot be reached, or one of them ended.
+        WorkerError: the others cannot be reached, or one of them ended.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield ALONE
-        return
-    backend = "gloo"
-    if device.type == "cuda":
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        if local >= torch.cuda.device_count():
-            raise ConfigError(
-                f"There are {torch.cuda.device_count()} GPUs here, too few for process {local + 1}:"
-                " start as many processes as there are GPUs."
-            )
-        torch.cuda.set_device(local)
-        backend = "cpu:gloo,cuda:nccl"
-    with lost_told():
-        dist.init_process_group(backend, timeout=PATIENCE)
-        try:
-            yield World(dist.get_rank(), size)
-        finally:
-            dist.destroy_process_group()
+    if alone() or device.type != "cuda":
+        return World.joined(patience=PATIENCE)
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(
+            f"There are {count} GPUs here, too few for process {local + 1}: start as many "
+            "processes as there are GPUs."
+        )
+    torch.cuda.set_device(device)
+    return World.joined("cpu:gloo,cuda:nccl", PATIENCE)
 
 
 @contextmanager
-def lost_told() -> Iterator[None]:
-    """Tell in one line that another process is gone.
-
-    Raises:
-        TrainingError: it is.
-    """
-    try:
+def unshared(module: nn.Module) -> Iterator[None]:
+    """Gradients of backward passes in it stay this process's, until one outside it."""
+    if isinstance(module, DistributedDataParallel):
+        with module.no_sync():
+            yield
+    else:
         yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or _LOST.search(str(error)):
-            raise TrainingError(
-                "Another process of this run ended or cannot be reached, so this one ends too: its "
-                "own message says why. The last checkpoint is kept; run the same command again."
-            ) from error
-        raise
 
 
 class Pass(nn.Module):

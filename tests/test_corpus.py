@@ -196,7 +196,7 @@ def test_a_cut_or_foreign_archive_is_refused(tmp_path: Path, packing: str) -> No
 
 
 def test_files_that_cannot_be_read_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No input files"):
+    with pytest.raises(DataError, match="No input: name"):
         check_files([])
     assert "does not exist" in refusal(tmp_path / "missing.txt")
     assert "is a directory" in refusal(tmp_path)

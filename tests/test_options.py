@@ -38,7 +38,7 @@ from fsdfm.recipes.settings import (
     distill_settings,
     pretrain_settings,
 )
-from fsdfm.text.packing import PrepareSettings
+from fsdfm.text.deal import PrepareSettings
 from fsdfm.train.settings import TrainSettings
 
 ALL = (

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from fsdfm.core.errors import ConfigError, DataError
-from fsdfm.text import corpus, packing
+from fsdfm.text import corpus, shards
 from fsdfm.text import store as store_module
-from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.deal import PrepareSettings
+from fsdfm.text.packing import prepare
 from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
 
@@ -103,7 +104,7 @@ def test_the_manifest_counts_right(source: Path, out: Path) -> None:
     assert manifest["tokenizer_sha256"] == TOKENIZER.fingerprint
     assert (manifest["vocab_size"], manifest["eos_id"]) == (300, TOKENIZER.eos_id)
     assert manifest["tokenizer_trained_here"] is False
-    assert manifest["settings"] == dataclasses.asdict(SETTINGS)
+    assert manifest["settings"] == {**dataclasses.asdict(SETTINGS), "weights": []}
     assert manifest["split_documents"] == 0
     data = source.read_bytes()
     assert manifest["files"] == [
@@ -149,7 +150,7 @@ def test_the_tokenizer_is_trained_on_no_more_than_it_should(tmp_path: Path, out:
 def test_documents_of_several_pieces_and_batches_are_kept_whole(
     tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packing, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 100)
     monkeypatch.setattr(corpus, "PIECE_CHARACTERS", 50)
     monkeypatch.setattr(corpus, "READ_BYTES", 70)
     # The first piece is white space alone, and belongs to the text all the same.
@@ -455,7 +456,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(
         if calls >= nth:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(packing.os, "fsync", fsync)
+    monkeypatch.setattr(shards.os, "fsync", fsync)
     message = refusal(lambda: prepare([source], out, settings=SETTINGS, tokenizer=TOKENIZER))
     assert "No space left on device" in message
     assert str(out) in message
@@ -506,8 +507,8 @@ def test_two_runs_do_not_write_the_same_output(source: Path, out: Path) -> None:
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fsdfm.text import packing
-packing.BATCH_CHARACTERS = 1000
+from fsdfm.text import packing, shards
+shards.BATCH_CHARACTERS = 1000
 def kill(phase, done, total):
     if phase == "tokens" and list(out.parent.glob(".data.partial/train-00001.bin")):
         os.kill(os.getpid(), signal.SIGKILL)

@@ -13,7 +13,14 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 from fsdfm.core import errors
-from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.core.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FsdfmError,
+    TrainingError,
+    WorkerError,
+)
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
@@ -35,6 +42,7 @@ __all__ = [
     "Sample",
     "Snapshot",
     "TrainingError",
+    "WorkerError",
     "__version__",
     "errors",
     "load",

@@ -19,6 +19,7 @@ BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 COMMANDS = (
     "generate",
     "prepare",
+    "data",
     "pretrain",
     "adapt",
     "distill",
@@ -36,7 +37,8 @@ HELP = """\
 Long text from a handful of model calls: few-step discrete flow matching.
 
   fsdfm generate                               text from the bundled model, in 8 model calls
-  fsdfm prepare FILES... --out DATA            text files -> tokenizer and packed tokens
+  fsdfm prepare SOURCES... --out DATA          texts -> tokenizer and packed tokens
+  fsdfm data DATA                              what they hold, whether they are whole, samples
   fsdfm pretrain --data DATA --out TEACHER     train a model from scratch
   fsdfm adapt MODEL --data DATA --out TEACHER  make one of a causal language model
   fsdfm distill --teacher TEACHER --data DATA --out STUDENT

@@ -1,4 +1,4 @@
-"""`fsdfm prepare`: text files -> tokenizer and packed tokens."""
+"""`fsdfm prepare`: texts -> tokenizer and packed tokens."""
 
 from __future__ import annotations
 
@@ -8,31 +8,40 @@ from pathlib import Path
 
 from fsdfm.cli.console import bars, write
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.core.options import option
+from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.model.io.causal_lm import load_tokenizer_json
-from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.deal import PrepareSettings
+from fsdfm.text.packing import prepare
+from fsdfm.text.statistics import summary
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.text.vocabulary import completed
 
-ABOUT = "Turn text files into a tokenizer and packed tokens, ready for training."
-POSITIONAL = ("files",)
+ABOUT = "Turn texts into a tokenizer and packed tokens, ready for training."
+POSITIONAL = ("sources",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Own:
     """Where it comes from and goes to."""
 
-    files: tuple[Path, ...] = option(form="FILES")
-    """.txt or .jsonl files, also as .gz or .zst."""
+    sources: tuple[str, ...] = option(form="SOURCES")
+    """Files: .txt or .jsonl, also as .gz or .zst, .parquet, .arrow. Directories of such files. Data
+    sets of the Hugging Face Hub: hf:org/name, with :configuration and @split where there are
+    several (default: train)."""
     out: Path = option()
     """Directory to write."""
     tokenizer: str | None = option(None, form="FILE|MODEL", unset="train one")
     """A tokenizer.json to use, or a language model whose tokenizer to use: whatever fsdfm adapt
     takes."""
+    workers: int = option(1, within=AT_LEAST_1)
+    """Processes that tokenize; 1 is this one, with threads. The result is the same."""
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def run(argv: Sequence[str]) -> None:
-    """Pack text files and say what came out."""
+    """Pack texts and say what came out."""
     own, numbers = parse(
         "prepare", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL), Flags(of=PrepareSettings)
     )
@@ -40,21 +49,14 @@ def run(argv: Sequence[str]) -> None:
     titles = {"split": "Holding out", "tokenizer": "Training a tokenizer", "tokens": "Packing"}
     with bars(titles) as progress:
         manifest = prepare(
-            list(args.files),
+            args.sources,
             args.out,
             settings=PrepareSettings(**numbers),
             tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None,
+            workers=args.workers,
             progress=progress,
         )
-    train, validation = (manifest["splits"][name] for name in ("train", "validation"))
-    in_both = manifest["split_documents"]
-    documents = train["documents"] + validation["documents"] - in_both
-    split = ", one of them split (its end is for validation)" if in_both else ""
-    write(
-        f"{args.out}: {train['tokens']:,} training and {validation['tokens']:,} validation tokens "
-        f"of {documents:,} document{'s' * (documents != 1)}{split}, "
-        f"vocabulary {manifest['vocab_size']:,}\n"
-    )
+    write(f"{args.out}: {summary(manifest)}\n")
 
 
 def _tokenizer(name: str) -> Tokenizer:

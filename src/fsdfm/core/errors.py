@@ -6,6 +6,7 @@
     |                     cannot be written
     |-- CheckpointError   a model, run or checkpoint that is missing, corrupt, truncated or foreign
     |-- TrainingError     training that cannot go on (the loss is not finite)
+    |-- WorkerError       work of several processes that cannot go on (another one ended)
     `-- BenchError        a measurement that cannot go on (a side's process died)
 
 Every message is one line that says what is wrong and what to do, and calls options by the names of
@@ -43,6 +44,10 @@ class CheckpointError(FsdfmError):
 
 class TrainingError(FsdfmError):
     """Training that cannot go on."""
+
+
+class WorkerError(FsdfmError):
+    """Work of several processes that cannot go on."""
 
 
 class BenchError(FsdfmError):

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Self
 
 import torch
+from torch import Tensor
 
-from fsdfm.core.errors import ConfigError
+from fsdfm.core.errors import ConfigError, WorkerError
 
 PATIENCE = timedelta(days=30)
 """How long a process waits for the others; torchrun ends them all when one fails."""
+_LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|by peer|timed out", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,29 +29,35 @@ class Workers:
 
     @classmethod
     @contextmanager
-    def joined(cls) -> Iterator[Workers]:
+    def joined(cls, backend: str = "gloo", patience: timedelta = PATIENCE) -> Iterator[Self]:
         """Join the processes that torchrun started, and part from them; alone without it.
+
+        Args:
+            backend: of torch.distributed.
+            patience: how long a process waits for the others.
 
         Raises:
             ConfigError: WORLD_SIZE is set, but not by torchrun.
+            WorkerError: another process ended, or cannot be reached.
         """
-        if os.environ.get("WORLD_SIZE", "1") == "1":
+        if alone():
             yield cls()
             return
-        ours = not torch.distributed.is_initialized()
-        if ours:
-            try:
-                torch.distributed.init_process_group("gloo", timeout=PATIENCE)
-            except ValueError as error:
-                raise ConfigError(
-                    f"WORLD_SIZE is set, but the processes cannot meet ({error}): start them with "
-                    "torchrun, or unset it."
-                ) from None
-        try:
-            yield cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
-        finally:
+        with lost_told():
+            ours = not torch.distributed.is_initialized()
             if ours:
-                torch.distributed.destroy_process_group()
+                try:
+                    torch.distributed.init_process_group(backend, timeout=patience)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"WORLD_SIZE is set, but the processes cannot meet ({error}): start them "
+                        "with torchrun, or unset it."
+                    ) from None
+            try:
+                yield cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+            finally:
+                if ours:
+                    torch.distributed.destroy_process_group()
 
     @property
     def first(self) -> bool:
@@ -64,17 +74,43 @@ class Workers:
             torch.distributed.barrier()
 
     def totals(self, *counts: int) -> list[int]:
-        """Sums over all of them."""
-        if self.size == 1:
-            return list(counts)
-        sums = torch.tensor(counts)
-        torch.distributed.all_reduce(sums)
-        return [int(x) for x in sums]
+        """Sums over all of them; waits for them, not for their devices."""
+        return [int(x) for x in self.sum(torch.tensor(counts))]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums over all of them, where the values are."""
+        if self.size > 1:
+            values = values.clone()
+            torch.distributed.all_reduce(values)
+        return values
+
+
+def alone() -> bool:
+    """Whether nobody started several processes."""
+    return os.environ.get("WORLD_SIZE", "1") == "1"
 
 
 def own_device(name: str | None) -> str | None:
     """The device asked for; this process's own GPU where torchrun started several processes."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name in (None, "cuda") and os.environ.get("WORLD_SIZE", "1") != "1" and count:
+    if name in (None, "cuda") and not alone() and count:
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}"
     return name
+
+
+@contextmanager
+def lost_told() -> Iterator[None]:
+    """Tell in one line that another process is gone.
+
+    Raises:
+        WorkerError: it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or _LOST.search(str(error)):
+            raise WorkerError(
+                "Another process of this run ended or cannot be reached, so this one ends too: its "
+                "own message says why. What was saved is kept; run the same command again."
+            ) from error
+        raise

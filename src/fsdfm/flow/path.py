@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fsdfm.flow.host import send
+from fsdfm.flow.host import Draws, Randomness, send, uniform
 from fsdfm.flow.schedule import Schedule
 
 
@@ -84,7 +84,14 @@ def make_source(name: str, vocab_size: int, *, absorbing: bool = False) -> Sourc
     return UniformSource(vocab_size)
 
 
-def shown(t: Tensor, length: int, schedule: Schedule, generator: torch.Generator) -> Tensor:
+def drawn(source: Source, shape: tuple[int, int], random: Randomness) -> Tensor:
+    """x_0 of some sequences, int64, shape (B, L)."""
+    if isinstance(random, Draws):
+        return torch.stack([source.draw(shape[1:], g) for g in random.generators])
+    return source.draw(shape, random)
+
+
+def shown(t: Tensor, length: int, schedule: Schedule, generator: Randomness) -> Tensor:
     """Which positions show data at time t: each on its own, with probability kappa_t.
 
     Args:
@@ -96,8 +103,7 @@ def shown(t: Tensor, length: int, schedule: Schedule, generator: torch.Generator
     Returns:
         bool, shape (B, L).
     """
-    shape = len(t), length
-    u = torch.rand(shape, dtype=torch.float64, generator=generator, device=generator.device)
+    u = uniform(generator, len(t), length, dtype=torch.float64)
     return u < schedule.kappa(t.double())[:, None]
 
 
@@ -173,7 +179,7 @@ def on_the_path(
     h: Tensor,
     source: Source,
     schedule: Schedule,
-    generator: torch.Generator,
+    generator: Randomness,
 ) -> Batch:
     """Sequences at their times on the way from the source to data.
 
@@ -184,7 +190,7 @@ def on_the_path(
         schedule: kappa.
         generator: source of randomness, on the CPU.
     """
-    x_0 = source.draw(tuple(x_1.shape), generator)
+    x_0 = drawn(source, (x_1.shape[0], x_1.shape[1]), generator)
     return mixed(x_0, x_1, shown(t, x_1.shape[1], schedule, generator), t, h, source)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fsdfm.flow.host import send
+from fsdfm.flow.host import Randomness, send, uniform
 from fsdfm.flow.path import Source
 from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
@@ -64,7 +64,7 @@ class Jumper:
     schedule: Schedule
     rule: StepRule
     source: Source
-    generator: torch.Generator
+    generator: Randomness
     open: Tensor | None = None
     """Positions that may still move, bool, shape (B, L), on the CPU; None: all of them, for good.
     A mover is not open any more, as it is data (see `Source.absorbing`)."""
@@ -96,7 +96,7 @@ class Jumper:
     def jump(self, x: Tensor, hidden: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """The state after a step of size h from (x, t), whose hidden rows are given; (B, L)."""
         a = self.rule.mover_probability(self.schedule, t, h)
-        u = torch.rand((2, *x.shape), dtype=torch.float64, generator=self.generator)
+        u = uniform(self.generator, len(x), 2, x.shape[1], dtype=torch.float64).unbind(1)
         movers = u[0] < a[:, None]
         if self.open is not None:
             movers = movers & self.open

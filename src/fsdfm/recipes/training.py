@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.device import pick_device, preferred_dtype
-from fsdfm.core.errors import ConfigError
+from fsdfm.core.errors import ConfigError, FsdfmError, WorkerError
 from fsdfm.core.files import digest
+from fsdfm.core.workers import own_device
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
@@ -46,6 +48,7 @@ from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
+from fsdfm.train.parallel import World, started
 
 CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
 """Settings that may differ when a run goes on: places, which are compared by content instead."""
@@ -219,49 +222,49 @@ def _train(
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
     store.train.require(length)
     store.validation.require(length)
-    start = base_digest(model)
-    facts = {
-        "format": "fsdfm-run",
-        "command": type(settings).__name__.removesuffix("Settings").lower(),
-        "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
-        "model": config_to_dict(model.config),
-        "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
-        "start_sha256": start,
-    }
-    order = _order(settings.seed, start)
-    task = _task(settings, store, model.config, objective, length, order)
-    plan = Plan(
-        settings,
-        Tokenizer.from_json(store.tokenizer_json),
-        generation,
-        settings.batch_size * settings.accumulate * length,
-    )
+    device = pick_device(own_device(settings.device))
+    with started(device) as world:
+        start = base_digest(model)
+        facts = {
+            "format": "fsdfm-run",
+            "command": type(settings).__name__.removesuffix("Settings").lower(),
+            "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
+            "model": config_to_dict(model.config),
+            "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
+            "start_sha256": start,
+        }
+        order = _order(settings.seed, start)
+        task = _task(settings, store, model.config, objective, length, order, device, world)
+        per_update = settings.batch_size * settings.accumulate * length
+        plan = Plan(settings, Tokenizer.from_json(store.tokenizer_json), generation, per_update)
 
-    def keep(where: Path, network: FlowNetwork) -> None:
-        save_pretrained(
-            where,
-            network,
-            tokenizer_json=store.tokenizer_json,
-            generation=generation,
-            ancestors=ancestors,
-        )
+        def keep(where: Path, network: FlowNetwork) -> None:
+            save_pretrained(
+                where,
+                network,
+                tokenizer_json=store.tokenizer_json,
+                generation=generation,
+                ancestors=ancestors,
+            )
 
-    def export(ema: FlowNetwork) -> None:
-        if rank is None:
-            keep(settings.out, ema)
-        else:
-            save_adapter(settings.out, ema, start)
+        def export(ema: FlowNetwork) -> None:
+            if rank is None:
+                keep(settings.out, ema)
+            else:
+                save_adapter(settings.out, ema, start)
 
-    rank = settings.lora if isinstance(settings, FlowSettings) else None
-    with claimed(settings.out, facts), watch(plan) as watcher:
-        model = model.to(task.device)
-        if rank is not None:
-            base = settings.out / BASE
-            if isinstance(settings, AdaptSettings) and not (base / "config.json").exists():
-                keep(base, model)
-            add_lora(model, rank, settings.seed)
-        run = Run(settings.out, settings, task, Exporting(export, watcher))
-        return run.train(model)
+        rank = settings.lora if isinstance(settings, FlowSettings) else None
+        told = watch if world.first else unwatched
+        with _claimed(world, settings.out, facts), told(plan) as watcher:
+            model = model.to(device)
+            if rank is not None:
+                base = settings.out / BASE
+                own = isinstance(settings, AdaptSettings) and world.first
+                if own and not (base / "config.json").exists():
+                    keep(base, model)
+                add_lora(model, rank, settings.seed)
+            run = Run(settings.out, settings, task, Exporting(export, watcher))
+            return run.train(model)
 
 
 def _task(
@@ -271,21 +274,41 @@ def _task(
     objective: Objective,
     length: int,
     order: int,
+    device: torch.device,
+    world: World,
 ) -> Task:
     """What the loop trains on, and how."""
-    device = pick_device(settings.device)
     source, schedule = objective_parts(config)
     count = min(settings.validation_sequences, store.validation.blocks(length))
     return Task(
         objective=objective,
         source=source,
         schedule=schedule,
-        batch=_batches(store, settings.batch_size, length, order),
+        batch=_batches(store, settings.batch_size, length, order, world),
         validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
         device=device,
         autocast=preferred_dtype(device),
         likelihood=objective.nats if isinstance(objective, NextToken) else None,
+        world=world,
     )
+
+
+@contextmanager
+def _claimed(world: World, out: Path, facts: dict[str, Any]) -> Iterator[None]:
+    """Hold the run directory: the first process does, and all go on only if it can."""
+    with ExitStack() as stack:
+        refusal = None
+        if world.first:
+            try:
+                stack.enter_context(claimed(out, facts))
+            except FsdfmError as error:
+                refusal = error
+        (refused,) = world.totals(refusal is not None)
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise WorkerError("The first process of this run refused to start: see its message.")
+        yield
 
 
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
@@ -304,9 +327,15 @@ def _order(seed: int, start: str) -> int:
     return seed ^ int(start[:12], 16)
 
 
-def _batches(store: TokenStore, batch_size: int, length: int, seed: int) -> Callable[[int], Tensor]:
+def _batches(
+    store: TokenStore, batch_size: int, length: int, seed: int, world: World
+) -> Callable[[int], Tensor]:
+    """This process's part of each pass: one of the even parts that follow each other."""
+    size = world.share(batch_size)
+
     def batch(index: int) -> Tensor:
-        return store.train.batch(index, batch_size=batch_size, length=length, seed=seed)
+        part = index * world.size + world.rank
+        return store.train.batch(part, batch_size=size, length=length, seed=seed)
 
     return batch
 

@@ -36,7 +36,7 @@ def check_files(paths: list[Path]) -> None:
         DataError: no file, a missing one, a directory, an empty one, or an unknown kind.
     """
     if not paths:
-        raise DataError("No input files: name at least one .txt or .jsonl file.")
+        raise DataError("No input: name at least one file or directory.")
     for path in paths:
         if path.is_dir():
             raise DataError(f"{path} is a directory: name the files in it.")
@@ -77,7 +77,7 @@ def read_documents(
     kind = _kind(path)
     text = _decoded(_unpacked(path, advance), path)
     if kind == ".jsonl":
-        yield from (_pieces(iter([document])) for document in _json_texts(text, path, field))
+        yield from (pieces(iter([document])) for document in _json_texts(text, path, field))
     else:
         yield from _split_at_form_feeds(text)
 
@@ -89,7 +89,7 @@ def _kind(path: Path) -> str:
     if kind not in SUFFIXES:
         raise DataError(
             f"{path}: cannot tell its kind from {kind + compression or 'no suffix'!r}; "
-            f"name it .txt or .jsonl, or one of these with .gz or .zst."
+            f"name it .txt or .jsonl, also with .gz or .zst, or .parquet or .arrow."
         )
     return kind
 
@@ -239,7 +239,7 @@ def _split_at_form_feeds(chunks: Iterator[str]) -> Iterator[Iterator[str]]:
         ended = True
 
     while not ended:
-        current = _pieces(document())
+        current = pieces(document())
         yield current
         for _ in current:  # whatever the caller left
             pass
@@ -255,7 +255,7 @@ def _parts(chunks: Iterator[str]) -> Iterator[str | None]:
             yield part
 
 
-def _pieces(chunks: Iterator[str]) -> Iterator[str]:
+def pieces(chunks: Iterator[str]) -> Iterator[str]:
     """A text cut after line ends (or anywhere, if there are none) into bounded pieces.
 
     The cuts depend on the text only, not on its chunks: it packs the same from any kind of file.

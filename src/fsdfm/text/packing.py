@@ -1,4 +1,4 @@
-"""Documents to token shards, and token shards to batches.
+"""Documents to token shards.
 
 A prepared directory holds manifest.json, tokenizer.json and, for each of the two splits, shards of
 little-endian token ids: all documents of the split, each followed by EOS.
@@ -6,78 +6,51 @@ little-endian token ids: all documents of the split, each followed by EOS.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from fsdfm.core.errors import DataError
-from fsdfm.core.files import file_digest, is_taken, one_line
+from fsdfm.core.files import digest, is_taken, one_line
 from fsdfm.core.lock import locked
-from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, Range, check, option
 from fsdfm.core.progress import Progress
-from fsdfm.text.corpus import Advance, check_files, read_documents
-from fsdfm.text.store import FORMAT, FORMAT_VERSION, SPLITS
-from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
+from fsdfm.text.deal import Counter, Deal, Dropped, PrepareSettings, counter
+from fsdfm.text.layout import FORMAT, FORMAT_VERSION
+from fsdfm.text.shards import JOURNAL, Encoder, Shards, write_shards
+from fsdfm.text.sources import Source, find_sources
+from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.text.vocabulary import count_tokens, cut
 
 TRAINED_VOCABULARY = 8192
 """Entries of a tokenizer that is trained here by default."""
-BATCH_CHARACTERS = 1 << 22
-"""Text that is tokenized at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareSettings:
-    """How documents become shards."""
-
-    vocab_size: int | None = option(
-        None, within=Range(SMALLEST_VOCABULARY), form="N", unset="8192, or all of the tokenizer"
-    )
-    """Entries of the byte-level BPE that is trained on the files; of a given tokenizer, how many to
-    keep: those that the files use most, and their parts."""
-    validation_fraction: float = option(0.02, within=Range(0, 1, above=True, below=True))
-    """Chance that a document is held out for validation. Where chance leaves a split without a
-    document (one book, say), this share of the text at its end is held out instead."""
-    seed: int = option(0, within=AT_LEAST_0)
-    """Decides which documents those are."""
-    shard_tokens: int = option(1 << 27, within=AT_LEAST_1)
-    """Most tokens in one shard."""
-    tokenizer_bytes: int = option(200_000_000, within=AT_LEAST_1)
-    """Most text that a tokenizer is trained on: the first of the training text."""
-    field: str = "text"
-    """Field of a .jsonl file's objects that holds the text."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def prepare(
-    files: list[Path],
+    sources: Sequence[str | Path],
     out: Path,
     *,
     settings: PrepareSettings | None = None,
     tokenizer: Tokenizer | None = None,
+    workers: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Tokenize and pack files into a directory that training reads.
+    """Tokenize and pack texts into a directory that training reads.
 
-    Everything is written to a sibling directory that takes the final name at the very end, so an
-    interrupted run leaves nothing that could be taken for a whole one; run it again.
+    Everything is written to a sibling directory that takes the final name at the very end. A run
+    that was killed or interrupted leaves it there, and the same call goes on with it: what it
+    gives is the same, to the byte. (The documents are read again from the first, not tokenized.)
 
     Args:
-        files: .txt and .jsonl, each also .gz or .zst.
+        sources: files (.txt and .jsonl, each also .gz or .zst; .parquet, .arrow), directories of
+            such files, and names of data sets of the Hub (hf:org/name).
         out: directory to make.
         settings: numbers.
         tokenizer: to use, instead of training one.
+        workers: processes that tokenize; the result does not depend on it.
         progress: told how far it is.
 
     Returns:
@@ -88,49 +61,91 @@ def prepare(
         ConfigError: settings out of range; another process prepares the same output.
     """
     settings = settings or PrepareSettings()
-    check_files(files)
+    found = find_sources(sources, settings.weights)
     with _staging(out) as staged:
-        deal = _Deal.of(files, settings, _counter(files, progress, "split"))
+        told, dropped = counter(found, progress), Dropped()
+        given = None if tokenizer is None else tokenizer.fingerprint
+        job = _job(found, settings, given)
+        _forget_another(staged, job)
+        deal = Deal.of(found, settings, told("split"))
         trained = tokenizer is None
-        if tokenizer is None:
-            # Not on what is held out: its vocabulary would fit the text that it is judged on.
-            sample = _limited(deal.training(files, progress), settings.tokenizer_bytes)
-            tokenizer = train_bpe(sample, settings.vocab_size or TRAINED_VOCABULARY)
-        elif settings.vocab_size is not None and settings.vocab_size < tokenizer.vocab_size:
-            sample = _limited(deal.training(files, progress), settings.tokenizer_bytes)
-            tokenizer = cut(tokenizer, count_tokens(tokenizer, sample), settings.vocab_size)
-        (staged / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
-        dealt = deal.pieces(files, _counter(files, progress, "tokens"))
-        splits, split_documents = _write_splits(dealt, staged, tokenizer, settings)
+        tokenizer = _tokenizer(staged / "tokenizer.json", deal, tokenizer, told)
+        encoder = Encoder.of(tokenizer)
+        shards = Shards.open(staged, job, encoder.dtype, settings.shard_tokens)
+        write_shards(shards, deal.pieces(told("tokens"), dropped), encoder, workers)
+        shards.finish()
         manifest = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
-            "dtype": _dtype(tokenizer).name,
+            "dtype": encoder.dtype.name,
             "vocab_size": tokenizer.vocab_size,
             "eos_id": tokenizer.eos_id,
             "tokenizer_sha256": tokenizer.fingerprint,
             "tokenizer_trained_here": trained,
             "settings": asdict(settings),
-            "files": [_describe(path) for path in files],
-            "splits": splits,
-            "split_documents": split_documents,
+            "files": [file for source in found for file in source.describe()],
+            "splits": shards.summaries(),
+            "split_documents": shards.split_documents,
+            "dropped": asdict(dropped),
         }
         (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    return manifest
+    return json.loads(json.dumps(manifest))  # type: ignore[no-any-return]  # as it is read back
+
+
+def _tokenizer(path: Path, deal: Deal, given: Tokenizer | None, told: Counter) -> Tokenizer:
+    """The tokenizer of a run: given, cut, trained, or what an interrupted run made of it."""
+    settings = deal.settings
+    if path.exists():
+        return Tokenizer.from_file(path)
+    tokenizer = given
+    if tokenizer is None:
+        # Not on what is held out: its vocabulary would fit the text that it is judged on.
+        sample = deal.training(told("tokenizer"))
+        tokenizer = train_bpe(sample, settings.vocab_size or TRAINED_VOCABULARY)
+    elif settings.vocab_size is not None and settings.vocab_size < tokenizer.vocab_size:
+        sample = deal.training(told("tokenizer"))
+        tokenizer = cut(tokenizer, count_tokens(tokenizer, sample), settings.vocab_size)
+    partial = path.with_suffix(".partial")
+    partial.write_text(tokenizer.to_json(), encoding="utf-8")
+    partial.replace(path)
+    return tokenizer
+
+
+def _job(sources: Sequence[Source], settings: PrepareSettings, tokenizer: str | None) -> str:
+    """Digest of all that the shards depend on; files are known by name, size and time."""
+    facts = [
+        (source.name, [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in source.files])
+        for source in sources
+    ]
+    return digest([json.dumps([facts, asdict(settings), tokenizer])])
+
+
+def _forget_another(staged: Path, job: str) -> None:
+    """Empty the directory unless it holds this very job."""
+    with_job = staged / "job"
+    if with_job.exists() and with_job.read_text() == job:
+        return
+    shutil.rmtree(staged)
+    staged.mkdir()
+    with_job.write_text(job)
 
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A fresh sibling directory that becomes `out` if the block succeeds, and goes if it fails."""
+    """A sibling directory that becomes `out` if the block succeeds, and goes if it fails.
+
+    It stays where the block is interrupted (or killed) after something was written for good.
+    """
     final = out.resolve()  # `.` has no name, and a link to a directory is not to be replaced
     staged = final.with_name(f".{final.name}.partial")
     try:
         if is_taken(final):
             raise DataError(f"{out} exists already: choose another out, or delete it.", "out")
         final.parent.mkdir(parents=True, exist_ok=True)
-        with locked(final.with_name(f".{final.name}.lock"), out), _removed_at_the_end(staged):
-            staged.mkdir()
+        with locked(final.with_name(f".{final.name}.lock"), out), _removed_if_in_vain(staged):
+            staged.mkdir(exist_ok=True)
             yield staged
+            (staged / "job").unlink()
             if final.exists():
                 final.rmdir()
             staged.replace(final)
@@ -143,236 +158,14 @@ def _staging(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _removed_at_the_end(directory: Path) -> Iterator[None]:
-    """A directory of ours that a killed run may have left, gone before and after."""
-    if directory.exists():
-        shutil.rmtree(directory)
+def _removed_if_in_vain(directory: Path) -> Iterator[None]:
+    """A directory of ours, gone afterwards unless somebody can go on with it."""
     try:
         yield
-    finally:
+    except KeyboardInterrupt:
+        if not (directory / JOURNAL).exists():
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+    except BaseException:
         shutil.rmtree(directory, ignore_errors=True)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": file_digest(path)}
-
-
-def _counter(files: list[Path], progress: Progress | None, phase: str) -> Advance | None:
-    if progress is None:
-        return None
-    total, done = sum(path.stat().st_size for path in files), 0
-
-    def advance(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(phase, done, total)
-
-    return advance
-
-
-@dataclass(frozen=True, slots=True)
-class _Piece:
-    """A part of a document, and the split that it belongs to."""
-
-    text: str
-    ends: bool
-    """Whether the document ends with it."""
-    held_out: bool
-
-    @property
-    def units(self) -> int:
-        """Its characters, and one for the end of a document."""
-        return len(self.text) + self.ends
-
-
-@dataclass(frozen=True, slots=True)
-class _Deal:
-    """Which text is held out: documents by chance, or the tail of it all."""
-
-    settings: PrepareSettings
-    tail: int | None = None
-    """Units before the tail that is held out; None where documents are held out by chance."""
-
-    @classmethod
-    def of(cls, files: list[Path], settings: PrepareSettings, advance: Advance | None) -> _Deal:
-        """Deal by chance, or cut off a tail where chance would leave a split empty.
-
-        Reads until both splits have a document.
-
-        Raises:
-            DataError: there is no text at all.
-        """
-        chance, seen, units = cls(settings), set[bool](), 0
-        for piece in chance.pieces(files, advance):
-            seen.add(piece.held_out)
-            units += piece.units
-            if len(seen) == 2:
-                return chance
-        if not units:
-            raise DataError("The files hold no text (white space only): give some.")
-        share = round(units * settings.validation_fraction)
-        return cls(settings, units - max(1, min(units // 2, share)))
-
-    def pieces(self, files: list[Path], advance: Advance | None) -> Iterator[_Piece]:
-        """All documents that are not white space alone, the same way each time."""
-        chance, start = np.random.default_rng(self.settings.seed), 0
-        for path in files:
-            for document in read_documents(path, advance, field=self.settings.field):
-                held_out = bool(chance.random() < self.settings.validation_fraction)
-                for text, ends in _until_the_end(_unless_blank(document)):
-                    piece = _Piece(text, ends, held_out)
-                    if self.tail is None:
-                        yield piece
-                    else:
-                        yield from _cut(piece, self.tail - start)
-                        start += piece.units
-
-    def training(self, files: list[Path], progress: Progress | None) -> Iterator[str]:
-        """The text that training will see, for a tokenizer."""
-        dealt = self.pieces(files, _counter(files, progress, "tokenizer"))
-        return (piece.text for piece in dealt if not piece.held_out)
-
-
-def _cut(piece: _Piece, room: int) -> Iterator[_Piece]:
-    """The first `room` units of a piece for training, the others held out."""
-    if room >= piece.units:
-        yield replace(piece, held_out=False)
-    elif room <= 0:
-        yield replace(piece, held_out=True)
-    else:
-        yield _Piece(piece.text[:room], False, False)
-        yield _Piece(piece.text[room:], piece.ends, True)
-
-
-def _until_the_end(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
-    """Each piece, and whether it is the last."""
-    last = None
-    for piece in pieces:
-        if last is not None:
-            yield last, False
-        last = piece
-    if last is not None:
-        yield last, True
-
-
-def _limited(pieces: Iterator[str], most: int) -> Iterator[str]:
-    """Pieces until `most` bytes have gone by."""
-    for piece in pieces:
-        yield piece
-        most -= len(piece.encode())
-        if most <= 0:
-            return
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
-@dataclass
-class _SplitWriter:
-    """Shards of one split, and their counts; documents are counted whole or in part."""
-
-    directory: Path
-    name: str
-    dtype: np.dtype[Any]
-    shard_tokens: int
-    documents: int = 0
-    tokens: int = 0
-    text_bytes: int = 0
-    shards: list[dict[str, Any]] = field(default_factory=list)
-    _file: BinaryIO | None = None
-    _digest: Any = None
-
-    def write(self, ids: NDArray[Any]) -> None:
-        """Append token ids, over as many shards as they need."""
-        while len(ids):
-            if self._file is None:
-                path = self.directory / f"{self.name}-{len(self.shards):05d}.bin"
-                self._file, self._digest = path.open("wb"), hashlib.sha256()
-                self.shards.append({"file": path.name, "tokens": 0})
-            shard = self.shards[-1]
-            now, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
-            data = now.astype(self.dtype).tobytes()
-            self._file.write(data)
-            self._digest.update(data)
-            shard["tokens"] += len(now)
-            self.tokens += len(now)
-            if shard["tokens"] == self.shard_tokens:
-                self.close()
-
-    def close(self) -> None:
-        """End the present shard."""
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self.shards[-1]["sha256"] = self._digest.hexdigest()
-            self._file = None
-
-    def summary(self) -> dict[str, Any]:
-        """Counts for the manifest."""
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-            "shards": self.shards,
-        }
-
-
-def _write_splits(
-    pieces: Iterator[_Piece], staged: Path, tokenizer: Tokenizer, settings: PrepareSettings
-) -> tuple[dict[str, Any], int]:
-    """Tokenize every piece into its split; gives the splits, and how many documents both hold."""
-    writers = {
-        name: _SplitWriter(staged, name, _dtype(tokenizer), settings.shard_tokens)
-        for name in SPLITS
-    }
-    try:
-        batch, before, in_both = _Batch(tokenizer), _Piece("", True, False), 0
-        for piece in pieces:
-            if not before.ends and before.held_out != piece.held_out:
-                writers[SPLITS[before.held_out]].documents += 1
-                in_both += 1
-            batch.add(piece, writers[SPLITS[piece.held_out]])
-            before = piece
-        batch.write()
-    finally:
-        for writer in writers.values():
-            writer.close()
-    return {name: writer.summary() for name, writer in writers.items()}, in_both
-
-
-class _Batch:
-    """Text that waits to be tokenized together: many short documents, or a part of a long one."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._waiting: list[tuple[_SplitWriter, _Piece]] = []
-        self._characters = 0
-
-    def add(self, piece: _Piece, writer: _SplitWriter) -> None:
-        """Append a piece, and EOS where its document ends."""
-        self._waiting.append((writer, piece))
-        self._characters += len(piece.text)
-        if self._characters >= BATCH_CHARACTERS:
-            self.write()
-
-    def write(self) -> None:
-        """Write everything that waits."""
-        encoded = self._tokenizer.encode_batch([piece.text for _, piece in self._waiting])
-        for (writer, piece), ids in zip(self._waiting, encoded, strict=True):
-            writer.write(np.asarray(ids + [self._tokenizer.eos_id] * piece.ends, dtype=np.int64))
-            writer.text_bytes += len(piece.text.encode())
-            writer.documents += piece.ends
-        self._waiting, self._characters = [], 0
-
-
-def _unless_blank(document: Iterator[str]) -> Iterator[str]:
-    """The pieces of a document, or none if they are all white space."""
-    held: list[str] = []
-    for piece in document:
-        held.append(piece)
-        if piece.strip():
-            yield from held
-            yield from document
-            return
+        raise

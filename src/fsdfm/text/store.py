@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fsdfm.core.errors import DataError
 from fsdfm.core.files import digest, file_digest
+from fsdfm.text.layout import FORMAT, FORMAT_VERSION, SPLITS
 
-FORMAT, FORMAT_VERSION = "fsdfm-data", 1
-SPLITS = ("train", "validation")
 VERIFIED_BYTES = 1_000_000_000
 """Prepared data up to this size is checked against its digests whenever it is opened: about a
 second. Of larger data only the ids that are read are checked."""
@@ -117,8 +116,12 @@ class TokenStore:
     validation: TokenSplit
 
     @classmethod
-    def open(cls, directory: Path) -> TokenStore:
+    def open(cls, directory: Path, *, verify: bool = False) -> TokenStore:
         """Open what `prepare` wrote.
+
+        Args:
+            directory: of the data.
+            verify: check every shard against its digest, however large the data is.
 
         Raises:
             DataError: missing, incomplete, damaged, or of another format.
@@ -146,7 +149,7 @@ class TokenStore:
                 )
             splits = [_open_split(directory, manifest, name) for name in SPLITS]
             size = sum(shard.nbytes for split in splits for shard in split.shards)
-            if size <= VERIFIED_BYTES:
+            if verify or size <= VERIFIED_BYTES:
                 _verify(directory, manifest)
         except (KeyError, TypeError, ValueError, OSError) as error:
             raise DataError(f"{directory} is damaged ({error}): prepare it again.") from None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError, TrainingError
 from fsdfm.core.files import one_line, write_whole
-from fsdfm.flow.host import seeded, send
+from fsdfm.flow.host import Draws, send
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
@@ -26,6 +26,7 @@ from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
 from fsdfm.train.optim import learning_rate, make_optimizer
+from fsdfm.train.parallel import ALONE, Pass, World, unshared
 from fsdfm.train.settings import TrainSettings
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +47,8 @@ class Task:
     source: Source
     schedule: Schedule
     batch: Callable[[int], Tensor]
-    """Pass number -> data, int64, (batch_size, L): a pure function."""
+    """Pass number -> this process's part of the data, int64, (batch_size / processes, L): a pure
+    function."""
     validation: Tensor
     """Held-out data, int64, (sequences, L), L as in training."""
     device: torch.device
@@ -54,6 +56,8 @@ class Task:
     """Of matrix products; float32 turns autocast off."""
     likelihood: Callable[[Any, Tensor], Tensor] | None = None
     """(network, x_1) -> nats a token, for a network that can tell; else the ELBO bounds it."""
+    world: World = ALONE
+    """This process among those that train together; the first one writes."""
 
 
 class Watcher(Protocol[Watched]):
@@ -117,14 +121,17 @@ class Run(Generic[Module]):
         )
         if self.checkpoint.exists():
             load_checkpoint(self.checkpoint, state)
-        self._forget_metrics_after(state.step)
+        if self.task.world.first:
+            self._forget_metrics_after(state.step)
+        through = self.task.world.wrap(Pass(self.task.objective, state.model))
         resumed_at = state.step
         clock = _Clock(state)
         with _graceful_stop() as stopping:
             # One turn past the end, so that the last update is logged, evaluated and saved too.
             while True:
                 step, finished = state.step, state.step >= settings.steps
-                last = finished or stopping.is_set()
+                # All processes stop after the same update, whichever was told to.
+                last = finished or any(self.task.world.totals(stopping.is_set()))
                 fresh = step > resumed_at
                 loss = None
                 if fresh and (step % settings.log_every == 0 or finished):
@@ -138,7 +145,7 @@ class Run(Generic[Module]):
                 self.watcher.advanced(step, settings.steps, loss)
                 if last:
                     return finished
-                update(state, settings, self.task)
+                update(state, settings, self.task, through)
 
     def _decay(self) -> float:
         """Of the average; a shorter one, said in a line, where the run would end at its start."""
@@ -146,7 +153,7 @@ class Run(Generic[Module]):
         decay = settings.ema_decay
         if not settings.ema_warmup:
             decay = within(decay, settings.steps)
-        if decay != settings.ema_decay:
+        if decay != settings.ema_decay and self.task.world.first:
             LOG.warning(
                 f"After {settings.steps} updates an average of ema_decay {settings.ema_decay:g} is "
                 f"still {settings.ema_decay**settings.steps:.0%} of its start: this run takes "
@@ -186,9 +193,10 @@ class Run(Generic[Module]):
     def _save(self, state: TrainState[Module], clock: _Clock) -> None:
         """The model, then the checkpoint."""
         self._check_weights(state)
-        self.watcher.saved(state.ema.model)
         state.elapsed_seconds = clock.total()
-        save_checkpoint(self.checkpoint, state)
+        if self.task.world.first:
+            self.watcher.saved(state.ema.model)
+            save_checkpoint(self.checkpoint, state)
 
     def _log(self, state: TrainState[Module], clock: _Clock) -> float | None:
         """Write means of what was finite since the last line; this waits for the device."""
@@ -215,11 +223,13 @@ class Run(Generic[Module]):
 
     def _evaluate(self, state: TrainState[Module]) -> None:
         """Validation ELBO of the average, to metrics.jsonl and the watcher."""
-        rows, total = self.task.validation, 0.0
-        for first in range(0, len(rows), self.settings.batch_size):
+        rows, total, world = self.task.validation, 0.0, self.task.world
+        starts = range(0, len(rows), self.settings.batch_size)
+        for first in starts[world.rank :: world.size]:
             x_1 = rows[first : first + self.settings.batch_size]
             estimates = self._nats(state.ema.model, x_1.to(self.task.device), first)
             total += x_1.numel() * sum(estimates) / len(estimates)
+        total = float(world.sum(torch.tensor(total, dtype=torch.float64)))
         record = {
             "step": state.step,
             "elbo_nats_per_token": total / self.task.validation.numel(),
@@ -245,6 +255,8 @@ class Run(Generic[Module]):
             )
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not self.task.world.first:
+            return
         try:
             with (self.directory / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
@@ -272,31 +284,42 @@ class Run(Generic[Module]):
             write_whole(path, "".join(kept), error=CheckpointError)
 
 
-def update(state: TrainState[Module], settings: TrainSettings, task: Task) -> Tensor:
+def update(
+    state: TrainState[Module],
+    settings: TrainSettings,
+    task: Task,
+    through: nn.Module | None = None,
+) -> Tensor:
     """One update of weights and average; nothing waits for the device.
 
     Where the loss or its gradient is not finite the weights stay as they are, and the average goes
     on towards them.
 
+    Args:
+        state: changed in place.
+        settings: the numbers.
+        task: what is trained on what.
+        through: the `Pass` of the network, as the world wraps it; made if not given.
+
     Returns:
         Whether they were finite: scalar, bool, on the device.
     """
     state.model.train()
+    through = through or Pass(task.objective, state.model)
     healthy = torch.ones((), dtype=torch.bool, device=task.device)
     for micro in range(settings.accumulate):
-        x_1 = send(task.batch(state.step * settings.accumulate + micro), task.device)
-        generator = seeded(settings.seed, state.step, micro)
-        with _autocast(task):
-            parts = task.objective.loss(
-                state.model,  # type: ignore[arg-type]
-                state.ema.model,  # type: ignore[arg-type]
-                x_1,
-                generator,
-            )
-        (parts["loss"] / settings.accumulate).backward()  # type: ignore[no-untyped-call]
-        healthy &= parts["loss"].isfinite()
-        for name, value in parts.items():
-            state.pending.setdefault(name, []).append(value.detach())
+        number = state.step * settings.accumulate + micro
+        x_1 = send(task.batch(number), task.device)
+        random = _draws(settings.seed, number, len(x_1), task.world)
+        summing = micro + 1 < settings.accumulate
+        with unshared(through) if summing else contextlib.nullcontext():
+            with _autocast(task):
+                parts = through(state.ema.model, x_1, random)
+            (parts["loss"] / settings.accumulate).backward()
+        values = task.world.mean(torch.stack([value.detach() for value in parts.values()]))
+        for name, value in zip(parts, values, strict=True):
+            state.pending.setdefault(name, []).append(value)
+        healthy &= values[0].isfinite()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
     healthy &= norm.isfinite()
     state.optimizer.set_learning_rate(
@@ -314,6 +337,11 @@ def update(state: TrainState[Module], settings: TrainSettings, task: Task) -> Te
     state.ema.update(state.model)
     state.step += 1
     return healthy
+
+
+def _draws(seed: int, number: int, count: int, world: World) -> Draws:
+    """Random numbers of this process's samples of a pass."""
+    return Draws(seed, number, world.rows(count), count * world.size, world.totals)
 
 
 def _values(scalars: list[Tensor]) -> Tensor:

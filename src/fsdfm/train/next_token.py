@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.flow.grid import SMALLEST_STEP
+from fsdfm.flow.host import Randomness
 from fsdfm.flow.loss import RowLoss, cross_entropy, mean_over_rows
 from fsdfm.train.objective import Network
 
@@ -22,7 +23,7 @@ class NextToken:
     vocab_size: int
 
     def loss(
-        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+        self, model: Network, ema: Network, x_1: Tensor, generator: Randomness
     ) -> dict[str, Tensor]:
         """See `Objective`; nothing is drawn."""
         return {"loss": self.nats(model, x_1)}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.flow.grid import SMALLEST_EXPONENT
-from fsdfm.flow.host import send
+from fsdfm.flow.host import Draws, Randomness, send, stratified, totals, uniform
 from fsdfm.flow.loss import (
     LATEST_TIME,
     Divergence,
@@ -43,7 +43,7 @@ class Objective(Protocol):
     """One training objective."""
 
     def loss(
-        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+        self, model: Network, ema: Network, x_1: Tensor, generator: Randomness
     ) -> dict[str, Tensor]:
         """Scalars by name; `loss` is the one that is minimised.
 
@@ -52,17 +52,24 @@ class Objective(Protocol):
             ema: its moving average; no gradient flows into it.
             x_1: data, int64, shape (B, L), on the device of the network.
             generator: the only source of randomness, on the CPU wherever x_1 is. What is drawn is
-                sent; nothing waits for the device.
+                sent; nothing waits for the device. Where several processes share a pass, the mean
+                of their losses is the loss of the whole pass.
         """
         ...
 
 
-def stratified(count: int, generator: torch.Generator) -> Tensor:
-    """One uniform number in each of `count` equal parts of [0, 1), in random order, float64."""
-    device = generator.device
-    order = torch.randperm(count, generator=generator, device=device)
-    jitter = torch.rand(count, dtype=torch.float64, generator=generator, device=device)
-    return (order + jitter) / count
+def shared(random: Randomness, count: int, of: int) -> float:
+    """What a mean over `count` of this process's positions counts in the mean over processes.
+
+        processes x count / (count of all processes)
+
+    Args:
+        random: that the pass is drawn from.
+        count: of this process; every process must ask.
+        of: samples of this process, which are as many in each.
+    """
+    everywhere, samples = totals(random, count, of)
+    return samples / of * count / max(1, everywhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +83,14 @@ class Pretrain:
     """Of the rows, those that have frozen positions: as prompts and gaps will be given."""
 
     def loss(
-        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+        self, model: Network, ema: Network, x_1: Tensor, generator: Randomness
     ) -> dict[str, Tensor]:
         """See `Objective`."""
         batch = self.batch(x_1, generator)
         loss = path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
-        return {"loss": loss}
+        return {"loss": loss * shared(generator, len(batch.places), len(x_1))}
 
-    def batch(self, x_1: Tensor, generator: torch.Generator) -> Batch:
+    def batch(self, x_1: Tensor, generator: Randomness) -> Batch:
         """What the network is shown of data (B, L), and the positions that count."""
         t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
         h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
@@ -94,7 +101,7 @@ class Pretrain:
         return batch.given(frozen_at_random(count, length, self.frozen_share, generator))
 
 
-def frozen_at_random(batch: int, length: int, share: float, generator: torch.Generator) -> Tensor:
+def frozen_at_random(batch: int, length: int, share: float, generator: Randomness) -> Tensor:
     """Positions that are given, bool, (B, L): a prefix, a suffix, both, or a middle part.
 
     Args:
@@ -106,12 +113,11 @@ def frozen_at_random(batch: int, length: int, share: float, generator: torch.Gen
         In a row that has any, two cuts at random split it in three; which of the parts are given
         is one of four patterns, each as likely. At least one position stays open.
     """
-    device = generator.device
-    cuts = (torch.rand(batch, 2, generator=generator, device=device) * length).floor()
+    cuts = (uniform(generator, batch, 2) * length).floor()
     first, second = cuts.amin(1, keepdim=True), cuts.amax(1, keepdim=True)
-    pattern = torch.randint(4, (batch, 1), generator=generator, device=device)
-    chosen = torch.rand(batch, 1, generator=generator, device=device) < share
-    place = torch.arange(length, device=device)
+    pattern = (uniform(generator, batch, 1) * 4).long()
+    chosen = uniform(generator, batch, 1) < share
+    place = torch.arange(length, device=cuts.device)
     before, after = place < first, place > second
     inside = ~before & ~after
     kinds = (before, after, before | after, inside & (second - first < length - 1))
@@ -134,6 +140,8 @@ def even_weights(smallest_share: float = 0.25) -> Tensor:
     return weights
 
 
+PARTS = ("path_loss", "kl")
+"""What a distillation loss is made of: rows at the smallest h, and the others."""
 STEP_WEIGHTS = {"published": published_weights, "even": even_weights}
 
 
@@ -157,30 +165,40 @@ class Distill:
     """Between target and student, for the other rows."""
 
     def loss(
-        self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
+        self, model: Network, ema: Network, x_1: Tensor, generator: Randomness
     ) -> dict[str, Tensor]:
         """See `Objective`."""
         batch = on_the_path(
             x_1, *self._times(len(x_1), generator), self.source, self.schedule, generator
         )
         small = batch.h <= 2.0**-SMALLEST_EXPONENT
-        ours, theirs = (each.nonzero()[:, 0] for each in (small, ~small))
-        parts: dict[str, tuple[Tensor, int]] = {}
-        if len(ours):
-            parts["path_loss"] = self._path_loss(model, batch.select(ours)), len(ours)
-        if len(theirs):
-            some = batch.select(theirs)
-            parts["kl"] = self._consistency(model, ema, some, generator), len(theirs)
-        loss = torch.stack([part * rows for part, rows in parts.values()]).sum() / len(x_1)
-        return {"loss": loss, **{name: part.detach() for name, (part, _) in parts.items()}}
+        rows = [each.nonzero()[:, 0] for each in (small, ~small)]
+        some = [batch.select(each) for each in rows]
+        all_rows = totals(generator, *map(len, rows))
+        parts: dict[str, Tensor] = {}
+        for name, ours, chosen, everywhere in zip(PARTS, some, rows, all_rows, strict=True):
+            # Asked in every process, whether or not it has such rows.
+            scale = shared(generator, len(ours.places), len(x_1))
+            if len(chosen):
+                if name == "kl":
+                    few = generator.select(chosen) if isinstance(generator, Draws) else generator
+                    part = self._consistency(model, ema, ours, few)
+                else:
+                    part = self._path_loss(model, ours)
+                parts[name] = part * scale
+            elif everywhere:
+                parts[name] = torch.zeros((), device=x_1.device)
+        shares = dict(zip(PARTS, (n / sum(all_rows) for n in all_rows), strict=True))
+        loss = torch.stack([part * shares[name] for name, part in parts.items()]).sum()
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
 
-    def _times(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _times(self, batch: int, generator: Randomness) -> tuple[Tensor, Tensor]:
         """t and h, float64, shape (B,): multiples of the smallest h with t + h <= 1."""
-        edges = self.weights.to(generator.device).cumsum(0)
+        edges = self.weights.cumsum(0)
         exponent = torch.searchsorted(edges, stratified(batch, generator), right=True)
         cells = 2**SMALLEST_EXPONENT
         span = cells >> exponent.clamp_max(SMALLEST_EXPONENT)
-        u = torch.rand(batch, dtype=torch.float64, generator=generator, device=generator.device)
+        u = uniform(generator, batch, dtype=torch.float64)
         start = (u * (cells - span + 1)).floor()
         return start / cells, span.double() / cells
 
@@ -189,7 +207,7 @@ class Distill:
         return path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
 
     def _consistency(
-        self, model: Network, ema: Network, batch: Batch, generator: torch.Generator
+        self, model: Network, ema: Network, batch: Batch, generator: Randomness
     ) -> Tensor:
         """KL(target || student) at steps h, the target from the moving average at h / 2."""
         vocab_size = self.source.vocab_size
@@ -231,7 +249,7 @@ class Joint:
     """As in sampling (`Grouped.seams`)."""
 
     def loss(
-        self, model: Any, ema: Network, x_1: Tensor, generator: torch.Generator
+        self, model: Any, ema: Network, x_1: Tensor, generator: Randomness
     ) -> dict[str, Tensor]:
         """See `Objective`; the network has a joint head."""
         count, length = x_1.shape
@@ -239,7 +257,7 @@ class Joint:
         t = ((u - self.zero_share) / (1.0 - self.zero_share)).clamp(0.0, LATEST_TIME)
         batch = on_the_path(x_1, t, t, self.source, self.schedule, generator)
         # The posterior is that of any step; a network that is told h learns so.
-        span = torch.rand(count, dtype=torch.float64, generator=generator)
+        span = uniform(generator, count, dtype=torch.float64)
         h = 2.0 ** -(span * (SMALLEST_EXPONENT + 1)).floor()
         known = known_at_random(count, length, generator, self.seams)
         frozen = frozen_at_random(count, length, self.frozen_share, generator)
@@ -252,23 +270,19 @@ class Joint:
         rows = model.told(hidden, at, x_1, send(known, x_1.device))
         g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
         loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
-        return {"loss": loss}
+        return {"loss": loss * shared(generator, len(places), count)}
 
 
 def known_at_random(
-    batch: int, length: int, generator: torch.Generator, seams: str = "random"
+    batch: int, length: int, generator: Randomness, seams: str = "random"
 ) -> Tensor:
     """What the groups drawn so far might be, bool, (B, L); nothing in over a quarter of rows."""
-    device = generator.device
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=device)
-
-    draws = 2 ** (1 + (uniform(batch, 1) * 5).long())
-    drawn = (uniform(batch, 1) * draws).long()
-    share = torch.where(uniform(batch, 1) < 0.5, 1.0, uniform(batch, 1))
-    share = torch.where(uniform(batch, 1) < 0.2, 0.0, share)
-    place = torch.arange(length, device=device)
+    draws = 2 ** (1 + (uniform(generator, batch, 1) * 5).long())
+    drawn = (uniform(generator, batch, 1) * draws).long()
+    some = uniform(generator, batch, 1)
+    share = torch.where(uniform(generator, batch, 1) < 0.5, 1.0, some)
+    share = torch.where(uniform(generator, batch, 1) < 0.2, 0.0, share)
+    place = torch.arange(length, device=share.device)
     if seams == "random":
-        place = place + (uniform(batch, 1) * draws).long()
-    return (place % draws < drawn) & (uniform(batch, length) < share)
+        place = place + (uniform(generator, batch, 1) * draws).long()
+    return (place % draws < drawn) & (uniform(generator, batch, length) < share)

@@ -26,7 +26,7 @@ class TrainSettings:
     learning_rate: float = option(within=POSITIVE)
     """Peak learning rate, after the warm-up."""
     batch_size: int = option(16, within=AT_LEAST_1)
-    """Sequences in one forward pass."""
+    """Sequences in one forward pass, of all processes together."""
     accumulate: int = option(1, within=AT_LEAST_1)
     """Forward passes for one update."""
     warmup_steps: int = option(100, within=AT_LEAST_0)

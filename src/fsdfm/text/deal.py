@@ -1,0 +1,263 @@
+"""Which documents are kept, how often, and which of them are held out."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+
+from fsdfm.core.errors import DataError
+from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, check, option
+from fsdfm.core.progress import Progress
+from fsdfm.text.corpus import Advance
+from fsdfm.text.sources import Source
+from fsdfm.text.tokenizer import SMALLEST_VOCABULARY
+
+DIGEST_BYTES = 8
+"""Of a text, to know it again: among 1e8 texts two differ and agree in it with chance 3e-4."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareSettings:
+    """How documents become shards."""
+
+    vocab_size: int | None = option(
+        None, within=Range(SMALLEST_VOCABULARY), form="N", unset="8192, or all of the tokenizer"
+    )
+    """Entries of the byte-level BPE that is trained on the files; of a given tokenizer, how many to
+    keep: those that the files use most, and their parts."""
+    validation_fraction: float = option(0.02, within=Range(0, 1, above=True, below=True))
+    """Chance that a document is held out for validation. Where chance leaves a split without a
+    document (one book, say), this share of the text at its end is held out instead."""
+    seed: int = option(0, within=AT_LEAST_0)
+    """Decides which documents those are."""
+    shard_tokens: int = option(1 << 27, within=AT_LEAST_1)
+    """Most tokens in one shard."""
+    tokenizer_bytes: int = option(200_000_000, within=AT_LEAST_1)
+    """Most text that a tokenizer is trained on: the first of the training text."""
+    field: str = "text"
+    """Column of a table, or field of a .jsonl file's objects, that holds the text."""
+    weights: tuple[float, ...] = option((), within=POSITIVE)
+    """How often the documents of each source are seen in training, in the order of the sources: 2
+    is twice, 0.5 a random half of them. Without it, all once."""
+    min_length: int = option(0, within=AT_LEAST_0)
+    """Documents of fewer characters are dropped."""
+    duplicates: str = option("drop", choices=("drop", "keep"))
+    """What happens to a document that came before, letter for letter. Only documents of up to a
+    million characters are compared."""
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a document, and the split that it belongs to."""
+
+    text: str
+    ends: bool
+    """Whether the document ends with it."""
+    held_out: bool
+
+    @property
+    def units(self) -> int:
+        """Its characters, and one for the end of a document."""
+        return len(self.text) + self.ends
+
+
+@dataclass(slots=True)
+class Dropped:
+    """How many documents were left out, and why."""
+
+    blank: int = 0
+    short: int = 0
+    duplicates: int = 0
+
+
+Counter = Callable[[str], Advance | None]
+"""A phase of the work -> who is told of bytes that are read in it."""
+
+
+def counter(sources: Sequence[Source], progress: Progress | None) -> Counter:
+    """Tell progress of bytes read in all sources; each phase counts from 0."""
+
+    def of(phase: str) -> Advance | None:
+        if progress is None:
+            return None
+        total, done = sum(s.bytes * math.ceil(s.weight) for s in sources), 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(phase, done, total)
+
+        return advance
+
+    return of
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """Which text is held out: documents by chance, or the tail of it all."""
+
+    sources: Sequence[Source]
+    settings: PrepareSettings
+    tail: int | None = None
+    """Units before the tail that is held out; None where documents are held out by chance."""
+
+    @classmethod
+    def of(
+        cls, sources: Sequence[Source], settings: PrepareSettings, advance: Advance | None
+    ) -> Deal:
+        """Deal by chance, or cut off a tail where chance would leave a split empty.
+
+        Reads until both splits have a document.
+
+        Raises:
+            DataError: there is no text at all, or too little to hold some out.
+        """
+        chance, seen, units = cls(sources, settings), set[bool](), 0
+        for piece in chance.pieces(advance):
+            seen.add(piece.held_out)
+            units += piece.units
+            if len(seen) == 2:
+                return chance
+        if not units:
+            raise DataError(
+                "The files hold no text (white space only, or shorter than min_length): give some.",
+                "min_length",
+            )
+        if any(source.weight != 1.0 for source in sources):
+            raise DataError(
+                "The sources have too few documents to hold some out beside weights: raise "
+                "validation_fraction, or leave weights out.",
+                "validation_fraction",
+                "weights",
+            )
+        share = round(units * settings.validation_fraction)
+        return cls(sources, settings, units - max(1, min(units // 2, share)))
+
+    def pieces(self, advance: Advance | None, dropped: Dropped | None = None) -> Iterator[Piece]:
+        """All that is kept, the same way each time.
+
+        Args:
+            advance: told of bytes read.
+            dropped: counts what is not kept.
+        """
+        start = 0
+        for document, held_out in self._documents(advance, dropped or Dropped()):
+            for text, ends in _until_the_end(document):
+                piece = Piece(text, ends, held_out)
+                if self.tail is None:
+                    yield piece
+                else:
+                    yield from _cut(piece, self.tail - start)
+                    start += piece.units
+
+    def training(self, advance: Advance | None) -> Iterator[str]:
+        """The first of the text that training will see, for a tokenizer."""
+        most = self.settings.tokenizer_bytes
+        for piece in self.pieces(advance):
+            if not piece.held_out:
+                yield piece.text
+                most -= len(piece.text.encode())
+                if most <= 0:
+                    return
+
+    def _documents(
+        self, advance: Advance | None, dropped: Dropped
+    ) -> Iterator[tuple[Iterator[str], bool]]:
+        """Documents in order, and whether each is held out; what is held out comes once."""
+        settings = self.settings
+        chance, sieve = np.random.default_rng(settings.seed), _Sieve(settings, dropped)
+        for number, source in enumerate(self.sources):
+            # Later turns deal as the first did: what was held out or dropped stays so.
+            before, share = (
+                chance.bit_generator.state,
+                np.random.default_rng([settings.seed, number]),
+            )
+            turns, kept = math.ceil(source.weight), bytearray()
+            for turn in range(turns):
+                chance.bit_generator.state = before
+                often = source.weight - turn
+                for place, document in enumerate(source.documents(advance, settings.field)):
+                    held_out = bool(chance.random() < settings.validation_fraction)
+                    if turn == 0:
+                        good = sieve.passed(document)
+                        if turns > 1:
+                            kept.append(good is not None)
+                    else:
+                        good = document if kept[place] and not held_out else None
+                    if good is not None and (often >= 1.0 or share.random() < often):
+                        yield good, held_out
+
+
+@dataclass(slots=True)
+class _Sieve:
+    """Leaves out documents that are blank, short or known."""
+
+    settings: PrepareSettings
+    dropped: Dropped
+    seen: set[bytes] = field(default_factory=set)
+
+    def passed(self, document: Iterator[str]) -> Iterator[str] | None:
+        """The document, or None; one of several pieces is long, and not compared with others."""
+        document = _unless_blank(document)
+        first = list(islice(document, 2))
+        if not first:
+            self.dropped.blank += 1
+            return None
+        if len(first) == 1:
+            (text,) = first
+            if len(text) < self.settings.min_length:
+                self.dropped.short += 1
+                return None
+            if self.settings.duplicates == "drop" and self._known(text):
+                self.dropped.duplicates += 1
+                return None
+        return chain(first, document)
+
+    def _known(self, text: str) -> bool:
+        mark = hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+        if mark in self.seen:
+            return True
+        self.seen.add(mark)
+        return False
+
+
+def _cut(piece: Piece, room: int) -> Iterator[Piece]:
+    """The first `room` units of a piece for training, the others held out."""
+    if room >= piece.units:
+        yield replace(piece, held_out=False)
+    elif room <= 0:
+        yield replace(piece, held_out=True)
+    else:
+        yield Piece(piece.text[:room], False, False)
+        yield Piece(piece.text[room:], piece.ends, True)
+
+
+def _until_the_end(pieces: Iterator[str]) -> Iterator[tuple[str, bool]]:
+    """Each piece, and whether it is the last."""
+    last: Any = None
+    for piece in pieces:
+        if last is not None:
+            yield last, False
+        last = piece
+    if last is not None:
+        yield last, True
+
+
+def _unless_blank(document: Iterator[str]) -> Iterator[str]:
+    """The pieces of a document, or none if they are all white space."""
+    held: list[str] = []
+    for piece in document:
+        held.append(piece)
+        if piece.strip():
+            yield from held
+            yield from document
+            return

@@ -118,7 +118,7 @@ def test_contributing_names_files_and_registries_that_there_are() -> None:
     root = Path(__file__).parents[1]
     text = (root / "CONTRIBUTING.md").read_text()
     rows = [line.split("|")[2:4] for line in text.splitlines() if line.startswith("| a")]
-    assert len(rows) == 12
+    assert len(rows) >= 12
     for touch, test in rows:
         files = re.findall(r"`([\w/]+\.py)`", touch)
         files = [file for file in files if file != "cli/NAME.py"]

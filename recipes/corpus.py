@@ -23,6 +23,14 @@ def documents(path: Path) -> Iterator[dict[str, str]]:
         yield from map(json.loads, lines)
 
 
+def share(text: str) -> tuple[str, float]:
+    """PREFIX or PREFIX:SHARE, where the prefix may hold a colon of its own."""
+    prefix, colon, number = text.rpartition(":")
+    if colon and number.strip().replace(".", "", 1).isdigit():
+        return prefix, float(number)
+    return text, 1.0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("packed", type=Path, nargs="+")
@@ -34,7 +42,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    shares = {n: float(s or 1.0) for n, _, s in (text.partition(":") for text in args.sources)}
+    shares = dict(share(text) for text in args.sources)
     left_out = {document["text"] for document in documents(args.without)} if args.without else set()
     characters: dict[str, int] = {}
     due = dict.fromkeys(shares, 0.0)

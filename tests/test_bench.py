@@ -37,10 +37,6 @@ from fsdfm.bench import (
 )
 from fsdfm.bench.figures import (
     Row,
-    body_flops,
-    head_flops,
-    joint_flops,
-    last_block_flops,
     markdown,
     per_step,
 )
@@ -58,6 +54,7 @@ from fsdfm.flow.step import STEP_RULES, transition
 from fsdfm.model import causal, transformer
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.flops import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.model.int8 import has_int8
 from fsdfm.model.networks import build_network, config_to_dict
 from fsdfm.model.transformer import Transformer

@@ -216,7 +216,7 @@ def test_a_missing_model_is_one_line_on_stderr(run: Run, tmp_path: Path) -> None
 
 def test_a_command_is_needed(run: Run) -> None:
     names = (
-        "generate, prepare, pretrain, adapt, distill, evaluate, compare, baseline, convert, merge, "
+        "generate, prepare, pretrain, adapt, distill, plan, evaluate, compare, baseline, convert, "
         "bench, serve"
     )
     choices = f"choose {names}, or see fsdfm --help."

@@ -27,13 +27,16 @@ from fsdfm.flow.step import EXACT, MOVERS, STEP_RULES, independent_movers
 from fsdfm.flow.target import TARGETS, rk2_target
 from fsdfm.generate.options import DEFAULTS, Options, RequestOptions, SamplingOptions
 from fsdfm.model.config import Source
+from fsdfm.recipes.plan import PlanSettings
 from fsdfm.recipes.settings import (
+    PRETRAINED,
     RECIPES,
     AdaptSettings,
     DistillSettings,
     PretrainSettings,
     Recipe,
     distill_settings,
+    pretrain_settings,
 )
 from fsdfm.text.deal import PrepareSettings
 from fsdfm.train.settings import TrainSettings
@@ -48,6 +51,7 @@ ALL = (
     JudgeSettings,
     PrepareSettings,
     BenchSettings,
+    PlanSettings,
 )
 PLACES: dict[str, Any] = {"data": Path("d"), "out": Path("o"), "teacher": Path("t")}
 
@@ -172,6 +176,17 @@ def test_what_is_given_wins_over_the_recipe() -> None:
     assert (found.batch_size, found.warmup_steps) == (96, 10_000)
     with pytest.raises(ConfigError, match="recipe must be one of default, "):
         distill_settings("secret", **PLACES)
+
+
+def test_the_papers_pretraining_is_a_recipe_that_gives_way_to_what_is_given() -> None:
+    places = {name: PLACES[name] for name in ("data", "out")}
+    published = pretrain_settings("published", **places, preset="1.3B", steps=7)
+    assert (published.batch_size, published.warmup_steps, published.steps) == (128, 10_000, 7)
+    assert published.loss == "generalized_kl" and published.learning_rate == 3e-4
+    assert pretrain_settings(**places) == PretrainSettings(**places)
+    assert set(PRETRAINED["published"]) <= {f.name for f in fields(PretrainSettings)}
+    with pytest.raises(ConfigError, match="recipe must be one of default, published"):
+        pretrain_settings("other", **places)
 
 
 def test_the_command_takes_a_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The study harness: equal compute, matched entropy, and a whole run at a toy size."""
+"""The study: equal compute, one search for all, matched entropy, and a whole run at a toy size."""
 
 from __future__ import annotations
 
@@ -6,177 +6,257 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from evaluation_fixtures import save_heldout, save_judge, save_model
+from safetensors.torch import load_file
 
-from fsdfm.model.config import ModelConfig
-from fsdfm.model.transformer import Transformer
+from fsdfm.core.errors import ConfigError
+from fsdfm.study import curve
+from fsdfm.study import protocol as protocols
+from fsdfm.study.languages import KnownLaw, Prose, at_entropy, standard_error
+from fsdfm.study.protocol import Protocol, Study, append, read
+from fsdfm.study.recipes import RECIPES, Recipe
+from fsdfm.study.tables import tables
+from fsdfm.study.training import Choice, known_law
+from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+FEW = {"budget": 12, "search_budget": 6, "calls": (1, 2), "many": 4}
+
+
+def benchmark(name: str) -> ModuleType:
+    """A script of benchmarks/."""
+    spec = importlib.util.spec_from_file_location(f"{name}_script", BENCHMARKS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
-def study() -> Iterator[ModuleType]:
-    """The benchmark, a script that imports its neighbour `markov`."""
-    sys.path.insert(0, str(BENCHMARKS))
-    spec = importlib.util.spec_from_file_location("study_benchmark", BENCHMARKS / "study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    sys.path.remove(str(BENCHMARKS))
-    for name in (spec.name, "markov"):
-        sys.modules.pop(name, None)
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run of a teacher of the known law."""
+    run = tmp_path_factory.mktemp("known") / "teacher"
+    known_law(run, steps=2)
+    return run
 
 
-def test_recipes_spend_the_same_compute(study: ModuleType) -> None:
+def test_recipes_spend_the_same_compute() -> None:
     # Path rows: forward 1, backward 2. Others: the same, and the target's evaluations.
-    assert study.Recipe(share=1.0).updates(600) == 200
-    assert study.Recipe("rk4", share=0.25).updates(600) == 100
-    assert study.Recipe("semigroup", share=0.5).updates(600) == 150
+    assert Recipe(target="rk4").updates(600) == 100  # a quarter of the rows: 3 + .75 * 4
+    assert Recipe(target="semigroup").updates(900) == 200
+    assert Recipe(target="joint", embedding="none").updates(180) == 100
     # 1/h: 1,024 of 2,047 rows are at the smallest step, 5 - .0005 * 2 in all.
-    assert study.Recipe("rk4", share=0.0).updates(1000) == 200
+    assert RECIPES["published"].updates(1000) == 200
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon", "total_variation"])
-def test_divergences_vanish_at_equality_and_are_positive_elsewhere(
-    name: str, study: ModuleType
+@pytest.mark.parametrize("updates", [20, 1000])
+@pytest.mark.parametrize("window", [0.1, 0.03, 1 / 3])
+def test_an_average_has_forgotten_its_start_at_the_end_of_any_run(
+    window: float, updates: int
 ) -> None:
-    logits = torch.tensor([[0.5, -1.0, 2.0], [0.0, 0.0, 0.0]])
-    divergence = study.DIVERGENCES[name]
-    torch.testing.assert_close(
-        divergence(logits.softmax(-1), logits), torch.zeros(2), atol=1e-6, rtol=0.0
-    )
-    target = torch.tensor([[0.25, 0.25, 0.5]])
-    p = torch.tensor([[0.5, 0.25, 0.25]])
-    both = (p + target) / 2
-    known = {
-        "reverse_kl": (p * (p / target).log()).sum(),
-        "jensen_shannon": ((p * (p / both).log()).sum() + (target * (target / both).log()).sum())
-        / 2,
-        "total_variation": torch.tensor(0.25),
-    }
-    torch.testing.assert_close(divergence(target, p.log())[0], known[name])
+    assert Choice(1e-3, window).decay(updates) ** updates < 0.05
 
 
-def test_nats_are_read_off_the_line_at_the_goal(study: ModuleType) -> None:
-    rows = [{"entropy": 5.0, "nats": 6.0}, {"entropy": 5.4, "nats": 7.0}]
-    nats, inside = study.at_entropy(rows, 5.1)
+def test_the_search_may_not_use_a_seed_of_the_table() -> None:
+    with pytest.raises(ConfigError, match="may not use a seed of the table: 1"):
+        Protocol(seeds=(0, 1), search_seed=1)
+
+
+def test_nats_are_read_off_the_line_at_the_goal() -> None:
+    rows = [{"entropy": 5.0, "j": 6.0}, {"entropy": 5.4, "j": 7.0}]
+    nats, inside = at_entropy(rows, 5.1, "j")
     assert nats == pytest.approx(6.25) and inside
-    nats, inside = study.at_entropy(rows, 5.8)
+    nats, inside = at_entropy(rows, 5.8, "j")
     assert nats == pytest.approx(8.0) and not inside
-    assert study.at_entropy(rows[:1], 5.0) == (6.0, False)
+    assert at_entropy(rows[:1], 5.0, "j") == (6.0, False)
 
 
-def test_the_table_has_ratios_at_the_goals_entropy(study: ModuleType) -> None:
-    def row(model: str, steps: int, entropy: float, perplexity: float) -> dict[str, object]:
-        nats = {"nats": math.log(perplexity), "nats_se": 0.01}
-        return {"model": model, "seed": 0, "steps": steps, "entropy": entropy, **nats}
+def test_a_cell_of_prose_is_a_ratio_at_the_goals_entropy() -> None:
+    def row(entropy: float, perplexity: float) -> dict[str, float]:
+        return {"entropy": entropy, "j": math.log(perplexity), "j_se": 0.01}
 
-    rows = [
-        row("teacher", study.MANY, 5.5, 400.0),
-        row("s", 2, 5.0, 300.0),
-        row("s", 2, 6.0, 1200.0),
-    ]
-    table = study.ratios(rows).table([2, 4])
-    assert "perplexity 400, entropy 5.500" in table
+    prose = Prose.__new__(Prose)
+    prose.judges = {"j": None}  # type: ignore[dict-item]
+    cell = prose.cell([row(5.0, 300.0), row(6.0, 1200.0)], row(5.5, 400.0), "j")
     # exp of the mean of ln 300 and ln 1200 is 600; 1.96 * sqrt(2) * .01 on either side.
-    assert table.splitlines()[-1] == "| s | 0 | 1.50 (1.46-1.54) |  |"
-    assert "teacher |" not in table
-    assert study.ratios(rows[1:]) is None
+    assert cell.text(2) == "1.50 (1.46-1.54)"
+    beyond = prose.cell([row(5.0, 300.0), row(5.2, 400.0)], row(5.5, 400.0), "j")
+    assert beyond.text(2).endswith("*")
 
 
-def test_pooled_nats_come_with_the_error_of_a_ratio(study: ModuleType) -> None:
-    assert study.standard_error([10.0, 20.0], [5, 10]) == pytest.approx(0.0)
+def test_pooled_nats_come_with_the_error_of_a_ratio() -> None:
+    assert standard_error([10.0, 20.0], [5, 10]) == pytest.approx(0.0)
     # Equal lengths: the error of a mean.
-    assert study.standard_error([10.0, 14.0], [2, 2]) == pytest.approx(
-        2.0 / math.sqrt(2) / 1.414214
-    )
+    assert standard_error([10.0, 14.0], [2, 2]) == pytest.approx(2.0 / math.sqrt(2) / 1.414214)
 
 
-def test_an_old_row_says_the_same_where_it_says_nothing(study: ModuleType) -> None:
-    facts = {"model": "rk4", "steps": 1, "first_sample": 0, "recipe": study.asdict(study.Recipe())}
-    assert study.same_facts(facts, {"model": "rk4", "steps": 1, "recipe": {"target": "rk4"}})
-    assert not study.same_facts(facts, {"model": "rk4", "steps": 1, "recipe": {"power": 1.0}})
-    assert not study.same_facts(facts, {"model": "rk4", "steps": 1, "first_sample": 8})
+def test_a_row_that_was_cut_short_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    append(path, {"a": 1})
+    path.write_text(path.read_text() + '{"a": 2, "b"')
+    append(path, {"a": 3})
+    assert read(path) == [{"a": 1}, {"a": 3}]
 
 
-def test_a_study_trains_judges_resumes_and_prints_one_table(
-    study: ModuleType,
+def test_every_recipe_gets_the_same_search_and_shows_its_start(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language = known_law(teacher)
+    language.rates = (1e-3, 1e-2)
+    language.settings = replace(language.settings, batch_size=128)
+    monkeypatch.setattr(protocols, "POWERS", (1.0, 8.0))
+    monkeypatch.setattr(protocols, "WINDOWS", (0.1, 0.3))
+    protocol = Protocol(seeds=(0,), samples=64, search_samples=32, **FEW)
+    study = Study(tmp_path, language, protocol)
+    for name in ("published", "joint head"):
+        study.students(name)
+    study.teacher([1.0])
+    tried = {
+        name: {
+            (row["learning_rate"], row["window"], row["power"], row["calls"])
+            for row in study.searched
+            if row["recipe"] == name
+        }
+        for name in ("published", "joint head")
+    }
+    # Two rates and one more window, on two grids, at two budgets.
+    assert {len(each) for each in tried.values()} == {3 * 2 * 2}
+    noises = [{row["first_sample"] for row in rows} for rows in (study.searched, study.rows)]
+    assert noises[0].isdisjoint(noises[1])
+    text = tables(study)
+    for weights in ("update 0", "last weights", "average"):
+        assert f"| published | 0 | {weights} |" in text
+    # The start of a student with a silent head is its teacher, drawn in groups or alone.
+    assert "true samples: " in text
+    once = json.dumps(study.rows)
+    again = Study(tmp_path, language, protocol)
+    again.students("published")
+    again.teacher([1.0])
+    assert json.dumps(again.rows) == once  # nothing was drawn anew
+
+
+def test_a_curve_judges_the_start_and_what_a_run_left_behind(
     tmp_path: Path,
+    teacher: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    torch.manual_seed(0)
-    config = {"vocab_size": 4, "hidden_size": 64, "blocks": 2, "heads": 4, "cond_size": 64}
-    teacher = Transformer(ModelConfig.from_dict({**config, "context_length": 12}))
-    tensors = {f"ema.{k}": v.clone() for k, v in teacher.state_dict().items()}
-    (tmp_path / "teacher").mkdir()
-    save_file(tensors, tmp_path / "teacher" / "checkpoint.safetensors")
-    monkeypatch.setattr(study, "MANY", 4)
-    arguments = f"study --out {tmp_path / 'out'} --language markov --teacher-run {tmp_path}/teacher"
-    arguments += " --budget 12 --budgets 1 2 --samples 64 --recipes"
-    monkeypatch.setattr(sys, "argv", [*arguments.split(), "rk4", "path only"])
-    study.main()
-    rows = [
-        json.loads(line)
-        for line in (tmp_path / "out" / "markov" / "results.jsonl").read_text().splitlines()
+    command = f"published --out {tmp_path} --teacher-run {teacher} --calls 1 2 --samples 16"
+    monkeypatch.setattr(curve, "SAVED_EVERY", 2)
+    monkeypatch.setattr(sys, "argv", f"{command} --updates 2 4".split())
+    benchmark("published").main()
+    table = capsys.readouterr().out
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:-1]] == [
+        "teacher, exact rule",
+        "teacher, published rule",
+        "update 0",
+        "2 updates, average",
+        "2 updates, last weights",
+        "4 updates, average",
+        "4 updates, last weights",
     ]
-    # Two students and the teacher at 2 budgets, the teacher at many steps.
-    assert len(rows) == 7 and all(0.0 < row["kl"] < 10.0 for row in rows)
-    printed = capsys.readouterr().out
-    assert (tmp_path / "out" / "markov" / "table 0 64.md").read_text() in printed
-    assert (tmp_path / "out" / "markov" / "figure 0 64.png").read_bytes()[1:4] == b"PNG"
-    assert "| rk4 | 0 |" in printed and "| path only | 0 |" in printed
-    assert "| teacher | 0 |" in printed
-    study.main()
-    again = (tmp_path / "out" / "markov" / "results.jsonl").read_text().splitlines()
-    assert len(again) == 7
+    run = tmp_path / "published 0"
+    average, last = (load_file(run / f"4 {kind}.safetensors") for kind in ("average", "last"))
+    checkpoint = load_file(run / "checkpoint.safetensors")
+    assert all(torch.equal(checkpoint[f"ema.{name}"], each) for name, each in average.items())
+    assert all(torch.equal(checkpoint[f"model.{name}"], each) for name, each in last.items())
+    assert not torch.equal(average["vocab_embed.weight"], last["vocab_embed.weight"])
+    monkeypatch.setattr(sys, "argv", f"{command} --updates 3".split())
+    with pytest.raises(SystemExit, match="multiples of 2"):
+        benchmark("published").main()
 
 
-def averages(run: Path) -> dict[str, torch.Tensor]:
-    tensors = load_file(run / "checkpoint.safetensors")
-    return {k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")}
+@pytest.mark.parametrize(
+    ("name", "flags", "rows"),
+    [
+        (
+            "markov",
+            "--powers 1",
+            [
+                "exact posterior, each alone",
+                "exact conditionals, 8 groups",
+                "teacher, each alone",
+                "perfect student",
+            ],
+        ),
+        (
+            "joint",
+            "--powers 1 8 --updates 2",
+            ["exact conditionals", "teacher", "fixed seams 0", "random seams 0"],
+        ),
+    ],
+)
+def test_scripts_of_the_known_law_give_a_row_for_every_way_of_drawing(
+    name: str,
+    flags: str,
+    rows: list[str],
+    tmp_path: Path,
+    teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = f"{name} --out {tmp_path} --teacher-run {teacher} --calls 1 2 --samples 16 {flags}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    benchmark(name).main()
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert (
+        list(dict.fromkeys(line.split("|")[1].strip() for line in table.splitlines()[4:])) == rows
+    )
+
+
+def test_prose_is_judged_by_several_beside_references(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Prose, "train_length", 16)
+    monkeypatch.setattr(Prose, "length", 32)
+    monkeypatch.setattr(Prose, "rates", (1e-3,))
+    monkeypatch.setattr(protocols, "POWERS", (1.0,))
+    monkeypatch.setattr(protocols, "WINDOWS", (0.1,))
+    model = save_model(tmp_path / "model", step_embedding="none")
+    judges = [str(save_judge(made(tmp_path / f"judge{i}"), 64, seed=i)) for i in (1, 2)]
+    heldout = save_heldout(tmp_path / "text.jsonl")
+    tokenizer = Tokenizer.from_json((model / "tokenizer.json").read_text())
+    settings = PrepareSettings(validation_fraction=0.5)
+    prepare([heldout], tmp_path / "data", settings=settings, tokenizer=tokenizer)
+    command = (
+        f"study --out {tmp_path / 'out'} --teacher {model} --data {tmp_path / 'data'} --many 4"
+    )
+    command += f" --judges {' '.join(judges)} --reference ngram={heldout} --budget 6 --calls 2"
+    command += " --search-budget 3 --samples 2 --search-samples 2 --seeds 0"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--recipes", "step-aware"])
+    benchmark("study").main()
+    table = (tmp_path / "out" / "tables.md").read_text()
+    assert table.count("| step-aware | 0 | average |") == 3  # two judges and the 4-grams
+    assert table.count("ngram: ") == table.count("human text: ") == 3
+    # A teacher at its own many calls is the goal itself.
+    assert table.count("Teacher in 4 calls: 1.00") == 2
+
+
+def made(directory: Path) -> Path:
+    """The directory, which was not there before."""
+    directory.mkdir()
+    return directory
 
 
 def test_a_study_of_the_mask_source_trains_its_own_teacher(
-    study: ModuleType,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study, "MANY", 8)
-    arguments = f"study --out {tmp_path} --language markov --source mask --teacher-steps 2"
-    arguments += " --budget 6 --budgets 4 --temperatures 1 --samples 8 --recipes"
-    names = ["rk4", "joint head", "joint head, drawn alone"]
-    monkeypatch.setattr(sys, "argv", [*arguments.split(), *names])
-    study.main()
-    printed = capsys.readouterr().out
-    for name in ("teacher", *names):
-        assert f"| {name} | 0 |" in printed
-    teacher, student = (
-        averages(tmp_path / "markov, mask" / run) for run in ("teacher", "joint head 0")
-    )
-    assert teacher["vocab_embed.weight"].shape == (5, 64)
-    assert "vocab_embed.weight" not in student  # a joint head leaves it as it is
-
-    # The teacher is the same one, whichever seed comes first.
-    again = f"study --out {tmp_path / 'again'} --language markov --source mask --teacher-steps 2"
-    again += " --budget 6 --budgets 4 --samples 8 --seed 1 --recipes rk4"
-    monkeypatch.setattr(sys, "argv", again.split())
-    study.main()
-    other = averages(tmp_path / "again" / "markov, mask" / "teacher")
-    assert all(torch.equal(other[name], teacher[name]) for name in teacher)
-
-    monkeypatch.setattr(
-        sys, "argv", ["study", "--out", "x", "--language", "prose", "--source", "mask"]
-    )
-    with pytest.raises(SystemExit):
-        study.main()
-    assert "--source is for the Markov language" in capsys.readouterr().err
+    monkeypatch.setattr(KnownLaw, "rates", (1e-3,))
+    monkeypatch.setattr(protocols, "POWERS", (1.0,))
+    monkeypatch.setattr(protocols, "WINDOWS", (0.1,))
+    command = f"study --out {tmp_path} --source mask --teacher-steps 2 --budget 6 --samples 8"
+    command += " --search-budget 3 --calls 2 --many 4 --search-samples 8 --seeds 0"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--recipes", "joint head"])
+    benchmark("study").main()
+    tensors = load_file(tmp_path / "teacher" / "checkpoint.safetensors")
+    assert tensors["ema.vocab_embed.weight"].shape == (5, 64)
+    assert (tmp_path / "figure.png").read_bytes()[1:4] == b"PNG"
+    assert "| joint head | 0 | average |" in (tmp_path / "tables.md").read_text()

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from fsdfm.bench import autoregressive, ctranslate, reference
-from fsdfm.bench.figures import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, synchronise
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
@@ -18,6 +17,7 @@ from fsdfm.generate.options import DEFAULTS, SamplingOptions
 from fsdfm.generate.track import Track, call, start
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import ROWS_AT_ONCE, Engine
+from fsdfm.model.flops import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.model.transformer import FlowNetwork
 
 NEIGHBOURS, DRAWS = 3, 8

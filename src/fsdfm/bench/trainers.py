@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from fsdfm.bench import reference
-from fsdfm.bench.figures import body_flops, head_flops
 from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.config import ModelConfig
+from fsdfm.model.flops import body_flops, head_flops
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Task, update

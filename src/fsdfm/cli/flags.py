@@ -106,7 +106,10 @@ def _flag(option: Option, group: Flags, names: Sequence[str]) -> tuple[str, Any,
         told["metavar"] = f"{form} ..." if several and not repeated else form
     words = ["repeatable"] * repeated
     if unsaid or option.rule.unset:
-        words.append(f"default: {group.decides if unsaid else option.rule.unset}")
+        decides = group.decides
+        if unsaid and option.default not in (MISSING, None):
+            decides = f"{option.default}, or {decides}"
+        words.append(f"default: {decides if unsaid else option.rule.unset}")
     if words:
         told["help_behavior_hint"] = f"({'; '.join(words)})"
     if unsaid or option.hint is not option.kind:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
+from fsdfm.core.device import keep_few_plans
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
 from fsdfm.generate.generator import Generator
@@ -62,6 +63,7 @@ def run(argv: Sequence[str]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.log_prompts:
         logging.getLogger("fsdfm.serve").setLevel(logging.DEBUG)
+    keep_few_plans()
     models = _models(_Own(**own))
     if settings.host not in LOOPBACK and settings.api_key is None:
         note(f"Everybody who reaches {settings.host} may use it: api_key is not set.")

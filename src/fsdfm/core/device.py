@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 from pathlib import Path
 
@@ -12,6 +13,20 @@ import torch
 from fsdfm.core.errors import ConfigError
 
 DEVICE_TYPES = ("cuda", "mps", "cpu")
+
+PLANS = 32
+"""Plans of products that a process that serves keeps. A plan is for one number of rows."""
+
+
+def keep_few_plans() -> None:
+    """Bound what the CPU's library of products keeps, for processes that meet many shapes.
+
+    It keeps a thousand plans as it comes, each for one number of rows: memory grows by every new
+    one. To make a plan anew costs no time that could be measured. Call it before the first product;
+    what the environment says already stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(PLANS))
 
 
 def pick_device(name: str | torch.device | None = None) -> torch.device:

@@ -25,7 +25,7 @@ DRAW_BLOCK = 64
 """Tokens whose weights are summed before a draw looks at them one by one."""
 CPU_LOGITS, OTHER_LOGITS = 2**23, 2**28
 """Logits that exist at a time on a CPU, and on any other device."""
-CPU_WEIGHTS, OTHER_WEIGHTS = 2**21, 2**26
+CPU_WEIGHTS, OTHER_WEIGHTS = 2**19, 2**26
 """Weights that are drawn from at a time: on a CPU their several copies stay in its cache."""
 
 

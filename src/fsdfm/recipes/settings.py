@@ -83,6 +83,42 @@ class PretrainSettings(FlowSettings):
             raise ConfigError("lora changes a model that there is: give init too.", "lora", "init")
 
 
+PRETRAINED: dict[str, dict[str, Any]] = {
+    "default": {},
+    # FS-DFM, arXiv 2509.20624: the teacher. Some of its numbers are our defaults, too.
+    "published": {
+        "steps": 1_000_000,
+        "learning_rate": 3e-4,
+        "batch_size": 128,
+        "warmup_steps": 10_000,
+        "final_fraction": 0.1,
+        "weight_decay": 0.03,
+        "clip_norm": 1.0,
+        "loss": "generalized_kl",
+        "source": "uniform",
+        "schedule_power": 1.0,
+        "context_length": 1024,
+    },
+}
+"""Recipes of pretraining: fields of `PretrainSettings`, and what they are there."""
+
+
+def pretrain_settings(recipe: str = "default", **given: Any) -> PretrainSettings:
+    """A recipe with some numbers of one's own.
+
+    Args:
+        recipe: one of PRETRAINED.
+        given: fields of `PretrainSettings`, which win over the recipe; data and out at least.
+
+    Raises:
+        ConfigError: no such recipe, or a value that cannot be.
+    """
+    if recipe not in PRETRAINED:
+        names = ", ".join(PRETRAINED)
+        raise ConfigError(f"recipe must be one of {names}, got {recipe!r}.", "recipe")
+    return PretrainSettings(**PRETRAINED[recipe] | given)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdaptSettings(FlowSettings):
     """Make a flow model of a causal language model, and train it on prepared text."""

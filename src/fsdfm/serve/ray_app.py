@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 
+from fsdfm.core.device import keep_few_plans
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_1, NOT_NEGATIVE, check, option
 from fsdfm.generate.loading import load
@@ -74,6 +75,7 @@ def build(args: Mapping[str, Any] | None = None) -> Any:
     def server() -> FastAPI:  # in each replica
         import torch
 
+        keep_few_plans()
         torch.set_num_threads(threads)
         return create_app({n: load(place, **chosen) for n, place in places.items()}, settings)
 

@@ -132,14 +132,23 @@ def load_average(path: Path, model: nn.Module) -> None:
     Raises:
         CheckpointError: the file is corrupt or belongs to another network.
     """
+    _load(path, model, "ema")
+
+
+def load_last(path: Path, model: nn.Module) -> None:
+    """Fill a network with a run's last weights instead of their average; see `load_average`."""
+    _load(path, model, "model")
+
+
+def _load(path: Path, model: nn.Module, kind: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name for name in file.keys() if name.startswith("ema.")}  # noqa: SIM118
+            found = {name for name in file.keys() if name.startswith(f"{kind}.")}  # noqa: SIM118
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
-                    if f"ema.{name}" in found:
-                        parameter.copy_(_like(file.get_tensor(f"ema.{name}"), parameter))
-                        found.remove(f"ema.{name}")
+                    if f"{kind}.{name}" in found:
+                        parameter.copy_(_like(file.get_tensor(f"{kind}.{name}"), parameter))
+                        found.remove(f"{kind}.{name}")
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"Cannot read {path} ({one_line(error)}).") from None
     if found:

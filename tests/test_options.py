@@ -16,7 +16,7 @@ from conftest import Run
 from evaluation_fixtures import save_model
 
 import fsdfm
-from fsdfm.bench.benchmark import BenchSettings
+from fsdfm.bench.settings import BenchSettings
 from fsdfm.cli.flags import spoken
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import NOT_NEGATIVE, POSITIVE, Range, check, option, options
@@ -35,7 +35,7 @@ from fsdfm.recipes.settings import (
     Recipe,
     distill_settings,
 )
-from fsdfm.text.packing import PrepareSettings
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.train.settings import TrainSettings
 
 ALL = (

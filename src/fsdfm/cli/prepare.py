@@ -9,10 +9,8 @@ from pathlib import Path
 from fsdfm.cli.console import bars, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.options import option
-from fsdfm.model.io.causal_lm import load_tokenizer_json
-from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer
-from fsdfm.text.vocabulary import completed
 
 ABOUT = "Turn text files into a tokenizer and packed tokens, ready for training."
 POSITIONAL = ("files",)
@@ -36,13 +34,15 @@ def run(argv: Sequence[str]) -> None:
     own, numbers = parse(
         "prepare", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL), Flags(of=PrepareSettings)
     )
-    args = _Own(**own)
+    args, settings = _Own(**own), PrepareSettings(**numbers)
+    from fsdfm.text.packing import prepare
+
     titles = {"split": "Holding out", "tokenizer": "Training a tokenizer", "tokens": "Packing"}
     with bars(titles) as progress:
         manifest = prepare(
             list(args.files),
             args.out,
-            settings=PrepareSettings(**numbers),
+            settings=settings,
             tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None,
             progress=progress,
         )
@@ -61,4 +61,7 @@ def _tokenizer(name: str) -> Tokenizer:
     """That of a file, or of a language model."""
     if name.endswith(".json") or (Path(name).is_file() and not name.endswith(".gguf")):
         return Tokenizer.from_file(name)
+    from fsdfm.model.io.causal_lm import load_tokenizer_json
+    from fsdfm.text.vocabulary import completed
+
     return completed(Tokenizer.from_json(load_tokenizer_json(name), name=name))

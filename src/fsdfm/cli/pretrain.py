@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from fsdfm.cli.console import Stopped
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.cli.training import TrainingConsole
-from fsdfm.recipes import training
 from fsdfm.recipes.settings import PretrainSettings
 
 ABOUT = "Train a flow model (the teacher) on prepared text."
@@ -16,5 +14,9 @@ ABOUT = "Train a flow model (the teacher) on prepared text."
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
     (given,) = parse("pretrain", ABOUT, argv, Flags(of=PretrainSettings))
-    if not training.pretrain(PretrainSettings(**given), TrainingConsole):
+    settings = PretrainSettings(**given)
+    from fsdfm.cli.training import TrainingConsole
+    from fsdfm.recipes import training
+
+    if not training.pretrain(settings, TrainingConsole):
         raise Stopped

@@ -22,42 +22,17 @@ from numpy.typing import NDArray
 from fsdfm.core.errors import DataError
 from fsdfm.core.files import file_digest, is_taken, one_line
 from fsdfm.core.lock import locked
-from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, Range, check, option
 from fsdfm.core.progress import Progress
 from fsdfm.text.corpus import Advance, check_files, read_documents
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import FORMAT, FORMAT_VERSION, SPLITS
-from fsdfm.text.tokenizer import SMALLEST_VOCABULARY, Tokenizer, train_bpe
+from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.text.vocabulary import count_tokens, cut
 
 TRAINED_VOCABULARY = 8192
 """Entries of a tokenizer that is trained here by default."""
 BATCH_CHARACTERS = 1 << 22
 """Text that is tokenized at once."""
-
-
-@dataclass(frozen=True, slots=True)
-class PrepareSettings:
-    """How documents become shards."""
-
-    vocab_size: int | None = option(
-        None, within=Range(SMALLEST_VOCABULARY), form="N", unset="8192, or all of the tokenizer"
-    )
-    """Entries of the byte-level BPE that is trained on the files; of a given tokenizer, how many to
-    keep: those that the files use most, and their parts."""
-    validation_fraction: float = option(0.02, within=Range(0, 1, above=True, below=True))
-    """Chance that a document is held out for validation. Where chance leaves a split without a
-    document (one book, say), this share of the text at its end is held out instead."""
-    seed: int = option(0, within=AT_LEAST_0)
-    """Decides which documents those are."""
-    shard_tokens: int = option(1 << 27, within=AT_LEAST_1)
-    """Most tokens in one shard."""
-    tokenizer_bytes: int = option(200_000_000, within=AT_LEAST_1)
-    """Most text that a tokenizer is trained on: the first of the training text."""
-    field: str = "text"
-    """Field of a .jsonl file's objects that holds the text."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def prepare(

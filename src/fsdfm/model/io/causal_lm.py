@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.packaged import locate, own_name, reading
-from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
-from fsdfm.model.config import Source
+from fsdfm.model.causal import CausalBlock, CausalConfig, CausalNetwork
+from fsdfm.model.config import Attention, Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that a `CausalNetwork` can hold."""

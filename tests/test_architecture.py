@@ -29,6 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 """Room -> other rooms. `cli`, and the package's own front door, may import anything."""
 
+BY_NAME = ("import_module", "Names")
+"""What takes the name of a module as its first argument."""
+
 
 def rooms_imported(source: str, package: str) -> Iterator[str]:
     """Rooms of fsdfm that a module names in an import, wherever in it the import stands.
@@ -45,7 +48,7 @@ def rooms_imported(source: str, package: str) -> Iterator[str]:
             base = package.split(".")[: len(package.split(".")) + 1 - node.level]
             start = ".".join([*base, node.module or ""]).strip(".") if node.level else node.module
             names = [f"{start}.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BY_NAME):
             names = [ast.literal_eval(node.args[0])]
         for name in names:
             top, _, rest = name.partition(".")
@@ -87,6 +90,7 @@ def test_every_room_of_the_rule_that_exists_was_walked() -> None:
         ("def late():\n    from fsdfm.text.packing import TokenStore", "text"),
         ("if TYPE_CHECKING:\n    import fsdfm.cli.main as c", "cli"),
         ("importlib.import_module('fsdfm.cli.main')", "cli"),
+        ("Names('fsdfm.flow.grid.GRIDS')", "flow"),
     ],
 )
 def test_the_walk_sees_every_kind_of_import(line: str, room: str) -> None:

@@ -23,7 +23,8 @@ from fsdfm.study.protocol import Protocol, Study, append, read
 from fsdfm.study.recipes import RECIPES, Recipe
 from fsdfm.study.tables import tables
 from fsdfm.study.training import Choice, known_law
-from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

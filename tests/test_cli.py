@@ -335,9 +335,12 @@ def test_prepare_tells_what_came_out(run: Run, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     manifest = json.loads((out / "manifest.json").read_text())
     train, validation = (manifest["splits"][name] for name in ("train", "validation"))
+    tokens = train["tokens"] + validation["tokens"]
+    size = sum(len(document["text"].encode()) for document in documents)
+    a_token = size / tokens  # the ends of documents count
     assert told == (
         f"{out}: {train['tokens']:,} training and {validation['tokens']:,} validation tokens "
-        f"of 50 documents, vocabulary {manifest['vocab_size']}\n"
+        f"of 50 documents, {a_token:.2f} bytes a token, vocabulary {manifest['vocab_size']}\n"
     )
 
 
@@ -345,12 +348,12 @@ def test_prepare_tells_that_a_long_document_was_split(run: Run, tmp_path: Path) 
     (tmp_path / "book.txt").write_text(WORDS * 20)
     code, told, err = run("prepare", tmp_path / "book.txt", "--out", tmp_path / "data")
     assert (code, err) == (0, "")
-    assert " of 1 document, one of them split (its end is for validation), vocabulary " in told
+    assert " of 1 document, one of them split (its end is for validation), " in told
 
 
 def test_prepare_reads_the_field_asked_for(run: Run, tmp_path: Path) -> None:
     source = tmp_path / "docs.jsonl"
-    source.write_text("\n".join(json.dumps({"content": WORDS, "id": i}) for i in range(50)))
+    source.write_text("\n".join(json.dumps({"content": f"{WORDS}{i}", "id": i}) for i in range(50)))
     code, out, err = run("prepare", source, "--out", tmp_path / "data")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert 'line 1: no string under "text"; the fields with a string are "content".' in err

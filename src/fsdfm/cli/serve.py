@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.core.device import keep_few_plans
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
 from fsdfm.core.registry import Names
@@ -69,6 +68,8 @@ def run(argv: Sequence[str]) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     if settings.log_prompts:
         logging.getLogger("fsdfm.serve").setLevel(logging.DEBUG)
+    from fsdfm.core.device import keep_few_plans
+
     keep_few_plans()
     models = _models(_Own(**own))
     if settings.host not in LOOPBACK and settings.api_key is None:

@@ -216,8 +216,8 @@ def test_a_missing_model_is_one_line_on_stderr(run: Run, tmp_path: Path) -> None
 
 def test_a_command_is_needed(run: Run) -> None:
     names = (
-        "generate, prepare, pretrain, adapt, distill, plan, evaluate, compare, baseline, convert, "
-        "bench, serve"
+        "generate, prepare, pretrain, adapt, distill, plan, plot, evaluate, compare, baseline, "
+        "convert, merge, bench, serve"
     )
     choices = f"choose {names}, or see fsdfm --help."
     assert run() == (2, "", f"error: a command is missing: {choices}\n")

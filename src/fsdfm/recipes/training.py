@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.core.device import pick_device, preferred_dtype
+from fsdfm.core.device import peak_tflops, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import digest
 from fsdfm.flow.loss import POSITION_LOSSES
@@ -28,6 +28,7 @@ from fsdfm.model.lora import add_lora
 from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
+from fsdfm.recipes.cost import sequence_flops, work
 from fsdfm.recipes.directory import claimed
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
@@ -47,8 +48,9 @@ from fsdfm.train.loop import Run, Task
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
 
-CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
-"""Settings that may differ when a run goes on: places, which are compared by content instead."""
+CHANGEABLE = ("out", "device", "data", "teacher", "init", "model", "peak_tflops")
+"""Settings that may differ when a run goes on: places, which are compared by content instead, and
+what only metrics are told of."""
 PLAIN = {"steps": 64, "step": "exact"}
 """How a model that was not distilled is sampled."""
 
@@ -276,6 +278,8 @@ def _task(
     device = pick_device(settings.device)
     source, schedule = objective_parts(config)
     count = min(settings.validation_sequences, store.validation.blocks(length))
+    adapter = isinstance(settings, FlowSettings) and settings.lora is not None
+    peak = settings.peak_tflops or peak_tflops(device)
     return Task(
         objective=objective,
         source=source,
@@ -285,6 +289,9 @@ def _task(
         device=device,
         autocast=preferred_dtype(device),
         likelihood=objective.nats if isinstance(objective, NextToken) else None,
+        # What an adapter's gradients cost has no formula here.
+        sequence_flops=None if adapter else sequence_flops(config, work(objective), length),
+        peak_flops=None if peak is None else peak * 1e12,
     )
 
 

@@ -33,6 +33,7 @@ from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import PUBLISHED, StepRule
 from fsdfm.flow.target import Jumper, TargetRule, rk4_target
+from fsdfm.train.buckets import Noted
 
 
 class Network(FlowModel, TrainableModel, Protocol):
@@ -45,7 +46,9 @@ class Objective(Protocol):
     def loss(
         self, model: Network, ema: Network, x_1: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Scalars by name; `loss` is the one that is minimised.
+        """Scalars by name; `loss`, the first, is the one that is minimised.
+
+        Besides, sums and counts of its parts by times and step sizes (`train.buckets`).
 
         Args:
             model: the network in training.
@@ -80,8 +83,9 @@ class Pretrain:
     ) -> dict[str, Tensor]:
         """See `Objective`."""
         batch = self.batch(x_1, generator)
-        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
-        return {"loss": loss}
+        noted = Noted(self.position_loss)
+        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, noted)
+        return {"loss": loss, **noted.by_time("loss", batch)}
 
     def batch(self, x_1: Tensor, generator: torch.Generator) -> Batch:
         """What the network is shown of data (B, L), and the positions that count."""
@@ -165,14 +169,18 @@ class Distill:
         )
         small = batch.h <= 2.0**-SMALLEST_EXPONENT
         ours, theirs = (each.nonzero()[:, 0] for each in (small, ~small))
+        path, drift = Noted(self.position_loss), Noted(self.divergence)
         parts: dict[str, tuple[Tensor, int]] = {}
         if len(ours):
-            parts["path_loss"] = self._path_loss(model, batch.select(ours)), len(ours)
+            parts["path_loss"] = self._path_loss(model, batch.select(ours), path), len(ours)
         if len(theirs):
             some = batch.select(theirs)
-            parts["kl"] = self._consistency(model, ema, some, generator), len(theirs)
+            parts["kl"] = self._consistency(model, ema, some, generator, drift), len(theirs)
         loss = torch.stack([part * rows for part, rows in parts.values()]).sum() / len(x_1)
-        return {"loss": loss, **{name: part.detach() for name, (part, _) in parts.items()}}
+        tables = path.by_time("path_loss", batch.select(ours))
+        for table in (drift.by_time, drift.by_step):
+            tables |= table("kl", batch.select(theirs))
+        return {"loss": loss, **{name: part.detach() for name, (part, _) in parts.items()}} | tables
 
     def _times(self, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """t and h, float64, shape (B,): multiples of the smallest h with t + h <= 1."""
@@ -184,12 +192,17 @@ class Distill:
         start = (u * (cells - span + 1)).floor()
         return start / cells, span.double() / cells
 
-    def _path_loss(self, model: Network, batch: Batch) -> Tensor:
+    def _path_loss(self, model: Network, batch: Batch, noted: Noted) -> Tensor:
         """On data, at the smallest step."""
-        return path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
+        return path_loss(model, batch, self.source.vocab_size, self.schedule, noted)
 
     def _consistency(
-        self, model: Network, ema: Network, batch: Batch, generator: torch.Generator
+        self,
+        model: Network,
+        ema: Network,
+        batch: Batch,
+        generator: torch.Generator,
+        noted: Noted,
     ) -> Tensor:
         """KL(target || student) at steps h, the target from the moving average at h / 2."""
         vocab_size = self.source.vocab_size
@@ -203,7 +216,7 @@ class Distill:
         def loss(part: slice) -> RowLoss:
             with torch.no_grad():
                 logits = target.logits(ema, part, vocab_size)
-            return lambda student, piece: self.divergence(target.mix(logits, part, piece), student)
+            return lambda student, piece: noted(target.mix(logits, part, piece), student)
 
         return mean_over_rows(model, rows, loss, vocab_size)
 
@@ -251,8 +264,9 @@ class Joint:
             hidden = hidden_rows(model, batch).index_select(0, at)
         rows = model.told(hidden, at, x_1, send(known, x_1.device))
         g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
-        loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
-        return {"loss": loss}
+        noted = Noted(self.position_loss)
+        loss = mean_over_positions(model, rows, batch, places, g, vocab_size, noted)
+        return {"loss": loss, **noted.by_time("loss", batch, places)}
 
 
 def known_at_random(

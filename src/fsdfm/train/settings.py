@@ -14,7 +14,7 @@ from fsdfm.core.options import (
     check,
     option,
 )
-from fsdfm.train.optim import OPTIMIZERS
+from fsdfm.train.optim import OPTIMIZERS, learning_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +54,19 @@ class TrainSettings:
     """Updates between two checkpoints."""
     validation_sequences: int = option(32, within=AT_LEAST_1)
     """Sequences for the validation ELBO."""
+    peak_tflops: float | None = option(None, within=POSITIVE, unset="the device's, where known")
+    """Of a device in the format of its products, in 10^12 a second: what `utilisation` in
+    metrics.jsonl is a share of."""
 
     def __post_init__(self) -> None:
         check(self)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of the update after so many."""
+        return learning_rate(
+            step,
+            peak=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            steps=self.steps,
+            final_fraction=self.final_fraction,
+        )

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fsdfm.cli.console import Stopped
-from fsdfm.cli.flags import Flags, parse
-from fsdfm.cli.training import TrainingConsole
+from fsdfm.cli.flags import Flags
+from fsdfm.cli.training import TrainingConsole, settings_asked
 from fsdfm.recipes import training
 from fsdfm.recipes.settings import AdaptSettings
 
@@ -20,6 +20,7 @@ POSITIONAL = ("model",)
 
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
-    (given,) = parse("adapt", ABOUT, argv, Flags(of=AdaptSettings, positional=POSITIONAL))
-    if not training.adapt(AdaptSettings(**given), TrainingConsole):
+    flags = Flags(of=AdaptSettings, positional=POSITIONAL)
+    said, file = settings_asked("adapt", ABOUT, argv, flags)
+    if not training.adapt(AdaptSettings(**file | said), TrainingConsole):
         raise Stopped

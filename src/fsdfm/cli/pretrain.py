@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fsdfm.cli.console import Stopped
-from fsdfm.cli.flags import Flags, parse
-from fsdfm.cli.training import TrainingConsole
+from fsdfm.cli.flags import Flags
+from fsdfm.cli.training import TrainingConsole, settings_asked
 from fsdfm.core.options import option
 from fsdfm.recipes import training
 from fsdfm.recipes.settings import PRETRAINED, PretrainSettings, pretrain_settings
@@ -29,12 +29,15 @@ class _Own:
 
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
-    own, given = parse(
+    said, file = settings_asked(
         "pretrain",
         ABOUT,
         argv,
         Flags(of=_Own),
         Flags(of=PretrainSettings, unsaid=PRETRAINED["published"], decides="the recipe's"),
     )
-    if not training.pretrain(pretrain_settings(_Own(**own).recipe, **given), TrainingConsole):
+    if "recipe" in said:  # its numbers win over the file's
+        file = {name: file[name] for name in file.keys() - PRETRAINED["published"].keys()}
+    recipe = said.pop("recipe", file.pop("recipe", "default"))
+    if not training.pretrain(pretrain_settings(recipe, **file | said), TrainingConsole):
         raise Stopped

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -11,6 +14,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fsdfm.cli.flags import Flags, parse
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.options import known, option, options
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.posterior import Grouped, Sequences
@@ -19,10 +25,44 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.live import printable
 from fsdfm.model.transformer import FlowNetwork
+from fsdfm.recipes.config import read_config
 from fsdfm.recipes.settings import BASE, FlowSettings, PretrainSettings
 from fsdfm.recipes.watch import Plan
 
 PREVIEW_TOKENS = 96
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FromFile:
+    """Where settings come from that no flag gives."""
+
+    config: Path | None = option(None, form="FILE", unset="none")
+    """Settings in a TOML file, as a run leaves them in config.toml; flags win over them."""
+
+
+def settings_asked(
+    command: str, about: str, argv: Sequence[str], *groups: Flags
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the flags of a training say, and what its config file does.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a setting that neither gives.
+    """
+    config = Flags(of=FromFile)
+    if not any(word.split("=")[0] == "--config" for word in argv):
+        _, *given = parse(command, about, argv, config, *groups)
+        return {k: v for group in given for k, v in group.items()}, {}
+    # Any flag may be missing: the file may have it.
+    optional = [replace(g, unsaid=known(g.of), decides="the file's") for g in groups]
+    own, *given = parse(command, about, argv, config, *optional)
+    said = {k: v for group in given for k, v in group.items()}
+    fields = {name: option for group in groups for name, option in group.options().items()}
+    found = read_config(own["config"], command, fields)
+    required = [n for n, o in options(groups[-1].of).items() if o.default is MISSING]
+    for name in required:
+        if name not in said and name not in found and name not in groups[-1].unsaid:
+            raise ConfigError(f"{own['config']} has no {name}: give {name} too.", name)
+    return said, found
 
 
 class TrainingConsole:

@@ -29,7 +29,7 @@ from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.cost import sequence_flops, work
-from fsdfm.recipes.directory import claimed
+from fsdfm.recipes.directory import claimed, going_on
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
     BASE,
@@ -221,11 +221,13 @@ def _train(
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
     store.train.require(length)
     store.validation.require(length)
+    settings = going_on(settings)
     start = base_digest(model)
     facts = {
         "format": "fsdfm-run",
         "command": type(settings).__name__.removesuffix("Settings").lower(),
         "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
+        "places": {k: v for k, v in asdict(settings).items() if k in CHANGEABLE},
         "model": config_to_dict(model.config),
         "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
         "start_sha256": start,

@@ -150,7 +150,7 @@ class Run(Generic[Module]):
         settings = self.settings
         decay = settings.ema_decay
         if not settings.ema_warmup:
-            decay = within(decay, settings.steps)
+            decay = within(decay, settings.decay_steps or settings.steps)
         if decay != settings.ema_decay:
             LOG.warning(
                 f"After {settings.steps} updates an average of ema_decay {settings.ema_decay:g} is "

@@ -33,6 +33,8 @@ class TrainSettings:
     """Updates of linear warm-up; a cosine down to final_fraction of the peak follows."""
     final_fraction: float = option(0.1, within=Range(0, 1))
     """Learning rate at the end, as a fraction of the peak."""
+    decay_steps: int | None = option(None, within=AT_LEAST_1, unset="steps")
+    """Updates of the warm-up and the cosine; after them the learning rate stays where it is."""
     optimizer: str = option("adamw", choices=OPTIMIZERS)
     """muon: on the matrices of the blocks, AdamW on the rest; pays with many tokens an update."""
     weight_decay: float = option(0.03, within=NOT_NEGATIVE)
@@ -64,9 +66,9 @@ class TrainSettings:
     def learning_rate_at(self, step: int) -> float:
         """Of the update after so many."""
         return learning_rate(
-            step,
+            min(step, self.decay_steps or self.steps),
             peak=self.learning_rate,
             warmup_steps=self.warmup_steps,
-            steps=self.steps,
+            steps=self.decay_steps or self.steps,
             final_fraction=self.final_fraction,
         )

@@ -47,8 +47,9 @@ from fsdfm.text.vocabulary import tokens_within
 from fsdfm.train.loop import Run, Task
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
+from fsdfm.train.tracking import tracked
 
-CHANGEABLE = ("out", "device", "data", "teacher", "init", "model", "peak_tflops")
+CHANGEABLE = ("out", "device", "data", "teacher", "init", "model", "peak_tflops", "track")
 """Settings that may differ when a run goes on: places, which are compared by content instead, and
 what only metrics are told of."""
 PLAIN = {"steps": 64, "step": "exact"}
@@ -264,8 +265,9 @@ def _train(
             if isinstance(settings, AdaptSettings) and not (base / "config.json").exists():
                 keep(base, model)
             add_lora(model, rank, settings.seed)
-        run = Run(settings.out, settings, task, Exporting(export, watcher))
-        return run.train(model)
+        with tracked(settings.track, settings.out, asdict(settings)) as told:
+            run = Run(settings.out, settings, task, Exporting(export, watcher), told)
+            return run.train(model)
 
 
 def _task(

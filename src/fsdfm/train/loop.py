@@ -86,12 +86,14 @@ class Run(Generic[Module]):
         settings: the numbers.
         task: what is trained on what.
         watcher: progress, samples, export.
+        told: every line of metrics.jsonl.
     """
 
     directory: Path
     settings: TrainSettings
     task: Task
     watcher: Watcher[Module]
+    told: Callable[[dict[str, Any]], None] = lambda record: None
 
     @property
     def checkpoint(self) -> Path:
@@ -273,6 +275,7 @@ class Run(Generic[Module]):
                 f"Cannot write {self.directory / 'metrics.jsonl'} ({one_line(error)}); free some "
                 f"space, then run the same command again."
             ) from None
+        self.told(record)
 
     def _forget_metrics_after(self, step: int) -> None:
         """Drop lines that a killed run wrote past its checkpoint: they will come again."""

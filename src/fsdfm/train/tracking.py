@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -34,7 +33,7 @@ def _hosted(module: str) -> Callable[[Path, Record], Tracker]:
     """Trackers that share the interface of Weights & Biases."""
 
     def start(directory: Path, settings: Record) -> Tracker:
-        library = importlib.import_module(module)
+        library = __import__(module)
         library.init(
             project="fsdfm",
             name=directory.resolve().name,

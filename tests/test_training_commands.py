@@ -47,6 +47,7 @@ TINY = {"hidden_size": 16, "blocks": 1, "heads": 2, "cond_size": 8}
 RUN_FILES = {
     "checkpoint.safetensors",
     "config.json",
+    "config.toml",
     "generation.json",
     "metrics.jsonl",
     "model.safetensors",
@@ -131,7 +132,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def metrics(directory: Path) -> list[dict[str, Any]]:
     lines = (directory / "metrics.jsonl").read_text().splitlines()
-    hidden = ("elapsed_seconds", "tokens_per_second")
+    hidden = ("elapsed_seconds", "tokens_per_second", "utilisation")
     return [{k: v for k, v in json.loads(line).items() if k not in hidden} for line in lines]
 
 
@@ -545,7 +546,7 @@ def finished(
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"steps": 9}, ["steps 1 -> 9"]),
+        ({"decay_steps": 9}, ["decay_steps 1 -> 9"]),
         ({"seed": 1, "learning_rate": 0.5}, ["seed 0 -> 1", "learning_rate 0.0003 -> 0.5"]),
         ({"context_length": 8}, ["context_length 16 -> 8"]),
         ({"ema_decay": 0.5}, ["ema_decay 0.9995 -> 0.5"]),

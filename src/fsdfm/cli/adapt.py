@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fsdfm.cli.config import settings_asked
 from fsdfm.cli.console import Stopped
-from fsdfm.cli.flags import Flags, parse
+from fsdfm.cli.flags import Flags
 from fsdfm.recipes.settings import AdaptSettings
 
 ABOUT = """\
@@ -18,8 +19,9 @@ POSITIONAL = ("model",)
 
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
-    (given,) = parse("adapt", ABOUT, argv, Flags(of=AdaptSettings, positional=POSITIONAL))
-    settings = AdaptSettings(**given)
+    flags = Flags(of=AdaptSettings, positional=POSITIONAL)
+    said, file = settings_asked("adapt", ABOUT, argv, flags)
+    settings = AdaptSettings(**file | said)
     from fsdfm.cli.training import TrainingConsole
     from fsdfm.recipes import training
 

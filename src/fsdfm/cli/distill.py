@@ -5,10 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fsdfm.cli.config import settings_asked
 from fsdfm.cli.console import Stopped
-from fsdfm.cli.flags import Flags, parse
+from fsdfm.cli.flags import Flags
 from fsdfm.core.options import known, option
-from fsdfm.recipes.settings import RECIPES, DistillSettings, Recipe, distill_settings
+from fsdfm.recipes.settings import (
+    JOINT,
+    OF_TARGET,
+    RECIPES,
+    DistillSettings,
+    Recipe,
+    distill_settings,
+)
 
 ABOUT = """\
 Distil a few-step student from a teacher.
@@ -28,14 +36,21 @@ class _Own:
 
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
-    own, given = parse(
+    said, file = settings_asked(
         "distill",
         ABOUT,
         argv,
         Flags(of=_Own),
         Flags(of=DistillSettings, unsaid=known(Recipe), decides="the recipe's"),
     )
-    settings = distill_settings(_Own(**own).recipe, **given)
+    if "recipe" in said:  # its numbers win over the file's
+        file = {name: file[name] for name in file.keys() - known(Recipe)}
+    elif "target" in file and (said.get("target", file["target"]) == JOINT) != (
+        file["target"] == JOINT
+    ):
+        file = {name: value for name, value in file.items() if name not in OF_TARGET}
+    recipe = said.pop("recipe", file.pop("recipe", "default"))
+    settings = distill_settings(recipe, **file | said)
     from fsdfm.cli.training import TrainingConsole
     from fsdfm.recipes import training
 

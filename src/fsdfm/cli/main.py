@@ -24,6 +24,7 @@ COMMANDS = (
     "adapt",
     "distill",
     "plan",
+    "plot",
     "evaluate",
     "compare",
     "baseline",
@@ -44,6 +45,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm distill --teacher TEACHER --data DATA --out STUDENT
                                                teach it to write in a few steps
   fsdfm plan --preset 1.7B --gpus 8            what a training takes: memory, FLOPs, days
+  fsdfm plot RUN... --out FILE.png             curves of trainings
   fsdfm generate --model STUDENT               text from your own model
   fsdfm evaluate --model STUDENT --out REPORT  judge its texts, at several budgets
   fsdfm compare REPORT...                      reports side by side

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fsdfm.cli.config import settings_asked
 from fsdfm.cli.console import Stopped
-from fsdfm.cli.flags import Flags, parse
+from fsdfm.cli.flags import Flags
 from fsdfm.core.options import option
 from fsdfm.recipes.settings import PRETRAINED, PretrainSettings, pretrain_settings
 
@@ -27,14 +28,17 @@ class _Own:
 
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
-    own, given = parse(
+    said, file = settings_asked(
         "pretrain",
         ABOUT,
         argv,
         Flags(of=_Own),
         Flags(of=PretrainSettings, unsaid=PRETRAINED["published"], decides="the recipe's"),
     )
-    settings = pretrain_settings(_Own(**own).recipe, **given)
+    if "recipe" in said:  # its numbers win over the file's
+        file = {name: file[name] for name in file.keys() - PRETRAINED["published"].keys()}
+    recipe = said.pop("recipe", file.pop("recipe", "default"))
+    settings = pretrain_settings(recipe, **file | said)
     from fsdfm.cli.training import TrainingConsole
     from fsdfm.recipes import training
 

@@ -1,4 +1,4 @@
-"""What a training run shows in the terminal, and how a run is started."""
+"""What a training run shows in the terminal."""
 
 from __future__ import annotations
 

@@ -13,6 +13,20 @@ import torch
 from fsdfm.core.errors import ConfigError
 
 DEVICE_TYPES = ("cuda", "mps", "cpu")
+PEAK_TFLOPS = {
+    "B200": 2250.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+    "L4": 121.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+    "RTX 3090": 71.0,
+}
+"""Dense bfloat16 products with float32 sums, 10^12 a second, of GPUs whose name has the word; the
+first that fits counts. From their makers' sheets, not measured."""
 
 PLANS = 32
 """Plans of products that a process that serves keeps. A plan is for one number of rows."""
@@ -70,6 +84,12 @@ def hardware(device: torch.device) -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next(line for line in lines if line.startswith("model name")).partition(": ")[2]
     return name
+
+
+def peak_tflops(device: torch.device) -> float | None:
+    """Of a device in bfloat16, where it is known."""
+    name = hardware(device) if device.type == "cuda" else ""
+    return next((peak for word, peak in PEAK_TFLOPS.items() if word in name), None)
 
 
 def give_back_memory() -> None:

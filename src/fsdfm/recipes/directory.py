@@ -3,16 +3,53 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import one_line, write_whole
 from fsdfm.core.lock import locked
+from fsdfm.recipes.config import CONFIG, toml
+from fsdfm.train.settings import TrainSettings
 
+LOG = logging.getLogger(__name__)
 LOCK = ".lock"
+FREE = ("steps", "log_every", "evaluate_every", "checkpoint_every", "sample_every")
+"""Settings that may change when a run goes on: no update that is done would have been another."""
+UNBORN = (".run.json.partial", f".{CONFIG}.partial", CONFIG)
+"""What a run that was killed before it began leaves behind."""
+Settings = TypeVar("Settings", bound=TrainSettings)
+
+
+def going_on(settings: Settings, speaks: bool = True) -> Settings:
+    """The settings of a new run, or of one that goes on with more or fewer updates.
+
+    Its learning rate keeps the cosine that it began with: the updates that are done stay those of
+    this run, and its new settings repeat it.
+
+    Args:
+        settings: with `out` among them.
+        speaks: whether to warn of it.
+    """
+    decay = settings.decay_steps
+    try:
+        old = json.loads((settings.out / "run.json").read_text())["settings"]  # type: ignore[attr-defined]
+        began, before = old.get("decay_steps") or old["steps"], old["steps"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return settings  # no run yet; what is no run is refused when it is claimed
+    if decay is None and began != settings.steps:
+        if before != settings.steps and speaks:
+            rate = settings.final_fraction * settings.learning_rate
+            LOG.warning(
+                f"steps {before} -> {settings.steps}: the learning rate keeps its cosine over "
+                f"{began} updates, and is {rate:g} after them."
+            )
+        return replace(settings, decay_steps=began)
+    return settings
 
 
 @contextmanager
@@ -48,10 +85,16 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
     try:
         if path.exists():
             _same_run(out, json.loads(path.read_text()), facts)
-            return
-        if {other.name for other in out.iterdir()} - {LOCK, ".run.json.partial"}:
+        elif {other.name for other in out.iterdir()} - {LOCK, *UNBORN}:
             raise ConfigError(f"out={out} is not empty and holds no run: choose another.", "out")
-        write_whole(path, json.dumps(facts, indent=2) + "\n", error=CheckpointError)
+        settings = facts["settings"] | facts.pop("places", {})
+        for name, text in (
+            (CONFIG, toml(facts["command"], settings)),
+            ("run.json", json.dumps(facts, indent=2) + "\n"),
+        ):
+            file = out / name
+            if not file.exists() or file.read_text() != text:
+                write_whole(file, text, error=CheckpointError)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write run directory {out} ({one_line(error)}): choose another out.",
@@ -70,10 +113,11 @@ def _same_run(out: Path, old: Any, new: dict[str, Any]) -> None:
         raise ValueError("foreign")
     # Settings last: their context_length is not the network's, and must not hide behind it.
     # An older fsdfm had fewer settings, and did what is the default of those that came later.
-    settings = {k: v for k, v in new["settings"].items() if k in old["settings"]}
+    settings = {k: v for k, v in new["settings"].items() if k in {*old["settings"], "decay_steps"}}
+    before, after = (_without_free(found) for found in (dict(old["settings"]), settings))
     differences = {
         key: f"{key} {was.get(key)} -> {now.get(key)}"
-        for was, now in ((dict(old["model"]), new["model"]), (dict(old["settings"]), settings))
+        for was, now in ((dict(old["model"]), new["model"]), (before, after))
         for key in sorted(was.keys() | now.keys())
         if was.get(key) != now.get(key)
     }
@@ -90,3 +134,10 @@ def _same_run(out: Path, old: Any, new: dict[str, Any]) -> None:
             f"give the same settings to go on with it, or choose another out.",
             "out",
         )
+
+
+def _without_free(settings: dict[str, Any]) -> dict[str, Any]:
+    """What decides on the updates: the cosine's length, whatever the run's."""
+    decay = settings.get("decay_steps") or settings["steps"]
+    kept = {name: value for name, value in settings.items() if name not in FREE}
+    return {**kept, "decay_steps": decay}

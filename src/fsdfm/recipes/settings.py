@@ -11,6 +11,7 @@ from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, check, o
 from fsdfm.core.registry import Names
 from fsdfm.model.config import PRESETS, Attention, Source
 from fsdfm.train.settings import TrainSettings
+from fsdfm.train.tracking import TRACKERS
 
 ADAPT_LENGTH = 256
 """Tokens of a sequence where adapting is told no length."""
@@ -38,6 +39,8 @@ class RunSettings(TrainSettings):
     """Updates between two printed samples, which come with a validation; 0 prints none."""
     device: str | None = option(None, unset="cuda, else mps, else cpu")
     """cuda, mps or cpu."""
+    track: str | None = option(None, choices=TRACKERS, unset="none")
+    """Who else is told the lines of metrics.jsonl; its package must be installed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

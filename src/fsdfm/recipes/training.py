@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdfm.core.device import pick_device, preferred_dtype
+from fsdfm.core.device import peak_tflops, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError, FsdfmError, WorkerError
 from fsdfm.core.files import digest
 from fsdfm.core.workers import own_device
@@ -30,7 +30,8 @@ from fsdfm.model.lora import add_lora
 from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
-from fsdfm.recipes.directory import claimed
+from fsdfm.recipes.cost import sequence_flops, work
+from fsdfm.recipes.directory import claimed, going_on
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
     BASE,
@@ -49,9 +50,11 @@ from fsdfm.train.loop import Run, Task
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
 from fsdfm.train.parallel import World, started
+from fsdfm.train.tracking import tracked
 
-CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
-"""Settings that may differ when a run goes on: places, which are compared by content instead."""
+CHANGEABLE = ("out", "device", "data", "teacher", "init", "model", "peak_tflops", "track")
+"""Settings that may differ when a run goes on: places, which are compared by content instead, and
+what only metrics are told of."""
 PLAIN = {"steps": 64, "step": "exact"}
 """How a model that was not distilled is sampled."""
 
@@ -224,11 +227,13 @@ def _train(
     store.validation.require(length)
     device = pick_device(own_device(settings.device))
     with started(device) as world:
+        settings = going_on(settings, speaks=world.first)
         start = base_digest(model)
         facts = {
             "format": "fsdfm-run",
             "command": type(settings).__name__.removesuffix("Settings").lower(),
             "settings": {k: v for k, v in asdict(settings).items() if k not in CHANGEABLE},
+            "places": {k: v for k, v in asdict(settings).items() if k in CHANGEABLE},
             "model": config_to_dict(model.config),
             "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
             "start_sha256": start,
@@ -263,8 +268,12 @@ def _train(
                 if own and not (base / "config.json").exists():
                     keep(base, model)
                 add_lora(model, rank, settings.seed)
-            run = Run(settings.out, settings, task, Exporting(export, watcher))
-            return run.train(model)
+            tracker = tracked(
+                settings.track if world.first else None, settings.out, asdict(settings)
+            )
+            with tracked(track, settings.out, asdict(settings)) as told_to:
+                run = Run(settings.out, settings, task, Exporting(export, watcher), told_to)
+                return run.train(model)
 
 
 def _task(
@@ -280,6 +289,8 @@ def _task(
     """What the loop trains on, and how."""
     source, schedule = objective_parts(config)
     count = min(settings.validation_sequences, store.validation.blocks(length))
+    adapter = isinstance(settings, FlowSettings) and settings.lora is not None
+    peak = settings.peak_tflops or peak_tflops(device)
     return Task(
         objective=objective,
         source=source,
@@ -290,6 +301,9 @@ def _task(
         autocast=preferred_dtype(device),
         likelihood=objective.nats if isinstance(objective, NextToken) else None,
         world=world,
+        # What an adapter's gradients cost has no formula here.
+        sequence_flops=None if adapter else sequence_flops(config, work(objective), length),
+        peak_flops=None if peak is None else peak * 1e12,
     )
 
 

@@ -22,10 +22,11 @@ from fsdfm.flow.host import Draws, send
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
+from fsdfm.train import buckets
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
-from fsdfm.train.optim import learning_rate, make_optimizer
+from fsdfm.train.optim import make_optimizer
 from fsdfm.train.parallel import ALONE, Pass, World, unshared
 from fsdfm.train.settings import TrainSettings
 
@@ -58,6 +59,10 @@ class Task:
     """(network, x_1) -> nats a token, for a network that can tell; else the ELBO bounds it."""
     world: World = ALONE
     """This process among those that train together; the first one writes."""
+    sequence_flops: float | None = None
+    """Of training on one sequence, where known."""
+    peak_flops: float | None = None
+    """A second, of a device, where known."""
 
 
 class Watcher(Protocol[Watched]):
@@ -85,12 +90,14 @@ class Run(Generic[Module]):
         settings: the numbers.
         task: what is trained on what.
         watcher: progress, samples, export.
+        told: every line of metrics.jsonl.
     """
 
     directory: Path
     settings: TrainSettings
     task: Task
     watcher: Watcher[Module]
+    told: Callable[[dict[str, Any]], None] = lambda record: None
 
     @property
     def checkpoint(self) -> Path:
@@ -152,7 +159,7 @@ class Run(Generic[Module]):
         settings = self.settings
         decay = settings.ema_decay
         if not settings.ema_warmup:
-            decay = within(decay, settings.steps)
+            decay = within(decay, settings.decay_steps or settings.steps)
         if decay != settings.ema_decay and self.task.world.first:
             LOG.warning(
                 f"After {settings.steps} updates an average of ema_decay {settings.ema_decay:g} is "
@@ -206,20 +213,33 @@ class Run(Generic[Module]):
         good, skipped = (flags == 0.0).nonzero()[:, 0], int(flags.sum())
         last = len(flags) - 1 - int(good[-1]) if len(good) else len(flags) + state.skipped_in_a_row
         state.skipped, state.skipped_in_a_row = state.skipped + skipped, last
-        means = {name: _mean(_values(values)) for name, values in pending.items()}
+        told = {name: _values(values) for name, values in pending.items()}
+        means = {n: _mean(values) for n, values in told.items() if not buckets.is_bucket(n)}
+        tables = buckets.means((n, v) for n, v in told.items() if buckets.is_bucket(n))
         settings, length = self.settings, self.task.validation.shape[1]
-        tokens_per_update = settings.batch_size * settings.accumulate * length
+        sequences = settings.batch_size * settings.accumulate
+        rate = sequences * clock.updates_per_second(state.step)
         self._write(
             {
                 "step": state.step,
                 **means,
                 **({"skipped": skipped} if skipped else {}),
-                "tokens": state.step * tokens_per_update,
-                "tokens_per_second": tokens_per_update * clock.updates_per_second(state.step),
+                "learning_rate": settings.learning_rate_at(state.step - 1),
+                "tokens": state.step * sequences * length,
+                "tokens_per_second": length * rate,
+                **self._utilisation(rate),
                 "elapsed_seconds": clock.total(),
+                **tables,
             }
         )
         return means["loss"]
+
+    def _utilisation(self, rate: float) -> dict[str, float]:
+        """What sequences a second take of the peak of all devices, where that is known."""
+        flops, peak = self.task.sequence_flops, self.task.peak_flops
+        if flops is None or peak is None:
+            return {}
+        return {"utilisation": rate * flops / (peak * self.task.world.size)}
 
     def _evaluate(self, state: TrainState[Module]) -> None:
         """Validation ELBO of the average, to metrics.jsonl and the watcher."""
@@ -265,6 +285,7 @@ class Run(Generic[Module]):
                 f"Cannot write {self.directory / 'metrics.jsonl'} ({one_line(error)}); free some "
                 f"space, then run the same command again."
             ) from None
+        self.told(record)
 
     def _forget_metrics_after(self, step: int) -> None:
         """Drop lines that a killed run wrote past its checkpoint: they will come again."""
@@ -322,15 +343,8 @@ def update(
         healthy &= values[0].isfinite()
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
     healthy &= norm.isfinite()
-    state.optimizer.set_learning_rate(
-        learning_rate(
-            state.step,
-            peak=settings.learning_rate,
-            warmup_steps=settings.warmup_steps,
-            steps=settings.steps,
-            final_fraction=settings.final_fraction,
-        )
-    )
+    state.pending.setdefault("gradient_norm", []).append(norm.detach())
+    state.optimizer.set_learning_rate(settings.learning_rate_at(state.step))
     state.pending.setdefault("skipped", []).append((~healthy).float())
     state.optimizer.step(healthy)
     state.optimizer.zero_grad()
@@ -361,14 +375,17 @@ class _Clock:
     def __init__(self, state: TrainState[Any]) -> None:
         self.before, self.first_step = state.elapsed_seconds, state.step
         self.started = time.perf_counter()
+        self.last = self.first_step, self.started
 
     def total(self) -> float:
         """Seconds of all sessions; work that was lost to a kill is not counted."""
         return self.before + time.perf_counter() - self.started
 
     def updates_per_second(self, step: int) -> float:
-        """Of this session."""
-        return (step - self.first_step) / (time.perf_counter() - self.started)
+        """Since this was asked for last, validations and checkpoints included."""
+        (before, since), now = self.last, time.perf_counter()
+        self.last = step, now
+        return (step - before) / (now - since)
 
 
 def _autocast(task: Task) -> torch.autocast:

@@ -33,6 +33,7 @@ from fsdfm.flow.posterior import FlowModel
 from fsdfm.flow.schedule import Schedule
 from fsdfm.flow.step import PUBLISHED, StepRule
 from fsdfm.flow.target import Jumper, TargetRule, rk4_target
+from fsdfm.train.buckets import Noted
 
 
 class Network(FlowModel, TrainableModel, Protocol):
@@ -45,7 +46,9 @@ class Objective(Protocol):
     def loss(
         self, model: Network, ema: Network, x_1: Tensor, generator: Randomness
     ) -> dict[str, Tensor]:
-        """Scalars by name; `loss` is the one that is minimised.
+        """Scalars by name; `loss`, the first, is the one that is minimised.
+
+        Besides, sums and counts of its parts by times and step sizes (`train.buckets`).
 
         Args:
             model: the network in training.
@@ -87,8 +90,10 @@ class Pretrain:
     ) -> dict[str, Tensor]:
         """See `Objective`."""
         batch = self.batch(x_1, generator)
-        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
-        return {"loss": loss * shared(generator, len(batch.places), len(x_1))}
+        noted = Noted(self.position_loss)
+        loss = path_loss(model, batch, self.source.vocab_size, self.schedule, noted)
+        loss = loss * shared(generator, len(batch.places), len(x_1))
+        return {"loss": loss, **noted.by_time("loss", batch)}
 
     def batch(self, x_1: Tensor, generator: Randomness) -> Batch:
         """What the network is shown of data (B, L), and the positions that count."""
@@ -175,6 +180,7 @@ class Distill:
         rows = [each.nonzero()[:, 0] for each in (small, ~small)]
         some = [batch.select(each) for each in rows]
         all_rows = totals(generator, *map(len, rows))
+        path, drift = Noted(self.position_loss), Noted(self.divergence)
         parts: dict[str, Tensor] = {}
         for name, ours, chosen, everywhere in zip(PARTS, some, rows, all_rows, strict=True):
             # Asked in every process, whether or not it has such rows.
@@ -182,15 +188,18 @@ class Distill:
             if len(chosen):
                 if name == "kl":
                     few = generator.select(chosen) if isinstance(generator, Draws) else generator
-                    part = self._consistency(model, ema, ours, few)
+                    part = self._consistency(model, ema, ours, few, drift)
                 else:
-                    part = self._path_loss(model, ours)
+                    part = self._path_loss(model, ours, path)
                 parts[name] = part * scale
             elif everywhere:
                 parts[name] = torch.zeros((), device=x_1.device)
         shares = dict(zip(PARTS, (n / sum(all_rows) for n in all_rows), strict=True))
         loss = torch.stack([part * shares[name] for name, part in parts.items()]).sum()
-        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}}
+        tables = path.by_time("path_loss", some[0])
+        for table in (drift.by_time, drift.by_step):
+            tables |= table("kl", some[1])
+        return {"loss": loss, **{name: part.detach() for name, part in parts.items()}} | tables
 
     def _times(self, batch: int, generator: Randomness) -> tuple[Tensor, Tensor]:
         """t and h, float64, shape (B,): multiples of the smallest h with t + h <= 1."""
@@ -202,12 +211,17 @@ class Distill:
         start = (u * (cells - span + 1)).floor()
         return start / cells, span.double() / cells
 
-    def _path_loss(self, model: Network, batch: Batch) -> Tensor:
+    def _path_loss(self, model: Network, batch: Batch, noted: Noted) -> Tensor:
         """On data, at the smallest step."""
-        return path_loss(model, batch, self.source.vocab_size, self.schedule, self.position_loss)
+        return path_loss(model, batch, self.source.vocab_size, self.schedule, noted)
 
     def _consistency(
-        self, model: Network, ema: Network, batch: Batch, generator: Randomness
+        self,
+        model: Network,
+        ema: Network,
+        batch: Batch,
+        generator: Randomness,
+        noted: Noted,
     ) -> Tensor:
         """KL(target || student) at steps h, the target from the moving average at h / 2."""
         vocab_size = self.source.vocab_size
@@ -221,7 +235,7 @@ class Distill:
         def loss(part: slice) -> RowLoss:
             with torch.no_grad():
                 logits = target.logits(ema, part, vocab_size)
-            return lambda student, piece: self.divergence(target.mix(logits, part, piece), student)
+            return lambda student, piece: noted(target.mix(logits, part, piece), student)
 
         return mean_over_rows(model, rows, loss, vocab_size)
 
@@ -269,8 +283,10 @@ class Joint:
             hidden = hidden_rows(model, batch).index_select(0, at)
         rows = model.told(hidden, at, x_1, send(known, x_1.device))
         g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
-        loss = mean_over_positions(model, rows, batch, places, g, vocab_size, self.position_loss)
-        return {"loss": loss * shared(generator, len(places), count)}
+        noted = Noted(self.position_loss)
+        loss = mean_over_positions(model, rows, batch, places, g, vocab_size, noted)
+        loss = loss * shared(generator, len(places), count)
+        return {"loss": loss, **noted.by_time("loss", batch, places)}
 
 
 def known_at_random(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -134,21 +132,3 @@ def make_optimizer(model: nn.Module, weight_decay: float, kind: str = "adamw") -
 def _in_block(name: str) -> bool:
     """A product of the blocks, not what time and step size say to them."""
     return name.startswith("blocks.") and "odulation" not in name and "fuser" not in name
-
-
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, steps: int, final_fraction: float
-) -> float:
-    """Linear warm-up, then a cosine down to a fraction of the peak.
-
-    Args:
-        step: updates done so far.
-        peak: learning rate after the warm-up.
-        warmup_steps: length of the warm-up.
-        steps: updates of the whole run.
-        final_fraction: of the peak, at the end.
-    """
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done)))

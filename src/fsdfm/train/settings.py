@@ -15,6 +15,7 @@ from fsdfm.core.options import (
     option,
 )
 from fsdfm.core.registry import Names
+from fsdfm.train.rate import learning_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,8 @@ class TrainSettings:
     """Updates of linear warm-up; a cosine down to final_fraction of the peak follows."""
     final_fraction: float = option(0.1, within=Range(0, 1))
     """Learning rate at the end, as a fraction of the peak."""
+    decay_steps: int | None = option(None, within=AT_LEAST_1, unset="steps")
+    """Updates of the warm-up and the cosine; after them the learning rate stays where it is."""
     optimizer: str = option("adamw", choices=Names("fsdfm.train.optim.OPTIMIZERS"))
     """muon: on the matrices of the blocks, AdamW on the rest; pays with many tokens an update."""
     weight_decay: float = option(0.03, within=NOT_NEGATIVE)
@@ -54,6 +57,19 @@ class TrainSettings:
     """Updates between two checkpoints."""
     validation_sequences: int = option(32, within=AT_LEAST_1)
     """Sequences for the validation ELBO."""
+    peak_tflops: float | None = option(None, within=POSITIVE, unset="the device's, where known")
+    """Of a device in the format of its products, in 10^12 a second: what `utilisation` in
+    metrics.jsonl is a share of."""
 
     def __post_init__(self) -> None:
         check(self)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Of the update after so many."""
+        return learning_rate(
+            min(step, self.decay_steps or self.steps),
+            peak=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            steps=self.decay_steps or self.steps,
+            final_fraction=self.final_fraction,
+        )

@@ -268,9 +268,7 @@ def _train(
                 if own and not (base / "config.json").exists():
                     keep(base, model)
                 add_lora(model, rank, settings.seed)
-            tracker = tracked(
-                settings.track if world.first else None, settings.out, asdict(settings)
-            )
+            track = settings.track if world.first else None
             with tracked(track, settings.out, asdict(settings)) as told_to:
                 run = Run(settings.out, settings, task, Exporting(export, watcher), told_to)
                 return run.train(model)

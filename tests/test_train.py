@@ -970,6 +970,7 @@ def damaged(path: Path) -> dict[str, Callable[[], Any]]:
         "in its length": lambda: path.write_bytes(data[:5]),
         "in its header": lambda: path.write_bytes(data[:100]),
         "in its tensors": lambda: path.write_bytes(data[:-7]),
+        "one bit": lambda: path.write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]),
         "noise": lambda: path.write_bytes(bytes(range(256)) * 9),
         "no metadata": lambda: save(None),
         "foreign metadata": lambda: save({"format": "pt"}),

@@ -50,8 +50,9 @@ from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretrain
 from fsdfm.train.parallel import World, started
 
-CHANGEABLE = ("out", "device", "data", "teacher", "init", "model")
-"""Settings that may differ when a run goes on: places, which are compared by content instead."""
+CHANGEABLE = ("out", "device", "data", "teacher", "init", "model", "keep_checkpoints")
+"""Settings that may differ when a run goes on: places, which are compared by content instead, and
+what changes no weight."""
 PLAIN = {"steps": 64, "step": "exact"}
 """How a model that was not distilled is sampled."""
 

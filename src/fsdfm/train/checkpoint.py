@@ -7,6 +7,8 @@ them.
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -76,6 +78,45 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         ) from None
 
 
+def set_aside(path: Path, keep: int) -> None:
+    """Let a checkpoint stay when the next one takes its place, beside `keep - 1` older ones.
+
+    Args:
+        path: of the newest; it is left where it is, and also gets the name NAME-STEP.
+        keep: how many may stay beside the next one; older ones are deleted.
+
+    Raises:
+        CheckpointError: it cannot be read or copied.
+    """
+    try:
+        if keep and path.exists():
+            with safe_open(path, framework="pt") as file:
+                step = int(json.loads(file.metadata()["state"])["step"])
+            older = path.with_name(f"{path.stem}-{step}{path.suffix}")
+            with replacing(older) as partial:
+                try:
+                    os.link(real(path), partial)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, partial)
+        for older in _aside(path)[keep:]:
+            older.unlink()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Cannot keep checkpoint {path} ({one_line(error)}); free some space, then run the "
+            "same command again."
+        ) from None
+
+
+def _aside(path: Path) -> list[Path]:
+    """Older checkpoints that stayed, the newest first."""
+    found = {
+        int(number): other
+        for other in path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if (number := other.stem.removeprefix(f"{path.stem}-")).isdigit()
+    }
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
 def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
     """Fill the state from a file.
 
@@ -118,9 +159,10 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                     state.optimizer.restore(parameter, moments, state.step - int(skipped))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         missing = "it lacks " if isinstance(error, KeyError) else ""
+        older = "".join(f", or put {other.name} in its place" for other in _aside(path)[:1])
         raise CheckpointError(
             f"Cannot resume from {path} ({missing}{one_line(error)}); delete it to start this run "
-            f"anew."
+            f"anew{older}."
         ) from None
 
 

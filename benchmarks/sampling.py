@@ -19,7 +19,8 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.jobs import SHAPES, Job, sampling, shape
+from fsdfm.bench.jobs import Job, sampling, shape
+from fsdfm.bench.settings import SHAPES
 from fsdfm.bench.sides import SIDES, missing, runnable, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError

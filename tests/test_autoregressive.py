@@ -16,8 +16,8 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.io.pretrained import save_pretrained
 from fsdfm.study.autoregressive import STEP, TIME, Autoregressive, _Past
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train.next_token import NextToken

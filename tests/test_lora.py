@@ -26,7 +26,8 @@ from fsdfm.model.lora import Low, add_lora, merge, pairs
 from fsdfm.model.transformer import FlowNetwork
 from fsdfm.recipes.settings import AdaptSettings, PretrainSettings
 from fsdfm.recipes.training import adapt, pretrain
-from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.train import loop as loop_module
 from fsdfm.train.ema import Ema

@@ -16,8 +16,8 @@ from conftest import Run
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.eval.heldout import read_texts
 from fsdfm.study.ngram import FALLBACK_DISCOUNTS, NgramModel, stages
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 

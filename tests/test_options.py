@@ -16,7 +16,7 @@ from conftest import Run
 from evaluation_fixtures import save_model
 
 import fsdfm
-from fsdfm.bench.benchmark import BenchSettings
+from fsdfm.bench.settings import BenchSettings
 from fsdfm.cli.flags import spoken
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import NOT_NEGATIVE, POSITIVE, Range, check, option, options
@@ -27,7 +27,7 @@ from fsdfm.flow.step import EXACT, MOVERS, STEP_RULES, independent_movers
 from fsdfm.flow.target import TARGETS, rk2_target
 from fsdfm.generate.options import DEFAULTS, Options, RequestOptions, SamplingOptions
 from fsdfm.model.config import Source
-from fsdfm.recipes.plan import PlanSettings
+from fsdfm.recipes.plan_settings import PlanSettings
 from fsdfm.recipes.settings import (
     PRETRAINED,
     RECIPES,
@@ -38,7 +38,7 @@ from fsdfm.recipes.settings import (
     distill_settings,
     pretrain_settings,
 )
-from fsdfm.text.deal import PrepareSettings
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.train.settings import TrainSettings
 
 ALL = (

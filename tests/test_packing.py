@@ -21,8 +21,8 @@ import torch
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text import corpus, shards
 from fsdfm.text import store as store_module
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import EOS, Tokenizer, train_bpe
 
@@ -508,13 +508,14 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from fsdfm.text import packing, shards
+from fsdfm.text.settings import PrepareSettings
 shards.BATCH_CHARACTERS = 1000
 def kill(phase, done, total):
     if phase == "tokens" and list(out.parent.glob(".data.partial/train-00001.bin")):
         os.kill(os.getpid(), signal.SIGKILL)
 source, out = map(Path, sys.argv[1:])
 # The first file is packed by the time that the second is read.
-settings = packing.PrepareSettings(
+settings = PrepareSettings(
     vocab_size=300, validation_fraction=0.2, seed=1, shard_tokens=500
 )
 packing.prepare([source, source], out, settings=settings, progress=kill)

@@ -21,7 +21,8 @@ from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.layers import SINUSOIDS
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes.cost import activation_bytes, sequence_flops, state_bytes, work
-from fsdfm.recipes.plan import SCALES, PlanSettings, forecast
+from fsdfm.recipes.plan import SCALES, forecast
+from fsdfm.recipes.plan_settings import PlanSettings
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Task, update

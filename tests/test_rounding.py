@@ -19,8 +19,8 @@ from fsdfm.model.packed import GROUP, bits_of, pack, unpack
 from fsdfm.model.rounding import Example, calibrated, compensated
 from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.calibration import examples, rounded_on
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import train_bpe
 

@@ -21,8 +21,8 @@ import pytest
 
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.text import shards as shards_module
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.sources import find_sources
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import EOS, train_bpe
@@ -235,7 +235,7 @@ RUN = """
 import os, signal, sys
 from pathlib import Path
 from fsdfm.text import packing, shards
-from fsdfm.text.deal import PrepareSettings
+from fsdfm.text.settings import PrepareSettings
 shards.BATCH_CHARACTERS = 600
 source, out, end, how = sys.argv[1:]
 encoded, write, done = [], shards.Shards.write, 0

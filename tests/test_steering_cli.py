@@ -238,7 +238,7 @@ def test_a_long_text_is_streamed_as_it_is_written(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pieces: list[str] = []
-    monkeypatch.setattr("fsdfm.cli.generate.write", pieces.append)
+    monkeypatch.setattr("fsdfm.cli.writing.write", pieces.append)
     argv = "--prompt", "the ", "--length", 300, "--end", "never", "--steps", 2
     assert run("generate", "--model", model, *argv)[0] == 0
     request = Request(prompt="the ", length=300, end="never", steps=2)

@@ -14,7 +14,6 @@ from fsdfm.flow import step
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.schedule import Polynomial, jump_probability
 from fsdfm.flow.step import (
-    DRAW_BLOCK,
     EULER,
     EXACT,
     MOVERS,
@@ -319,16 +318,22 @@ def test_advance_without_movers_is_the_same_state() -> None:
         assert torch.equal(x, x_t)
 
 
-def test_a_token_of_weight_0_is_never_drawn_in_ten_million_draws() -> None:
-    vocab_size, rows, chunks = 70, 4000, 2500
+@pytest.mark.parametrize(("block", "chunks"), [(64, 250), (8, 2250)])
+def test_a_token_of_weight_0_is_never_drawn_in_ten_million_draws(
+    block: int, chunks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One million draws with blocks as they are, nine with small ones: the sums are an eighth."""
+    monkeypatch.setattr(step, "DRAW_BLOCK", block)
+    vocab_size, rows = block + 6, 4000
     generator = torch.Generator().manual_seed(12)
     weights = torch.rand(rows, vocab_size, generator=generator)
     weights[torch.rand(rows, vocab_size, generator=generator) < 0.6] = 0.0
-    weights[:, 0] = weights[:, -1] = weights[:, 60:67] = 0.0  # both ends, across a block's edge
-    weights[: rows // 3, DRAW_BLOCK:] = 0.0  # a whole block, the last
-    weights[rows // 3 :, 67] += 0.001
-    weights[-rows // 3 :, :DRAW_BLOCK] = 0.0  # or the first
-    weights[: rows // 3, 5] += 0.001
+    weights[:, 0] = weights[:, -1] = 0.0
+    weights[:, block - 4 : block + 3] = 0.0  # across a block's edge
+    weights[: rows // 3, block:] = 0.0  # a whole block, the last
+    weights[rows // 3 :, block + 3] += 0.001
+    weights[-rows // 3 :, :block] = 0.0  # or the first
+    weights[: rows // 3, 3] += 0.001
     weights *= 10.0 ** (-12 * torch.rand(rows, 1, generator=generator))
     weights = weights.double()  # the same sums, without as many conversions
     drawn_zero = 0

@@ -23,11 +23,19 @@ from fsdfm.study.protocol import Protocol, Study, append, read
 from fsdfm.study.recipes import RECIPES, Recipe
 from fsdfm.study.tables import tables
 from fsdfm.study.training import Choice, known_law
-from fsdfm.text.packing import PrepareSettings, prepare
+from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.train import loop
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FEW = {"budget": 12, "search_budget": 6, "calls": (1, 2), "many": 4}
+
+
+@pytest.fixture(autouse=True)
+def _brief_validation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which every run does one in the end."""
+    monkeypatch.setattr(loop, "VALIDATION_TIMES", 1)
 
 
 def benchmark(name: str) -> ModuleType:

@@ -32,8 +32,8 @@ from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 from fsdfm.train import checkpoint as checkpoint_module

@@ -3,45 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import machine, measure, plan, specs_for, started
-from fsdfm.bench.jobs import SHAPES, Job, sampling, shape
+from fsdfm.bench.jobs import Job, sampling, shape
+from fsdfm.bench.settings import BenchSettings
 from fsdfm.bench.sides import SIDES, sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.core.progress import Progress
 
 TRAINING_BATCH, TRAINING_LENGTH = 4, 256
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSettings:
-    """What is measured."""
-
-    shape: str = option("tiny", choices=SHAPES)
-    """Network: a preset of the published kind, or adapted: that of the bundled model."""
-    model: Path | None = option(None, form="DIR", unset="none")
-    """Model or run whose shape is taken instead of a preset's; its weights are not read."""
-    steps: int = option(8, within=AT_LEAST_1)
-    """Model calls of the samplers."""
-    length: int = option(1024, within=AT_LEAST_1)
-    """Tokens of a text; training takes at most 256."""
-    batch_size: int = option(1, within=AT_LEAST_1)
-    """Texts made together."""
-    repeats: int = option(3, within=AT_LEAST_1)
-    """Timed runs of each side; the median is shown."""
-    device: str | None = option(None, unset="cuda, else cpu")
-    """cuda, cuda:N or cpu."""
-
-    def __post_init__(self) -> None:
-        check(self)
 
 
 def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list[Row]]:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fsdfm.bench import reference
+from fsdfm.bench.settings import SHAPES
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import PRESETS, ModelConfig
@@ -79,7 +80,6 @@ ADAPTED = CausalConfig(
     start_id=0,
 )
 """The bundled model, made of a causal language model."""
-SHAPES = (*PRESETS, "adapted")
 
 
 def shape(name: str) -> ModelConfig:

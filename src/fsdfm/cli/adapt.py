@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from fsdfm.cli.console import Stopped
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.cli.training import TrainingConsole
-from fsdfm.recipes import training
 from fsdfm.recipes.settings import AdaptSettings
 
 ABOUT = """\
@@ -21,5 +19,9 @@ POSITIONAL = ("model",)
 def run(argv: Sequence[str]) -> None:
     """Train, with a bar or lines."""
     (given,) = parse("adapt", ABOUT, argv, Flags(of=AdaptSettings, positional=POSITIONAL))
-    if not training.adapt(AdaptSettings(**given), TrainingConsole):
+    settings = AdaptSettings(**given)
+    from fsdfm.cli.training import TrainingConsole
+    from fsdfm.recipes import training
+
+    if not training.adapt(settings, TrainingConsole):
         raise Stopped

@@ -8,7 +8,7 @@ from fsdfm.cli.console import work, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Progress
-from fsdfm.study import baseline
+from fsdfm.study.settings import AutoregressiveSettings, NgramSettings
 
 HELP = """\
 Texts of a plain language model, the floor beside a few-step model. One file of them makes a row:
@@ -43,14 +43,18 @@ def run(argv: Sequence[str]) -> None:
 
 
 def _ngram(argv: Sequence[str]) -> None:
-    (given,) = parse("baseline ngram", NGRAM, argv, Flags(of=baseline.NgramSettings))
-    settings = baseline.NgramSettings(**given)
+    (given,) = parse("baseline ngram", NGRAM, argv, Flags(of=NgramSettings))
+    settings = NgramSettings(**given)
+    from fsdfm.study import baseline
+
     _made("Counting n-grams", lambda progress: baseline.ngram(settings, progress))
 
 
 def _ar(argv: Sequence[str]) -> None:
-    (given,) = parse("baseline ar", AR, argv, Flags(of=baseline.AutoregressiveSettings))
-    settings = baseline.AutoregressiveSettings(**given)
+    (given,) = parse("baseline ar", AR, argv, Flags(of=AutoregressiveSettings))
+    settings = AutoregressiveSettings(**given)
+    from fsdfm.study import baseline
+
     _made("Reading held-out text", lambda progress: baseline.autoregressive(settings, progress))
 
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fsdfm.bench import benchmark
-from fsdfm.bench.figures import HEADERS, Row, cells, described, grouped
-from fsdfm.bench.sides import missing
+from fsdfm.bench.settings import BenchSettings
 from fsdfm.cli.console import note, work, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import BenchError
+
+if TYPE_CHECKING:
+    from fsdfm.bench.figures import Row
 
 TABLE_WIDTH = 120
 ABOUT = """\
@@ -37,10 +39,14 @@ class _Own:
 
 def run(argv: Sequence[str]) -> None:
     """Measure speed and memory; one table for each task."""
-    given, own = parse("bench", ABOUT, argv, Flags(of=benchmark.BenchSettings), Flags(of=_Own))
-    args = _Own(**own)
+    given, own = parse("bench", ABOUT, argv, Flags(of=BenchSettings), Flags(of=_Own))
+    args, settings = _Own(**own), BenchSettings(**given)
+    from fsdfm.bench import benchmark
+    from fsdfm.bench.figures import described
+    from fsdfm.bench.sides import missing
+
     with work("Starting the sides") as progress:
-        machine, rows = benchmark.bench(benchmark.BenchSettings(**given), progress)
+        machine, rows = benchmark.bench(settings, progress)
     if args.json:
         write(json.dumps({**machine, "rows": [row.to_dict() for row in rows]}) + "\n")
     else:
@@ -56,6 +62,8 @@ def run(argv: Sequence[str]) -> None:
 
 def _tables(rows: Sequence[Row]) -> str:
     """The rows as text, for the terminal or for a pipe."""
+    from fsdfm.bench.figures import HEADERS, cells, grouped
+
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_WIDTH)
     with console.capture() as capture:

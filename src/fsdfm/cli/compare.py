@@ -11,9 +11,6 @@ from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import write_whole
 from fsdfm.core.options import option
-from fsdfm.eval.comparison import comparison, named_rows
-from fsdfm.eval.report import load_report
-from fsdfm.eval.several import different_judges, shared_judges
 
 ABOUT = "Put reports side by side and say which differences are real."
 POSITIONAL = ("reports",)
@@ -35,6 +32,10 @@ def run(argv: Sequence[str]) -> None:
     """Put reports side by side."""
     (given,) = parse("compare", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL))
     args = _Own(**given)
+    from fsdfm.eval.comparison import comparison, named_rows
+    from fsdfm.eval.report import load_report
+    from fsdfm.eval.several import different_judges, shared_judges
+
     labels = {str(path): load_report(path) for path in args.reports}
     if not labels:
         raise ConfigError("compare needs reports: fsdfm compare REPORT...")

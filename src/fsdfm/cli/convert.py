@@ -9,8 +9,7 @@ from pathlib import Path
 from fsdfm.cli.console import status, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.options import AT_LEAST_1, check, option
-from fsdfm.model.io.convert import NETWORKS, convert_published
-from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.core.registry import Names
 
 ABOUT = "Turn a published checkpoint into a model directory."
 POSITIONAL = ("checkpoint", "out")
@@ -27,7 +26,9 @@ class _Own:
     tokenizer: Path = option(form="FILE")
     """tokenizer.json that the network was trained with (GPT-2's, for the published ones)."""
     weights: str | None = option(
-        None, choices=NETWORKS, unset="student_ema, else the first of these that is there"
+        None,
+        choices=Names("fsdfm.model.io.convert.NETWORKS"),
+        unset="student_ema, else the first of these that is there",
     )
     """Which of its networks to take."""
     heads: int | None = option(None, within=AT_LEAST_1, unset="the file's, or its shape's")
@@ -42,6 +43,9 @@ def run(argv: Sequence[str]) -> None:
     (given,) = parse("convert", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL))
     args = _Own(**given)
     with status("Converting"):
+        from fsdfm.model.io.convert import convert_published
+        from fsdfm.text.tokenizer import Tokenizer
+
         config = convert_published(
             args.checkpoint,
             args.out,

@@ -9,9 +9,6 @@ from pathlib import Path
 from fsdfm.cli.console import write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, check, option
-from fsdfm.generate.live import printable
-from fsdfm.text.statistics import decoded, rows, summary
-from fsdfm.text.store import TokenStore
 
 ABOUT = "Print what prepared data holds, verify its checksums, and show decoded samples."
 POSITIONAL = ("data",)
@@ -36,6 +33,10 @@ def run(argv: Sequence[str]) -> None:
     """Verify, count, show."""
     (given,) = parse("data", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL))
     own = _Own(**given)
+    from fsdfm.generate.live import printable
+    from fsdfm.text.statistics import decoded, rows, summary
+    from fsdfm.text.store import TokenStore
+
     store = TokenStore.open(own.data, verify=True)
     write(f"{own.data}: {summary(store.manifest)}\n\n")
     head = f"{'split':<12}{'documents':>14}{'tokens':>18}{'bytes a token':>16}{'shards':>8}\n"

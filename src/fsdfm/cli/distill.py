@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from fsdfm.cli.console import Stopped
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.options import known, option
-from fsdfm.recipes import training
 from fsdfm.recipes.settings import RECIPES, DistillSettings, Recipe, distill_settings
 
 ABOUT = """\
@@ -37,5 +35,9 @@ def run(argv: Sequence[str]) -> None:
         Flags(of=_Own),
         Flags(of=DistillSettings, unsaid=known(Recipe), decides="the recipe's"),
     )
-    if not training.distill(distill_settings(_Own(**own).recipe, **given), TrainingConsole):
+    settings = distill_settings(_Own(**own).recipe, **given)
+    from fsdfm.cli.training import TrainingConsole
+    from fsdfm.recipes import training
+
+    if not training.distill(settings, TrainingConsole):
         raise Stopped

@@ -7,13 +7,8 @@ from collections.abc import Sequence
 from fsdfm.cli.console import note, work, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.files import write_whole
-from fsdfm.eval import evaluation, plots
+from fsdfm.core.registry import Names
 from fsdfm.eval.settings import JudgeSettings
-from fsdfm.eval.tables import markdown, section
-from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.step import STEP_RULES
-from fsdfm.generate.precision import PRECISIONS
-from fsdfm.generate.source import load_source
 
 ABOUT = """\
 Judge the texts of one or more models at several budgets.
@@ -31,10 +26,18 @@ def run(argv: Sequence[str]) -> None:
         Flags(
             of=JudgeSettings,
             repeated=("model", "judge", "reference"),
-            choices={"step": STEP_RULES, "grid": GRIDS, "precision": PRECISIONS},
+            choices={
+                "step": Names("fsdfm.flow.step.STEP_RULES"),
+                "grid": Names("fsdfm.flow.grid.GRIDS"),
+                "precision": Names("fsdfm.generate.precision.PRECISIONS"),
+            },
         ),
     )
     args = JudgeSettings(**given)
+    from fsdfm.eval import evaluation, plots
+    from fsdfm.eval.tables import markdown, section
+    from fsdfm.generate.source import load_source
+
     plots.check()
     try:
         with work("Loading models and judge") as progress:

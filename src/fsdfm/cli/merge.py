@@ -9,7 +9,6 @@ from pathlib import Path
 from fsdfm.cli.console import status, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.options import check, option
-from fsdfm.model.io.adapter import merge_adapter
 
 ABOUT = "Write a model with an adapter's weights added; both are left as they are."
 POSITIONAL = ("model", "adapter", "out")
@@ -35,5 +34,7 @@ def run(argv: Sequence[str]) -> None:
     (given,) = parse("merge", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL))
     args = _Own(**given)
     with status("Merging"):
+        from fsdfm.model.io.adapter import merge_adapter
+
         merge_adapter(args.model, args.adapter, args.out)
     write(f"{args.out}: try  fsdfm generate --model {args.out}\n")

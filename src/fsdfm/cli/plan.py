@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from fsdfm.cli.console import write
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.recipes.plan import Forecast, PlanSettings, Scale, forecast
+from fsdfm.recipes.plan_settings import PlanSettings
+
+if TYPE_CHECKING:
+    from fsdfm.recipes.plan import Forecast, Scale
 
 ABOUT = """\
 Say what a training by the published recipe takes: memory, FLOPs, days, and more devices on paper.
@@ -27,7 +31,10 @@ class _Own:
 def run(argv: Sequence[str]) -> None:
     """Print the plan."""
     given, own = parse("plan", ABOUT, argv, Flags(of=PlanSettings), Flags(of=_Own))
-    found = forecast(PlanSettings(**given))
+    settings = PlanSettings(**given)
+    from fsdfm.recipes.plan import forecast
+
+    found = forecast(settings)
     if _Own(**own).json:
         write(json.dumps(found.to_dict()) + "\n")
     else:

@@ -9,12 +9,8 @@ from pathlib import Path
 from fsdfm.cli.console import bars, write
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.options import AT_LEAST_1, check, option
-from fsdfm.model.io.causal_lm import load_tokenizer_json
-from fsdfm.text.deal import PrepareSettings
-from fsdfm.text.packing import prepare
-from fsdfm.text.statistics import summary
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer
-from fsdfm.text.vocabulary import completed
 
 ABOUT = "Turn texts into a tokenizer and packed tokens, ready for training."
 POSITIONAL = ("sources",)
@@ -45,13 +41,16 @@ def run(argv: Sequence[str]) -> None:
     own, numbers = parse(
         "prepare", ABOUT, argv, Flags(of=_Own, positional=POSITIONAL), Flags(of=PrepareSettings)
     )
-    args = _Own(**own)
+    args, settings = _Own(**own), PrepareSettings(**numbers)
+    from fsdfm.text.packing import prepare
+    from fsdfm.text.statistics import summary
+
     titles = {"split": "Holding out", "tokenizer": "Training a tokenizer", "tokens": "Packing"}
     with bars(titles) as progress:
         manifest = prepare(
             args.sources,
             args.out,
-            settings=PrepareSettings(**numbers),
+            settings=settings,
             tokenizer=_tokenizer(args.tokenizer) if args.tokenizer else None,
             workers=args.workers,
             progress=progress,
@@ -63,4 +62,7 @@ def _tokenizer(name: str) -> Tokenizer:
     """That of a file, or of a language model."""
     if name.endswith(".json") or (Path(name).is_file() and not name.endswith(".gguf")):
         return Tokenizer.from_file(name)
+    from fsdfm.model.io.causal_lm import load_tokenizer_json
+    from fsdfm.text.vocabulary import completed
+
     return completed(Tokenizer.from_json(load_tokenizer_json(name), name=name))

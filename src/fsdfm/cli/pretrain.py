@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from fsdfm.cli.console import Stopped
 from fsdfm.cli.flags import Flags, parse
-from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.options import option
-from fsdfm.recipes import training
 from fsdfm.recipes.settings import PRETRAINED, PretrainSettings, pretrain_settings
 
 ABOUT = """\
@@ -36,5 +34,9 @@ def run(argv: Sequence[str]) -> None:
         Flags(of=_Own),
         Flags(of=PretrainSettings, unsaid=PRETRAINED["published"], decides="the recipe's"),
     )
-    if not training.pretrain(pretrain_settings(_Own(**own).recipe, **given), TrainingConsole):
+    settings = pretrain_settings(_Own(**own).recipe, **given)
+    from fsdfm.cli.training import TrainingConsole
+    from fsdfm.recipes import training
+
+    if not training.pretrain(settings, TrainingConsole):
         raise Stopped

@@ -8,17 +8,19 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.device import keep_few_plans
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
-from fsdfm.generate.generator import Generator
-from fsdfm.generate.loading import load
-from fsdfm.generate.precision import PRECISIONS
+from fsdfm.core.registry import Names
 from fsdfm.serve.models import named
 from fsdfm.serve.settings import LOOPBACK, ServeSettings
+
+if TYPE_CHECKING:
+    from fsdfm.generate.generator import Generator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,7 +32,11 @@ class _Own:
     Clients name a directory by its last part, and the first is for those who name none."""
     device: str | None = option(None, form="DEVICE", unset="cuda, else mps, else cpu")
     """cpu, cuda, cuda:N or mps."""
-    precision: str | None = option(None, choices=PRECISIONS, unset="bfloat16 where it is fast")
+    precision: str | None = option(
+        None,
+        choices=Names("fsdfm.generate.precision.PRECISIONS"),
+        unset="bfloat16 where it is fast",
+    )
     """Of the matrix products; int8 is faster for large models on CPUs with AVX512-VNNI or AMX."""
 
     def __post_init__(self) -> None:
@@ -72,6 +78,8 @@ def run(argv: Sequence[str]) -> None:
 
 def _models(own: _Own) -> dict[str, Generator]:
     """Models by the names that clients say."""
+    from fsdfm.generate.loading import load
+
     found: dict[str, Generator] = {}
     for name, place in named(own.model).items():
         with status(f"Loading {name}"):

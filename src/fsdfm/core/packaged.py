@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -11,6 +12,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError
 from fsdfm.core.files import one_line
@@ -98,7 +102,7 @@ def reading(name: str) -> Iterator[None]:
 
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-        with contextlib.redirect_stderr(io.StringIO()):  # bars that have no switch
+        with contextlib.redirect_stderr(io.StringIO()), parsed_once():  # bars without a switch
             yield
     except ImportError as error:
         raise ConfigError(
@@ -106,6 +110,31 @@ def reading(name: str) -> Iterator[None]:
         ) from None
     except Exception as error:  # the library and its readers raise many kinds
         raise CheckpointError(f"Cannot load {name} ({one_line(error)}): give {CHOICES}.") from None
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """One parse of a .gguf file for all that is loaded within.
+
+    The library parses it for the config, the tokenizer and the weights each, which is most of the
+    time that loading a small model takes; and it takes each number and letter out of a mapped
+    file, where numpy does so much more slowly than from a plain array.
+    """
+    gguf: Any = importlib.import_module("gguf") if importlib.util.find_spec("gguf") else None
+    reader = getattr(gguf, "GGUFReader", None)
+    if gguf is None or not isinstance(reader, type):  # no library, or within another such block
+        yield
+        return
+
+    class Plain(reader):  # type: ignore[misc, valid-type]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, np.asarray(value) if name == "data" else value)
+
+    gguf.GGUFReader = functools.lru_cache(Plain)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def cache_directory() -> Path:

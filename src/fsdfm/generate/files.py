@@ -16,9 +16,10 @@ from fsdfm.core.files import one_line
 from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
 from fsdfm.core.workers import Workers
+from fsdfm.generate.options import BATCH
 from fsdfm.generate.parts import PARQUET, Parts, check_kind
 from fsdfm.generate.request import Request, Result
-from fsdfm.generate.running import BATCH, Event, Running
+from fsdfm.generate.running import Event, Running
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator

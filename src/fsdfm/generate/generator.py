@@ -21,12 +21,12 @@ from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
 from fsdfm.flow.sampler import State
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.layout import LONGEST_DEFAULT
-from fsdfm.generate.options import DEFAULTS, Options, SamplingOptions, split
+from fsdfm.generate.options import BATCH, DEFAULTS, Options, SamplingOptions, split
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.generate.request import LARGEST_SEED, Request, Result
 from fsdfm.generate.results import Generation, Sample, Snapshot
 from fsdfm.generate.rows import Rows, given_rows
-from fsdfm.generate.running import BATCH, Cancelled, OnStep, answer
+from fsdfm.generate.running import Cancelled, OnStep, answer
 from fsdfm.generate.track import Track, call, start
 from fsdfm.model.engine import Engine
 from fsdfm.model.transformer import FlowNetwork

@@ -8,17 +8,19 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, check, known, option
-from fsdfm.flow.controls import Bans, Controls
-from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.posterior import SEAMS
-from fsdfm.flow.step import MOVERS, STEP_RULES
+from fsdfm.core.registry import Names
+
+if TYPE_CHECKING:
+    from fsdfm.flow.controls import Bans, Controls
 
 GREEDY_BELOW = 1e-6
 """Temperatures under this count as 0: logits divided by them overflow float32."""
+BATCH = 8
+"""Sequences that share a call at most, unless said otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,17 +29,17 @@ class SamplingOptions:
 
     steps: int = option(8, within=AT_LEAST_1, form="N")
     """The budget in model calls; any number from 1."""
-    step: str = option("exact", choices=STEP_RULES)
+    step: str = option("exact", choices=Names("fsdfm.flow.step.STEP_RULES"))
     """Step rule of the sampler."""
-    movers: str = option("independent", choices=MOVERS)
+    movers: str = option("independent", choices=Names("fsdfm.flow.step.MOVERS"))
     """How the positions that move in a step are chosen."""
-    grid: str = option("even", choices=GRIDS)
+    grid: str = option("even", choices=Names("fsdfm.flow.grid.GRIDS"))
     """Times of the model calls: evenly spaced (even), long steps first (late), or nearly all in the
     first (latest, for joint heads)."""
     draws: int = option(1, within=AT_LEAST_1, form="K")
     """Groups in which the positions of a call are drawn, each knowing the ones before: more are
     better and slower (models with a joint head)."""
-    seams: str = option("fixed", choices=SEAMS)
+    seams: str = option("fixed", choices=Names("fsdfm.flow.posterior.SEAMS"))
     """Where the blocks of K positions begin: at the multiples of K, or anywhere, another place in
     every call (random); for models that were trained so."""
     temperature: float = option(1.0, within=NOT_NEGATIVE)
@@ -60,6 +62,8 @@ class SamplingOptions:
         Args:
             bans: tokens that positions may not take.
         """
+        from fsdfm.flow.controls import Controls  # here: flags are read without torch
+
         return Controls(
             temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
             top_p=self.top_p,

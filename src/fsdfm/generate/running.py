@@ -11,14 +11,12 @@ import torch
 
 from fsdfm.core.errors import ConfigError, FsdfmError
 from fsdfm.generate.job import Job
+from fsdfm.generate.options import BATCH
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.track import Task, call
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
-
-BATCH = 8
-"""Sequences that share a call at most, unless said otherwise."""
 
 OnStep = Callable[[int, int, list[str]], None]
 """(steps done, steps planned, the texts as they stand)."""

@@ -12,7 +12,6 @@ values, d width of a head, M width of the MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +19,12 @@ from torch.nn import functional as F
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.attention import attend
-from fsdfm.model.config import ModelConfig
+from fsdfm.model.config import Attention, ModelConfig
 from fsdfm.model.fused import modulated_rms, product_dtype, swiglu, turned
 from fsdfm.model.joint import JointHead
 from fsdfm.model.layers import fuse, fuser
 from fsdfm.model.rotary import Rotary
 from fsdfm.model.transformer import FlowNetwork, begin, silence
-
-Attention = Literal["bidirectional", "causal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

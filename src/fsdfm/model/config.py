@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.model.rotary import Rotary
+
+if TYPE_CHECKING:
+    from fsdfm.model.rotary import Rotary
 
 Source = Literal["uniform", "mask"]
 StepEmbedding = Literal["none", "raw", "log2"]
+Attention = Literal["bidirectional", "causal"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +72,8 @@ class ModelConfig:
 
     def rotary(self) -> Rotary:
         """The tables of the network's positions."""
+        from fsdfm.model.rotary import Rotary  # here: shapes are known without torch
+
         return Rotary(self.hidden_size // self.heads)
 
     @property

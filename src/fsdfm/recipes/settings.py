@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, POSITIVE, Range, check, option
-from fsdfm.flow.grid import GRIDS
-from fsdfm.flow.loss import POSITION_LOSSES
-from fsdfm.flow.path import SOURCES
-from fsdfm.flow.step import STEP_RULES
-from fsdfm.flow.target import TARGETS
-from fsdfm.model.causal import Attention
-from fsdfm.model.config import PRESETS, Source
-from fsdfm.train.objective import STEP_WEIGHTS
+from fsdfm.core.registry import Names
+from fsdfm.model.config import PRESETS, Attention, Source
 from fsdfm.train.settings import TrainSettings
 
 ADAPT_LENGTH = 256
@@ -25,8 +17,8 @@ ADAPT_LENGTH = 256
 BASE = "base"
 """Where in its run directory adapting with LoRA puts the model that the adapter is of."""
 JOINT = "joint"
-STUDENTS: Mapping[str, Any] = ChainMap(TARGETS, {JOINT: None})
-"""What distilling can aim at: a target of TARGETS, or a joint head."""
+LOSSES = Names("fsdfm.flow.loss.POSITION_LOSSES")
+SOURCES = Names("fsdfm.flow.path.SOURCES")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +29,7 @@ class RunSettings(TrainSettings):
     """Directory that `fsdfm prepare` wrote."""
     out: Path = option()
     """Run directory. If it holds this very run, unfinished, the run goes on where it stopped."""
-    loss: str = option("cross_entropy", choices=POSITION_LOSSES)
+    loss: str = option("cross_entropy", choices=LOSSES)
     """Path loss of one position: generalized KL is the published one, but its weight 1 / (1 - t)
     made it learn to copy far more slowly (LOG.md)."""
     context_length: int | None = option(None, within=AT_LEAST_1, unset="the model's")
@@ -149,7 +141,7 @@ class DistillSettings(RunSettings):
 
     teacher: Path = option()
     """Model or run to start from."""
-    target: str = option(choices=STUDENTS)
+    target: str = option(choices=Names("fsdfm.flow.target.TARGETS", JOINT))
     """joint: a head that lets the positions of a call see each other (docs/results/study.md), which
     needs none of the step options; the others say what a big step should land on (rk4:
     published)."""
@@ -157,16 +149,19 @@ class DistillSettings(RunSettings):
     warmup_steps: int = option(within=AT_LEAST_0)
     ema_decay: float = option(within=Range(0, 1, below=True))
     ema_warmup: bool = option()
-    loss: str = option(choices=POSITION_LOSSES)
+    loss: str = option(choices=LOSSES)
     step_embedding: Literal["log2", "raw"] = option()
     """How the network is told h: ours (log2 h, starts at zero), or as published (raw h)."""
-    step_weights: str = option(choices=STEP_WEIGHTS)
+    step_weights: str = option(choices=Names("fsdfm.train.objective.STEP_WEIGHTS"))
     """How often each step size is seen: a quarter on the smallest and the rest even, or 1 / h."""
-    target_rule: str = option(choices=STEP_RULES)
+    target_rule: str = option(choices=Names("fsdfm.flow.step.STEP_RULES"))
     """Step rule of the jumps inside the target; the semigroup target presumes the exact one."""
     neighbours: int = option(within=AT_LEAST_1)
     """Tokens on each side that a joint head sees."""
-    grid: str | None = option(choices=GRIDS, unset="latest for joint, else late; even after masks")
+    grid: str | None = option(
+        choices=Names("fsdfm.flow.grid.GRIDS"),
+        unset="latest for joint, else late; even after masks",
+    )
     """Times of the student's calls where nothing else is said. Where the teacher's source absorbs,
     a late grid would reveal most of a text in its first call."""
     draws: int = option(within=AT_LEAST_1, form="K")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_1, POSITIVE, Range, check, option
-from fsdfm.generate.running import BATCH
+from fsdfm.generate.options import BATCH
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

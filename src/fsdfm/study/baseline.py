@@ -6,7 +6,6 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,11 +14,11 @@ from numpy.typing import NDArray
 
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import write_whole
-from fsdfm.core.options import AT_LEAST_1, SEED, Range, check, option
 from fsdfm.eval.heldout import HeldOut
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.study.ngram import NgramModel, stages
+from fsdfm.study.settings import AutoregressiveSettings, BaselineSettings, NgramSettings
 from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -29,42 +28,6 @@ Tick = Callable[[str], None]
 """Told the kind of work that was just done."""
 DRAWN = 50
 """Drawing a token takes about as long as 50 tokens take in one stage of the fit."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BaselineSettings:
-    """What all kinds of baseline share."""
-
-    data: Path = option()
-    """Directory that `fsdfm prepare` wrote; the model sees its training split."""
-    out: Path = option(form="FILE.jsonl")
-    """File of texts to write, one JSON object a line: text, tokens, seed. It replaces one that is
-    there."""
-    num_samples: int = option(16, within=AT_LEAST_1)
-    """Texts to draw."""
-    length: int = option(1024, within=AT_LEAST_1)
-    """Tokens of a text."""
-    seed: int = option(0, within=SEED)
-    """Seed of the first text; text k takes SEED + k."""
-
-    def __post_init__(self) -> None:
-        check(self)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NgramSettings(BaselineSettings):
-    """An n-gram model with modified Kneser-Ney smoothing."""
-
-    order: int = option(4, within=Range(1, 8))
-    """Tokens of the longest n-gram: each token is drawn given ORDER - 1 before it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AutoregressiveSettings(BaselineSettings):
-    """A network of fsdfm adapt with attention causal."""
-
-    model: str = option(form="DIR")
-    """The run or model directory."""
 
 
 class Baseline(Protocol):

@@ -18,8 +18,9 @@ from fsdfm.core.errors import DataError
 from fsdfm.core.files import digest, is_taken, one_line
 from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
-from fsdfm.text.deal import Counter, Deal, Dropped, PrepareSettings, counter
+from fsdfm.text.deal import Counter, Deal, Dropped, counter
 from fsdfm.text.layout import FORMAT, FORMAT_VERSION
+from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.shards import JOURNAL, Encoder, Shards, write_shards
 from fsdfm.text.sources import Source, find_sources
 from fsdfm.text.tokenizer import Tokenizer, train_bpe

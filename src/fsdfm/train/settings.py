@@ -14,7 +14,7 @@ from fsdfm.core.options import (
     check,
     option,
 )
-from fsdfm.train.optim import OPTIMIZERS
+from fsdfm.core.registry import Names
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +33,7 @@ class TrainSettings:
     """Updates of linear warm-up; a cosine down to final_fraction of the peak follows."""
     final_fraction: float = option(0.1, within=Range(0, 1))
     """Learning rate at the end, as a fraction of the peak."""
-    optimizer: str = option("adamw", choices=OPTIMIZERS)
+    optimizer: str = option("adamw", choices=Names("fsdfm.train.optim.OPTIMIZERS"))
     """muon: on the matrices of the blocks, AdamW on the rest; pays with many tokens an update."""
     weight_decay: float = option(0.03, within=NOT_NEGATIVE)
     """On matrices."""

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
-from fsdfm.core.packaged import locate, own_name, reading
-from fsdfm.model.causal import Attention, CausalBlock, CausalConfig, CausalNetwork
-from fsdfm.model.config import Source
+from fsdfm.core.packaged import locate, own_name, parsed_once, reading
+from fsdfm.model.causal import CausalBlock, CausalConfig, CausalNetwork
+from fsdfm.model.config import Attention, Source
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that a `CausalNetwork` can hold."""
@@ -55,6 +55,7 @@ def load_tokenizer_json(name: str) -> str:
     return text
 
 
+@parsed_once()
 def load_causal_lm(name: str) -> CausalLm:
     """A causal language model in float32, on the CPU; its files are never unpickled or run.
 

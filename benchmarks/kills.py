@@ -24,8 +24,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from fsdfm.text.deal import PrepareSettings
 from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird"]
 

@@ -977,6 +977,7 @@ def damaged(path: Path) -> dict[str, Callable[[], Any]]:
         "in its length": lambda: path.write_bytes(data[:5]),
         "in its header": lambda: path.write_bytes(data[:100]),
         "in its tensors": lambda: path.write_bytes(data[:-7]),
+        "one bit": lambda: path.write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:]),
         "noise": lambda: path.write_bytes(bytes(range(256)) * 9),
         "no metadata": lambda: save(None),
         "foreign metadata": lambda: save({"format": "pt"}),
@@ -1001,6 +1002,27 @@ def test_a_damaged_checkpoint_gives_one_line_that_says_what_to_do(tmp_path: Path
             load_checkpoint(path, fresh_state())
         message = str(caught.value)
         assert str(path) in message and "delete it" in message and "\n" not in message, name
+
+
+def test_the_last_checkpoints_stay_and_a_run_goes_on_from_an_older_one(tmp_path: Path) -> None:
+    (whole := tmp_path / "whole").mkdir()
+    Run(whole, SETTINGS, make_task(), Recorder()).train(Toy())
+    (out := tmp_path / "out").mkdir()
+    settings = replace(SETTINGS, checkpoint_every=1, keep_checkpoints=3)
+    Run(out, settings, make_task(), Recorder()).train(Toy())
+    name = "checkpoint.safetensors"
+    older = ["checkpoint-5.safetensors", "checkpoint-6.safetensors"]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == [*older, name]
+    (out / name).write_bytes((out / name).read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=f"or put {older[1]} in its place"):
+        Run(out, settings, make_task(), Recorder()).train(Toy())
+    (out / older[0]).replace(out / name)
+    Run(out, replace(settings, keep_checkpoints=1), make_task(), watcher := Recorder()).train(Toy())
+    assert watcher.steps == [5, 6, 7]
+    assert [path.name for path in out.glob("*.safetensors")] == [name]
+    found, expected = load_file(out / name), load_file(whole / name)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
 @pytest.mark.parametrize("where", ["write", "rename"])

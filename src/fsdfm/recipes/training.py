@@ -52,9 +52,19 @@ from fsdfm.train.objective import STEP_WEIGHTS, Distill, Joint, Objective, Pretr
 from fsdfm.train.parallel import World, started
 from fsdfm.train.tracking import tracked
 
-CHANGEABLE = ("out", "device", "data", "teacher", "init", "model", "peak_tflops", "track")
+CHANGEABLE = (
+    "out",
+    "device",
+    "data",
+    "teacher",
+    "init",
+    "model",
+    "peak_tflops",
+    "track",
+    "keep_checkpoints",
+)
 """Settings that may differ when a run goes on: places, which are compared by content instead, and
-what only metrics are told of."""
+what changes no weight."""
 PLAIN = {"steps": 64, "step": "exact"}
 """How a model that was not distilled is sampled."""
 

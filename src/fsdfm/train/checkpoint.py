@@ -7,10 +7,13 @@ them.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError
-from fsdfm.core.files import one_line, real, replacing
+from fsdfm.core.files import digest, one_line, real, replacing, tensor_bytes
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
 
@@ -55,7 +58,7 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         for moment, value in state.optimizer.moments(parameter).items():
             tensors[f"{moment}.{name}"] = value
     tensors |= {f"pending.{name}": torch.stack(values) for name, values in state.pending.items()}
-    facts = {
+    facts: dict[str, Any] = {
         "step": state.step,
         "ema_updates": state.ema.updates,
         "elapsed_seconds": state.elapsed_seconds,
@@ -63,6 +66,7 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         "skipped_in_a_row": state.skipped_in_a_row,
     }
     whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    facts["sha256"] = _checksum(facts, sorted(whole), whole.__getitem__)
     try:
         with replacing(real(path)) as partial:
             save_file(whole, partial, metadata={"state": json.dumps(facts)})
@@ -74,6 +78,45 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         ) from None
 
 
+def set_aside(path: Path, keep: int) -> None:
+    """Let a checkpoint stay when the next one takes its place, beside `keep - 1` older ones.
+
+    Args:
+        path: of the newest; it is left where it is, and also gets the name NAME-STEP.
+        keep: how many may stay beside the next one; older ones are deleted.
+
+    Raises:
+        CheckpointError: it cannot be read or copied.
+    """
+    try:
+        if keep and path.exists():
+            with safe_open(path, framework="pt") as file:
+                step = int(json.loads(file.metadata()["state"])["step"])
+            older = path.with_name(f"{path.stem}-{step}{path.suffix}")
+            with replacing(older) as partial:
+                try:
+                    os.link(real(path), partial)
+                except OSError:  # a file system without links
+                    shutil.copyfile(path, partial)
+        for older in _aside(path)[keep:]:
+            older.unlink()
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"Cannot keep checkpoint {path} ({one_line(error)}); free some space, then run the "
+            "same command again."
+        ) from None
+
+
+def _aside(path: Path) -> list[Path]:
+    """Older checkpoints that stayed, the newest first."""
+    found = {
+        int(number): other
+        for other in path.parent.glob(f"{path.stem}-*{path.suffix}")
+        if (number := other.stem.removeprefix(f"{path.stem}-")).isdigit()
+    }
+    return [found[step] for step in sorted(found, reverse=True)]
+
+
 def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
     """Fill the state from a file.
 
@@ -82,7 +125,7 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["state"])
+            facts = _verified(file)
             state.step, state.ema.updates = int(facts["step"]), int(facts["ema_updates"])
             state.elapsed_seconds = float(facts.get("elapsed_seconds", 0.0))
             state.skipped = int(facts.get("skipped", 0))
@@ -116,9 +159,10 @@ def load_checkpoint(path: Path, state: TrainState[Module]) -> None:
                     state.optimizer.restore(parameter, moments, state.step - int(skipped))
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         missing = "it lacks " if isinstance(error, KeyError) else ""
+        older = "".join(f", or put {other.name} in its place" for other in _aside(path)[:1])
         raise CheckpointError(
             f"Cannot resume from {path} ({missing}{one_line(error)}); delete it to start this run "
-            f"anew."
+            f"anew{older}."
         ) from None
 
 
@@ -143,6 +187,7 @@ def load_last(path: Path, model: nn.Module) -> None:
 def _load(path: Path, model: nn.Module, kind: str) -> None:
     try:
         with safe_open(path, framework="pt") as file:
+            _verified(file)
             found = {name for name in file.keys() if name.startswith(f"{kind}.")}  # noqa: SIM118
             with torch.no_grad():
                 for name, parameter in model.named_parameters():
@@ -153,6 +198,26 @@ def _load(path: Path, model: nn.Module, kind: str) -> None:
         raise CheckpointError(f"Cannot read {path} ({one_line(error)}).") from None
     if found:
         raise CheckpointError(f"{path} belongs to another network: it has {min(found)}.")
+
+
+def _checksum(facts: dict[str, Any], names: list[str], tensor: Callable[[str], Tensor]) -> str:
+    """SHA-256 of all that a checkpoint says, whatever order the file has it in."""
+    said = sorted((name, value) for name, value in facts.items() if name != "sha256")
+    return digest(chain([json.dumps([said, names])], tensor_bytes(map(tensor, names))))
+
+
+def _verified(file: Any) -> dict[str, Any]:
+    """What an open checkpoint says beside its tensors.
+
+    Raises:
+        ValueError: its bytes have changed; one of an older fsdfm has no checksum to tell by.
+    """
+    facts: dict[str, Any] = json.loads((file.metadata() or {}).get("state", "{}"))
+    if "sha256" in facts and facts["sha256"] != _checksum(
+        facts, sorted(file.keys()), file.get_tensor
+    ):
+        raise ValueError("its bytes have changed")
+    return facts
 
 
 def _trained(

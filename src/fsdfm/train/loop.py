@@ -23,7 +23,7 @@ from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
 from fsdfm.train import buckets
-from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint
+from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint, set_aside
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
 from fsdfm.train.optim import make_optimizer
@@ -203,6 +203,7 @@ class Run(Generic[Module]):
         state.elapsed_seconds = clock.total()
         if self.task.world.first:
             self.watcher.saved(state.ema.model)
+            set_aside(self.checkpoint, self.settings.keep_checkpoints - 1)
             save_checkpoint(self.checkpoint, state)
 
     def _log(self, state: TrainState[Module], clock: _Clock) -> float | None:

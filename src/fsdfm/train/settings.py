@@ -55,6 +55,8 @@ class TrainSettings:
     """Updates between two validations."""
     checkpoint_every: int = option(250, within=AT_LEAST_1)
     """Updates between two checkpoints."""
+    keep_checkpoints: int = option(1, within=AT_LEAST_1)
+    """How many of the last checkpoints stay; all but the newest are checkpoint-STEP.safetensors."""
     validation_sequences: int = option(32, within=AT_LEAST_1)
     """Sequences for the validation ELBO."""
     peak_tflops: float | None = option(None, within=POSITIVE, unset="the device's, where known")

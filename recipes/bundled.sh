@@ -6,7 +6,8 @@
 #
 # recipes/README.md says what PACKED holds and how to rebuild it. STEPS (default 1000) is the length of the
 # adaptation in updates of 2,048 tokens: the more, the better it writes (2 s each on two cores). Half of the text of the
-# second stage are stories.jsonl.gz, which stories.py wrote; stories.py WORK_DIR/stories.jsonl adds more.
+# second stage are stories.jsonl.gz, which stories.py wrote; stories.py WORK_DIR/stories.jsonl adds more. The third
+# stage has them beside fairy tales.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 work=$1
@@ -36,11 +37,20 @@ python "$here/heldout.py" data heldout.jsonl.gz
 fsdfm pretrain --init teacher256 --source mask --frozen-share 0.33 --data mixed --out simple256 \
   --context-length 256 --batch-size 8 --steps 1000 --learning-rate 5e-4 --warmup-steps 30 \
   --ema-decay 0.995 --evaluate-every 200 --sample-every 0 --checkpoint-every 100
-fsdfm pretrain --init simple256 --source mask --frozen-share 0.33 --data mixed --out teacher \
-  --context-length 1024 --batch-size 2 --steps 80 --learning-rate 2e-4 --warmup-steps 8 \
-  --ema-decay 0.95 --evaluate-every 80 --sample-every 0 --checkpoint-every 40 --validation-sequences 8
-fsdfm distill --teacher teacher --data mixed --out student --context-length 256 --batch-size 8 \
-  --steps 360 --learning-rate 1e-3 --warmup-steps 30 --ema-decay 0.98 --evaluate-every 360 \
-  --sample-every 0 --checkpoint-every 90
+[ -f tales.jsonl ] || {
+  python "$here/corpus.py" "${packed[@]}" stories.jsonl --sources smollm2 austen:0.15 "novel: Fairy" novel:0.2 \
+    mobydick:0.15 grimm enwiki:0.15 --without heldout.jsonl.gz --out tales.part
+  mv tales.part tales.jsonl
+}
+[ -d tales ] || fsdfm prepare tales.jsonl --tokenizer data/tokenizer.json --out tales
+fsdfm pretrain --init simple256 --source mask --frozen-share 0.33 --data tales --out tales256 \
+  --context-length 256 --batch-size 8 --steps 1300 --learning-rate 5e-4 --warmup-steps 30 \
+  --ema-decay 0.997 --evaluate-every 300 --sample-every 0 --checkpoint-every 100
+fsdfm pretrain --init tales256 --source mask --frozen-share 0.33 --data tales --out teacher \
+  --context-length 1024 --batch-size 2 --steps 60 --learning-rate 2e-4 --warmup-steps 6 \
+  --ema-decay 0.93 --evaluate-every 60 --sample-every 0 --checkpoint-every 40 --validation-sequences 8
+fsdfm distill --teacher teacher --data tales --out student --context-length 256 --batch-size 8 \
+  --steps 220 --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 220 \
+  --sample-every 0 --checkpoint-every 100
 python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate mixed --temperature 0.8
+  --calibrate tales --temperature 0.8

@@ -77,6 +77,22 @@ def test_a_joint_head_of_another_reach_gives_one_line() -> None:
         student_from_teacher(network(2), "none", neighbours=3)
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_teacher_with_other_tensors_is_refused(
+    lost: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = network(0)
+    tensors = teacher.state_dict()
+    if lost:
+        del tensors["vocab_embed.weight"]
+    else:
+        tensors["blocks.9.extra"] = torch.zeros(1)
+    monkeypatch.setattr(teacher, "state_dict", lambda: tensors)
+    name = "vocab_embed.weight" if lost else "blocks.9.extra"
+    with pytest.raises(ConfigError, match=f"do not agree in {name}"):
+        student_from_teacher(teacher, "none", neighbours=2)
+
+
 def test_the_engine_tells_its_rows_the_same() -> None:
     model, x, at = network(), torch.arange(2 * L).view(2, L) % V, torch.tensor([0, 5, 7])
     known = torch.rand(2, L, generator=torch.Generator().manual_seed(1)) < 0.5

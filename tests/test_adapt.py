@@ -61,6 +61,7 @@ RUN_FILES = {
     "metrics.jsonl",
     "model.safetensors",
     "run.json",
+    "config.toml",
     "tokenizer.json",
 }
 

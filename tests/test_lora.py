@@ -33,7 +33,7 @@ from fsdfm.train import loop as loop_module
 from fsdfm.train.ema import Ema
 
 ADAPTER = {"adapter.json", "adapter.safetensors", "checkpoint.safetensors", "metrics.jsonl"}
-ADAPTER |= {"run.json"}
+ADAPTER |= {"run.json", "config.toml"}
 TOKENIZER = train_bpe([WORDS * 20], 300)
 NETWORKS: dict[str, Callable[[], FlowNetwork]] = {
     "published": lambda: network(TOKENIZER),

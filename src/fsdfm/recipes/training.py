@@ -310,7 +310,9 @@ def _task(
         likelihood=objective.nats if isinstance(objective, NextToken) else None,
         world=world,
         # What an adapter's gradients cost has no formula here.
-        sequence_flops=None if adapter else sequence_flops(config, work(objective), length),
+        sequence_flops=None
+        if adapter or peak is None
+        else sequence_flops(config, work(objective), length),
         peak_flops=None if peak is None else peak * 1e12,
     )
 

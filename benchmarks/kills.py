@@ -3,9 +3,10 @@
     python benchmarks/kills.py --kills 20
 
 Trains a small network with torchrun twice: undisturbed, and with a SIGKILL to a process at random,
-so many times, at a moment at random after its start; then the same command goes on. Prints where
-each kill fell, and compares every tensor of the two checkpoints and the exported models. Ends with
-code 1 if any bit differs. Linux only.
+so many times, at a moment at random after its first new line of metrics; a quarter of the kills
+fall at random before, while it starts. Then the same command goes on. Prints where each kill fell,
+and compares every tensor of the two checkpoints and the exported models. Ends with code 1 if any
+bit differs. Linux only.
 """
 
 from __future__ import annotations
@@ -80,12 +81,25 @@ def updates(out: Path) -> int:
         return 0
 
 
+def changed(out: Path) -> int:
+    """When the metrics were last written, 0 if never."""
+    try:
+        return (out / "metrics.jsonl").stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
 def disturbed(data: Path, out: Path, args: argparse.Namespace) -> int:
     """Run to the end through all kills; gives how many fell."""
     draw, fallen = random.Random(args.seed), 0
     while True:
         run = start(data, out, args)
-        while fallen < args.kills and run.poll() is None and len(workers(run)) < args.processes:
+        before, early = changed(out), draw.random() < 0.25
+        while (
+            fallen < args.kills
+            and run.poll() is None
+            and not (len(workers(run)) == args.processes and (early or changed(out) != before))
+        ):
             time.sleep(0.02)
         if fallen < args.kills:
             moment, place = draw.uniform(0.0, args.within), draw.randrange(args.processes)
@@ -94,8 +108,9 @@ def disturbed(data: Path, out: Path, args: argparse.Namespace) -> int:
             except subprocess.TimeoutExpired:
                 os.kill(workers(run)[place], signal.SIGKILL)
                 fallen += 1
-                print(f"kill {fallen}: process {place} after {moment:.1f} s, ", end="")
-                print(f"update {updates(out)} or later", flush=True)
+                when = "a start" if early else "a line of metrics"
+                print(f"kill {fallen}: process {place}, {moment:.2f} s after {when}, ", end="")
+                print(f"at update {updates(out)} or soon after", flush=True)
         if run.wait() == 0:
             return fallen
 
@@ -111,7 +126,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--within", type=float, default=12.0, help="seconds after a start")
+    parser.add_argument("--within", type=float, default=3.0, help="seconds at most")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -33,6 +33,7 @@ from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
+from fsdfm.train import outside
 from fsdfm.train.buckets import is_bucket
 from fsdfm.train.checkpoint import TrainState, load_average, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, within
@@ -744,7 +745,7 @@ def test_training_works_outside_the_main_thread(tmp_path: Path) -> None:
 
 def test_counters_go_on_across_sessions(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop_module.time, "perf_counter", itertools.count(500).__next__)
+        patch.setattr(outside.time, "perf_counter", itertools.count(500).__next__)
         finish(tmp_path / "one")
         for stop in (2, 4, 99):
 

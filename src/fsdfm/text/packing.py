@@ -75,22 +75,32 @@ def prepare(
         shards = Shards.open(staged, job, encoder.dtype, settings.shard_tokens)
         write_shards(shards, deal.pieces(told("tokens"), dropped), encoder, workers)
         shards.finish()
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "dtype": encoder.dtype.name,
-            "vocab_size": tokenizer.vocab_size,
-            "eos_id": tokenizer.eos_id,
-            "tokenizer_sha256": tokenizer.fingerprint,
-            "tokenizer_trained_here": trained,
-            "settings": asdict(settings),
-            "files": [file for source in found for file in source.describe()],
-            "splits": shards.summaries(),
-            "split_documents": shards.split_documents,
-            "dropped": asdict(dropped),
-        }
+        manifest = _manifest(found, settings, tokenizer, shards, encoder)
+        manifest |= {"tokenizer_trained_here": trained, "dropped": asdict(dropped)}
         (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
     return json.loads(json.dumps(manifest))  # type: ignore[no-any-return]  # as it is read back
+
+
+def _manifest(
+    sources: Sequence[Source],
+    settings: PrepareSettings,
+    tokenizer: Tokenizer,
+    shards: Shards,
+    encoder: Encoder,
+) -> dict[str, Any]:
+    """What was read, how, and what it became."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "dtype": encoder.dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "tokenizer_sha256": tokenizer.fingerprint,
+        "settings": asdict(settings),
+        "files": [file for source in sources for file in source.describe()],
+        "splits": shards.summaries(),
+        "split_documents": shards.split_documents,
+    }
 
 
 def _tokenizer(path: Path, deal: Deal, given: Tokenizer | None, told: Counter) -> Tokenizer:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -27,6 +24,7 @@ from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint,
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
 from fsdfm.train.optim import make_optimizer
+from fsdfm.train.outside import Clock, graceful_stop
 from fsdfm.train.parallel import ALONE, Pass, World, unshared
 from fsdfm.train.settings import TrainSettings
 
@@ -132,8 +130,8 @@ class Run(Generic[Module]):
             self._forget_metrics_after(state.step)
         through = self.task.world.wrap(Pass(self.task.objective, state.model))
         resumed_at = state.step
-        clock = _Clock(state)
-        with _graceful_stop() as stopping:
+        clock = Clock(state)
+        with graceful_stop() as stopping:
             # One turn past the end, so that the last update is logged, evaluated and saved too.
             while True:
                 step, finished = state.step, state.step >= settings.steps
@@ -197,7 +195,7 @@ class Run(Generic[Module]):
             "out",
         )
 
-    def _save(self, state: TrainState[Module], clock: _Clock) -> None:
+    def _save(self, state: TrainState[Module], clock: Clock) -> None:
         """The model, then the checkpoint."""
         self._check_weights(state)
         state.elapsed_seconds = clock.total()
@@ -206,7 +204,7 @@ class Run(Generic[Module]):
             set_aside(self.checkpoint, self.settings.keep_checkpoints - 1)
             save_checkpoint(self.checkpoint, state)
 
-    def _log(self, state: TrainState[Module], clock: _Clock) -> float | None:
+    def _log(self, state: TrainState[Module], clock: Clock) -> float | None:
         """Write means of what was finite since the last line; this waits for the device."""
         self._check(state)
         pending, state.pending = state.pending, {}
@@ -370,51 +368,7 @@ def _mean(values: Tensor) -> float | None:
     return float(finite.mean()) if len(finite) else None
 
 
-class _Clock:
-    """Time spent on a run: in this session, and in all of them."""
-
-    def __init__(self, state: TrainState[Any]) -> None:
-        self.before, self.first_step = state.elapsed_seconds, state.step
-        self.started = time.perf_counter()
-        self.last = self.first_step, self.started
-
-    def total(self) -> float:
-        """Seconds of all sessions; work that was lost to a kill is not counted."""
-        return self.before + time.perf_counter() - self.started
-
-    def updates_per_second(self, step: int) -> float:
-        """Since this was asked for last, validations and checkpoints included."""
-        (before, since), now = self.last, time.perf_counter()
-        self.last = step, now
-        return (step - before) / (now - since)
-
-
 def _autocast(task: Task) -> torch.autocast:
     return torch.autocast(
         task.device.type, dtype=task.autocast, enabled=task.autocast != torch.float32
     )
-
-
-@contextlib.contextmanager
-def _graceful_stop() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def handle(number: int, frame: object) -> None:
-        event.set()
-        restore()
-
-    for number in previous:
-        signal.signal(number, handle)
-    try:
-        yield event
-    finally:
-        restore()

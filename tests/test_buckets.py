@@ -19,7 +19,7 @@ from fsdfm.core.device import peak_tflops
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import MaskSource, UniformSource
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.train import loop as loop_module
+from fsdfm.train import outside
 from fsdfm.train.buckets import STEPS, TIMES, is_bucket, means
 from fsdfm.train.loop import Run
 from fsdfm.train.objective import Distill, Joint, Objective, Pretrain, even_weights
@@ -115,7 +115,7 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
     given = replace(task(), sequence_flops=1e6, peak_flops=1e9)
     with pytest.MonkeyPatch.context() as patch:
         clock = iter(range(1000))
-        patch.setattr(loop_module.time, "perf_counter", lambda: float(next(clock)))
+        patch.setattr(outside.time, "perf_counter", lambda: float(next(clock)))
         Run(tmp_path, replace(SETTINGS, log_every=1), given, Recorder()).train(Toy())
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if "loss" in record]

@@ -20,6 +20,7 @@ import torch
 
 from fsdfm.core.errors import FsdfmError
 from fsdfm.core.files import write_whole
+from fsdfm.flow.path import SOURCES
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.student import student_from_teacher
 from fsdfm.study.chain import ExactConditionals
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", nargs="*", choices=names, default=names)
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--powers", type=float, nargs="+", default=[1.0, 2.0, 8.0])
+    parser.add_argument("--source", choices=SOURCES, default="uniform", help="where the path starts")
     parser.add_argument("--updates", type=int, default=600, help="of a head, of 256 texts")
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--samples", type=int, default=4096)
@@ -79,9 +81,10 @@ def main() -> None:
     args = parse()
     try:
         steps = None if args.teacher_run else args.teacher_steps
-        language = known_law(args.teacher_run or args.out / "teacher", steps=steps)
+        language = known_law(args.teacher_run or args.out / "teacher", args.source, steps)
+        exact = ExactConditionals(language.chain, language.source)
         drawers = {
-            EXACT: lambda: drawer(language, ExactConditionals(language.chain), GROUPS),
+            EXACT: lambda: drawer(language, exact, GROUPS),
             TEACHER: lambda: drawer(language, language.teacher),
         }
         for name in HEADS:

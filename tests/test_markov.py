@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from fsdfm.flow.grid import even_grid
-from fsdfm.flow.path import UniformSource
-from fsdfm.flow.posterior import Sequences
-from fsdfm.flow.sampler import Noise, sample
+from fsdfm.flow.path import MaskSource, UniformSource, make_source
+from fsdfm.flow.posterior import Grouped, Sequences
+from fsdfm.flow.sampler import Drawing, Noise, sample
 from fsdfm.study import chain as chains
-from fsdfm.study.chain import Chain, ExactPosterior, path_gap, perfect_student
+from fsdfm.study.chain import (
+    Chain,
+    ExactConditionals,
+    ExactPosterior,
+    OneStream,
+    path_gap,
+    perfect_student,
+)
 from fsdfm.study.divergence import figures, trigram_counts, trigram_figures
 
 SYMBOLS, LENGTH = 3, 5
@@ -173,3 +180,35 @@ def test_standard_errors_are_those_of_repeated_draws(chain: Chain) -> None:
 
 def test_the_gap_of_the_exact_posterior_to_itself_is_zero(chain: Chain) -> None:
     assert path_gap(ExactPosterior(chain), chain, LENGTH, seed=1) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_masks_say_nothing_and_all_else_is_data(chain: Chain) -> None:
+    source = MaskSource(SYMBOLS, absorbing=True)
+    x_1, chance = every_sequence(), chances(chain)
+    x_t = x_1[::5].clone()
+    x_t[torch.rand(x_t.shape, generator=torch.Generator().manual_seed(0)) < 0.6] = SYMBOLS
+    agree = (x_t[:, None, :] == x_1[None]) | (x_t[:, None, :] == SYMBOLS)
+    joint = agree.all(-1) * chance
+    joint = joint / joint.sum(1, keepdim=True)
+    expected = torch.einsum("sd,dlv->slv", joint, torch.nn.functional.one_hot(x_1).double())
+    times = torch.full((len(x_t),), 0.4, dtype=torch.float64)
+    found = ExactPosterior(chain, source).body(x_t, times, times).exp()
+    torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-12)
+
+
+@pytest.mark.parametrize("source", ["uniform", "mask"])
+def test_exact_conditionals_in_as_many_groups_as_positions_have_the_law_in_one_call(
+    chain: Chain, source: str
+) -> None:
+    start = make_source(source, SYMBOLS, absorbing=source == "mask")
+    model = Sequences(ExactConditionals(chain, start))
+    noise = OneStream(4000, 1)
+    drawing = Drawing(posterior=Grouped(model, LENGTH))
+    for steps in (1, 4):
+        x_0 = noise.start(start, LENGTH)
+        *_, last = sample(model, x_0, even_grid(steps), noise, start, drawing=drawing)
+        nll = chain.nll(last.x)
+        error = float(nll.std()) / math.sqrt(len(nll))
+        assert abs(float(nll.mean()) - chain.entropy(LENGTH)) < 4.5 * error
+        # Plug-in of as many true samples: 13 / 4000 (see the test of windows).
+        assert figures(last.x, chain)["windows_mean"] < 2 * 13 / 4000

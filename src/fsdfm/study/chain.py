@@ -85,17 +85,19 @@ class Chain:
 
 @dataclass(frozen=True)
 class ExactPosterior:
-    """p(x_1[i] given x_t) of a chain under the linear path from a uniform source: a FlowModel.
+    """p(x_1[i] given x_t) of a chain under the linear path: a FlowModel.
 
     Position i of x_t is seen through a channel: it is x_1[i] with chance t, else any of the V
-    symbols. So the posterior is a forward-backward pass over pairs (x_1[i - 1], x_1[i]). The
+    symbols, or a mask, which says nothing. So the posterior is a forward-backward pass over pairs (x_1[i - 1], x_1[i]). The
     "hidden rows" are its logarithm, and the head is the identity.
 
     Args:
         chain: of at least two symbols; sequences of at least two positions.
+        source: where the path starts; uniform if not given.
     """
 
     chain: Chain
+    source: Source | None = None
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """States (B, L), times (B,) -> log posterior, float64, (B, L, V); h is not needed."""
@@ -133,8 +135,11 @@ class ExactPosterior:
 
     def _channel(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Chance of the symbol seen given each true symbol, shape (B, L, V)."""
-        t = t[:, None, None]
-        return (1.0 - t) / self.chain.symbols + t * F.one_hot(x_t, self.chain.symbols)
+        symbols, t = self.chain.symbols, t[:, None, None]
+        if self.source is None or isinstance(self.source, UniformSource):
+            return (1.0 - t) / symbols + t * F.one_hot(x_t, symbols)
+        masked = (x_t == symbols)[..., None]
+        return torch.where(masked, 1.0 - t, t * F.one_hot(x_t % symbols, symbols))
 
     def _forward(self, seen: Tensor) -> list[Tensor]:
         """Pair ending at position i = 1, 2, ... given what is seen up to i, each (B, V, V)."""
@@ -164,7 +169,9 @@ class ExactConditionals(ExactPosterior):
         sequence = at // x.shape[1]
         told, x = known[sequence], x[sequence]
         seen = torch.where(
-            told[..., None], F.one_hot(x, self.chain.symbols).double(), self._channel(x_t, t)
+            told[..., None],
+            F.one_hot(x % self.chain.symbols, self.chain.symbols).double(),
+            self._channel(x_t, t),
         )
         return self.marginals(seen)[torch.arange(len(at)), at % x.shape[1]].log()
 

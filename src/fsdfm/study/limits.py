@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import Tensor
 
 from fsdfm.flow.grid import Late
-from fsdfm.flow.path import UniformSource
 from fsdfm.flow.posterior import INDEPENDENT, FlowModel, Grouped, Posterior, Sequences
 from fsdfm.flow.sampler import Drawing, sample
 from fsdfm.study.chain import OneStream
@@ -35,7 +34,7 @@ def drawer(
         seams: of the groups, one of SEAMS.
         seed: of the noise.
     """
-    source, sampled = UniformSource(language.chain.symbols), Sequences(model)
+    source, sampled = language.source, Sequences(model)
     posterior: Posterior = Grouped(sampled, groups, seams) if groups else INDEPENDENT
 
     def draw(grid: Tensor, samples: int) -> Tensor:

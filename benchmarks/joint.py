@@ -25,7 +25,14 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.student import student_from_teacher
 from fsdfm.study.chain import ExactConditionals
 from fsdfm.study.languages import KnownLaw
-from fsdfm.study.limits import Drawer, drawer, limits, limits_table
+from fsdfm.study.limits import (
+    Drawer,
+    drawer,
+    kept_marginals,
+    limits,
+    limits_table,
+    marginals_table,
+)
 from fsdfm.study.training import Watch, known_law, task_of, trained
 from fsdfm.train.checkpoint import load_average
 from fsdfm.train.objective import Joint
@@ -66,7 +73,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--heads", nargs="*", choices=names, default=names)
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--powers", type=float, nargs="+", default=[1.0, 2.0, 8.0])
-    parser.add_argument("--source", choices=SOURCES, default="uniform", help="where the path starts")
+    parser.add_argument(
+        "--source", choices=SOURCES, default="uniform", help="where the path starts"
+    )
     parser.add_argument("--updates", type=int, default=600, help="of a head, of 256 texts")
     parser.add_argument("--learning-rate", type=float, default=6e-3)
     parser.add_argument("--samples", type=int, default=4096)
@@ -93,9 +102,10 @@ def main() -> None:
         chosen = {f"{n} {args.seed}" if n in HEADS else n: drawers[n] for n in args.heads}
         settings = list(itertools.product(args.calls, args.powers))
         rows = limits(args.out, language, chosen, settings, args.samples)
+        kept = kept_marginals(language, {n: make() for n, make in chosen.items()}, args.samples)
     except FsdfmError as error:
         raise SystemExit(str(error)) from None
-    text = limits_table(rows, language)
+    text = limits_table(rows, language) + "\n" + marginals_table(kept)
     write_whole(args.out / "table.md", text)
     print(text)
 

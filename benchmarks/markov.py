@@ -42,7 +42,7 @@ def parse() -> argparse.Namespace:
 def perfect(language: KnownLaw) -> Drawer:
     """Many small steps for every position: affordable at up to 8 calls."""
 
-    def draw(grid: Tensor, samples: int) -> Tensor:
+    def draw(grid: Tensor, samples: int, start: Tensor | None = None) -> Tensor:
         return perfect_student(language.chain, grid, samples, language.length, seed=0)
 
     return draw

@@ -14,11 +14,14 @@ import pytest
 import torch
 from evaluation_fixtures import save_heldout, save_judge, save_model
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.study import curve
 from fsdfm.study import protocol as protocols
+from fsdfm.study.chain import ExactConditionals
 from fsdfm.study.languages import KnownLaw, Prose, at_entropy, standard_error
+from fsdfm.study.limits import drawer, kept_marginals
 from fsdfm.study.protocol import Protocol, Study, append, read
 from fsdfm.study.recipes import RECIPES, Recipe
 from fsdfm.study.tables import tables
@@ -215,9 +218,23 @@ def test_scripts_of_the_known_law_give_a_row_for_every_way_of_drawing(
     benchmark(name).main()
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert (
-        list(dict.fromkeys(line.split("|")[1].strip() for line in table.splitlines()[4:])) == rows
-    )
+    tables = [each.splitlines()[2:] for each in table.split("\n\n") if each.startswith("|")]
+    names = [[line.split("|")[1].strip() for line in lines] for lines in tables]
+    assert list(dict.fromkeys(names[0])) == rows
+    assert names[1:] == ([[*rows, "exact marginals"]] if name == "joint" else [])
+
+
+def test_marginals_are_kept_by_exact_conditionals_and_not_by_wrong_ones(teacher: Path) -> None:
+    language = known_law(teacher)
+    exact = drawer(language, ExactConditionals(language.chain, language.source), 4)
+
+    def wrong(grid: Tensor, samples: int, start: Tensor | None = None) -> Tensor:
+        return torch.zeros_like(exact(grid, samples, start))
+
+    found = kept_marginals(language, {"exact": exact, "wrong": wrong}, 400)
+    three = (found[name] for name in ("exact", "exact marginals", "wrong"))
+    for at, floor, off in zip(*three, strict=True):
+        assert at < 1.3 * floor < 0.3 * off
 
 
 def test_prose_is_judged_by_several_beside_references(

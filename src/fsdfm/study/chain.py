@@ -88,8 +88,8 @@ class ExactPosterior:
     """p(x_1[i] given x_t) of a chain under the linear path: a FlowModel.
 
     Position i of x_t is seen through a channel: it is x_1[i] with chance t, else any of the V
-    symbols, or a mask, which says nothing. So the posterior is a forward-backward pass over pairs (x_1[i - 1], x_1[i]). The
-    "hidden rows" are its logarithm, and the head is the identity.
+    symbols, or a mask, which says nothing. So the posterior is a forward-backward pass over pairs
+    (x_1[i - 1], x_1[i]). The "hidden rows" are its logarithm, and the head is the identity.
 
     Args:
         chain: of at least two symbols; sequences of at least two positions.

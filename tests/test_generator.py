@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import fsdfm
 from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError
+from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.generator import Generator
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import save_pretrained
@@ -237,7 +238,7 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'."),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0."),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5."),
-        ({"step": "heun"}, "step must be one of exact, published, euler, got 'heun'."),
+        ({"step": "heun"}, f"step must be one of {', '.join(STEP_RULES)}, got 'heun'."),
         ({"movers": "all"}, "movers must be one of independent, systematic, got 'all'."),
         ({"grid": "early"}, "grid must be one of even, late, latest, got 'early'."),
     ],

@@ -228,7 +228,7 @@ class Toy:
         ({"rate": math.inf}, "rate must be positive, got inf."),
         ({"heat": (1.0, -1.0)}, "heat must be a finite number >= 0, got -1."),
         ({"heat": 1.0}, "heat must be several values, got 1.0."),
-        ({"rule": "heun"}, "rule must be one of exact, published, euler, got 'heun'."),
+        ({"rule": "heun"}, f"rule must be one of {', '.join(STEP_RULES)}, got 'heun'."),
         ({"kind": "c"}, "kind must be one of a, b, got 'c'."),
     ],
 )

@@ -11,6 +11,7 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.generate import precision as device_module
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.model import int8
+from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8, int8_linear
@@ -89,6 +90,27 @@ def test_an_engine_in_8_bits_says_nearly_what_the_network_says(batch: int) -> No
     assert found.dtype == torch.bfloat16
     error = (found.float() - truth).norm() / truth.norm()
     assert 0.001 < error < 0.05
+
+
+@needs_int8
+def test_outliers_behind_a_gate_do_not_drown_the_rest() -> None:
+    """One inner number of adapted networks is a hundred times as large as the others."""
+    shape = {"vocab_size": 83, "hidden_size": 48, "blocks": 2, "heads": 4, "cond_size": 16}
+    shape |= {"kv_heads": 2, "head_size": 12, "mlp_size": 64, "start_id": 0}
+    torch.manual_seed(2)
+    model = CausalNetwork(CausalConfig(**shape, source="mask", step_embedding="none"))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    for block in model.blocks:
+        block.mlp_in.weight.data[[0, 64]] *= 30.0  # a gate and what it lets through
+        block.mlp_out.weight.data *= 8.0
+        block.mlp_out.weight.data[:, 0] /= 8000.0
+    x, rows = torch.randint(83, (1, 40)), torch.arange(40)
+    truth, found = (
+        engine.head(engine.hidden(x, 0.3, 0.125, rows)).float()
+        for engine in (Engine(model, torch.float32), Engine(model, torch.int8))
+    )
+    assert 0.001 < (found - truth).norm() / truth.norm() < 0.02
 
 
 @pytest.mark.parametrize("kind", ["cuda", "mps"])

@@ -285,7 +285,9 @@ class _TwinLayer:
         self._qkv = linear(block.qkv.weight, block.qkv.bias, dtype)
         self._out = linear(block.attn_out.weight, None, dtype)
         self._mlp_in = linear(block.mlp_in.weight, None, dtype)
-        self._mlp_out = linear(block.mlp_out.weight, None, dtype)
+        # A product of two numbers has outliers, which would leave 8 bits nothing for the rest.
+        gated = torch.bfloat16 if dtype == torch.int8 else dtype
+        self._mlp_out = linear(block.mlp_out.weight, None, gated)
         _leave_out(block, "qkv", "attn_out", "mlp_in", "mlp_out")
 
     def modulation(self, c: Tensor) -> Modulation:

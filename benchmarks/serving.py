@@ -1,9 +1,10 @@
 """Latency and throughput of `fsdfm serve` at several numbers of clients, beside offline generation.
 
-    python benchmarks/serving.py --clients 1 4 16 --each 2 --out serving.json
+    python benchmarks/serving.py --clients 1 4 16 64 --out serving.json
 
 The server is a process of its own and the load comes from this one, over loopback. Each client
-sends its requests one after another, streaming with drafts. Offline is `Generator.answer` with the
+sends its requests one after another, streaming with drafts: at least --each of them, and at least
+--requests of all clients together. Offline is `Generator.answer` with the
 server's batch size, in a process of its own, before and after each number of clients: on a shared
 machine these differ, and by how much says what the figures are worth. Seconds of the processor, of
 the server's process and of the offline one, depend less on what else runs.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -76,33 +78,36 @@ def ask(http: httpx.Client, seed: int, args: argparse.Namespace) -> tuple[float,
     return total if first is None else first, total
 
 
-def spent(url: str, pid: int) -> tuple[float, float, float]:
-    """Seconds of the processor so far, calls, and texts in calls."""
+def spent(url: str, pid: int) -> tuple[float, float, float, float]:
+    """Seconds of the processor so far, calls, texts in calls, and seconds in calls."""
     ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
     page = httpx.get(f"{url}/metrics").text
-    counts = [float(page.split(f"fsdfm_call_texts_{n} ")[1].split()[0]) for n in ("count", "sum")]
-    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), counts[0], counts[1]
+    names = ("call_texts_count", "call_texts_sum", "call_seconds_sum")
+    calls, texts, inside = (float(page.split(f"fsdfm_{n} ")[1].split()[0]) for n in names)
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK"), calls, texts, inside
 
 
 def load(url: str, pid: int, clients: int, args: argparse.Namespace) -> dict[str, float]:
     """Some clients at once."""
     found: list[tuple[float, float]] = []
+    each = max(args.each, math.ceil(args.requests / clients))
 
     def client(number: int) -> None:
         with httpx.Client(base_url=url, timeout=600) as http:
-            for k in range(args.each):
-                found.append(ask(http, number * args.each + k, args))
+            for k in range(each):
+                found.append(ask(http, number * each + k, args))
 
     threads = [threading.Thread(target=client, args=(k,)) for k in range(clients)]
-    began, before = time.perf_counter(), spent(url, pid)
+    before, mine, began = spent(url, pid), time.process_time(), time.perf_counter()
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     seconds = time.perf_counter() - began
-    cpu, calls, texts = (b - a for a, b in zip(before, spent(url, pid), strict=True))
+    mine = time.process_time() - mine
+    cpu, calls, texts, inside = (b - a for a, b in zip(before, spent(url, pid), strict=True))
     ends = sorted(total for _, total in found)
-    assert len(ends) == clients * args.each, "a request was lost"
+    assert len(ends) == clients * each, "a request was lost"
     return {
         "clients": clients,
         "requests": len(ends),
@@ -110,6 +115,9 @@ def load(url: str, pid: int, clients: int, args: argparse.Namespace) -> dict[str
         "tokens_per_second": len(ends) * args.tokens / seconds,
         "tokens_per_cpu_second": len(ends) * args.tokens / cpu,
         "texts_a_call": texts / calls,
+        "seconds": seconds,
+        "seconds_in_calls": inside,
+        "cpu_seconds_of_the_load": mine,
         "p50_seconds": statistics.median(ends),
         "p99_seconds": ends[min(len(ends) - 1, int(0.99 * len(ends)))],
         "first_draft_p50_seconds": statistics.median(first for first, _ in found),
@@ -130,8 +138,9 @@ def offline(count: int, batch: int, args: argparse.Namespace) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model")
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--each", type=int, default=2, help="requests of each client")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--each", type=int, default=2, help="requests of each client, at least")
+    parser.add_argument("--requests", type=int, default=48, help="of all clients, at least")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--texts", type=int, default=16, help="made offline")
@@ -148,8 +157,11 @@ def main() -> None:
             ask(http, 0, args)
         rows["served"] = []
         for clients in args.clients:
-            rows["served"].append(load(url, pid, clients, args))
+            row = load(url, pid, clients, args)
             rows["offline"].append(offline(args.texts, args.batch_size, args))
+            beside = statistics.mean(each["tokens_per_second"] for each in rows["offline"][-2:])
+            row["of_offline_beside_it"] = row["tokens_per_second"] / beside
+            rows["served"].append(row)
     text = json.dumps(rows, indent=1)
     print(text)
     if args.out is not None:

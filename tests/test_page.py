@@ -145,6 +145,7 @@ def test_what_cannot_be_done_is_said(seen: Seen) -> None:
     seen.page.locator("#write").click()
     seen.until("!document.getElementById('error').hidden")
     assert "no ]] closes" in seen.page.inner_text("#error")
+    assert seen.page.inner_text("#scrub-out") == "0", "there is nothing to look through"
     assert seen.get("document.documentElement.scrollWidth <= innerWidth")
     seen.page.set_viewport_size({"width": 360, "height": 640})
     assert seen.get("document.documentElement.scrollWidth <= innerWidth"), "on a phone, too"

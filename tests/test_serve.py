@@ -240,6 +240,18 @@ def test_an_edit_keeps_the_rest(up: Up, generators: dict[str, Generator]) -> Non
 
 
 @pytest.mark.parametrize(
+    "more", [{}, {"grid": "even"}, {"grid": "late"}, {"temperature": 0.3}, {"top_p": 0.5}]
+)
+def test_how_a_text_is_drawn_is_what_python_gives(
+    up: Up, generators: dict[str, Generator], more: dict[str, Any]
+) -> None:
+    how = {"prompt": PROMPT, "length": 40, "seed": 3, "steps": 6, "grid": "even"}
+    text = alone(generators["twin"], **how | more)
+    assert (text == alone(generators["twin"], **how)) == (how == how | more), "it says nothing"
+    assert up.post(**how | more, echo=True).json()["choices"][0]["text"] == text
+
+
+@pytest.mark.parametrize(
     "name", ["steps", "num_denoising_steps", "max_denoising_steps", "num_inference_steps"]
 )
 def test_steps_have_many_names(up: Up, name: str) -> None:

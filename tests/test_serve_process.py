@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -69,6 +70,28 @@ def test_sigterm_finishes_what_was_taken_on(run: Run, model: Path) -> None:
     assert "".join(json.loads(line)["choices"][0]["text"] for line in lines) == text
     assert found[True].endswith("data: [DONE]\n\n")
     model.rename(model.with_name("tiny"))
+
+
+TEAM = """
+import os, time, torch
+from fsdfm.serve.models import loaded
+threads = lambda: len(os.listdir("/proc/self/task"))
+before, deadline = threads(), time.monotonic() + 10
+loaded({"bundled": None})
+while threads() > before and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(threads() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+def test_loading_leaves_no_threads_beside_the_batchers() -> None:
+    # Loaded in the main thread, one is left that makes the batcher's products a third slower.
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", TEAM], env=env, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "0\n"
 
 
 def test_the_example_for_kubernetes_fits_the_server() -> None:

@@ -8,18 +8,14 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fsdfm.cli.console import note, status
 from fsdfm.cli.flags import Flags, parse
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import check, option
 from fsdfm.core.registry import Names
-from fsdfm.serve.models import named
+from fsdfm.serve.models import loaded, named
 from fsdfm.serve.settings import LOOPBACK, ServeSettings
-
-if TYPE_CHECKING:
-    from fsdfm.generate.generator import Generator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +67,10 @@ def run(argv: Sequence[str]) -> None:
     from fsdfm.core.device import keep_few_plans
 
     keep_few_plans()
-    models = _models(_Own(**own))
+    asked = _Own(**own)
+    places = named(asked.model)
+    with status(f"Loading {', '.join(places)}"):
+        models = loaded(places, device=asked.device, precision=asked.precision)
     if settings.host not in LOOPBACK and settings.api_key is None:
         note(f"Everybody who reaches {settings.host} may use it: api_key is not set.")
     serve(models, settings, lambda address: note(f"Serving {', '.join(models)} at {address}"))
-
-
-def _models(own: _Own) -> dict[str, Generator]:
-    """Models by the names that clients say."""
-    from fsdfm.generate.loading import load
-
-    found: dict[str, Generator] = {}
-    for name, place in named(own.model).items():
-        with status(f"Loading {name}"):
-            found[name] = load(place, device=own.device, precision=own.precision)
-    return found

@@ -19,9 +19,8 @@ from ray import serve
 from fsdfm.core.device import keep_few_plans
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_1, NOT_NEGATIVE, check, option
-from fsdfm.generate.loading import load
 from fsdfm.serve.app import create_app
-from fsdfm.serve.models import named
+from fsdfm.serve.models import loaded, named
 from fsdfm.serve.settings import ServeSettings
 
 ELSEWHERE = ("host", "port")
@@ -77,7 +76,7 @@ def build(args: Mapping[str, Any] | None = None) -> Any:
 
         keep_few_plans()
         torch.set_num_threads(threads)
-        return create_app({n: load(place, **chosen) for n, place in places.items()}, settings)
+        return create_app(loaded(places, **chosen), settings)
 
     deployment = serve.deployment(serve.ingress(server)())
     return deployment.options(

@@ -131,3 +131,27 @@ def test_contributing_names_files_and_registries_that_there_are() -> None:
         assert places and all((root / place).exists() for place in places)
         for name in re.findall(r"`([A-Z]\w+|[a-z_]+)`", touch):
             assert re.search(rf"\b{name}\b", sources), (name, files)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            given = [
+                a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+            ]
+            assert len([name for name in given if name not in ("self", "cls")]) <= 8, node.name
+            assert (node.end_lineno or node.lineno) - node.lineno < 60, node.name
+
+
+PLACERS = {"core/files.py", "model/io/directory.py"}
+"""Modules that put a finished file in the place of another. text/packing.py places a directory."""
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_whole_files_are_written_in_one_place(path: Path) -> None:
+    text, name = path.read_text(), str(path.relative_to(PACKAGE))
+    placed = re.findall(r"os\.replace\(|os\.rename\(|\.rename\(|partial\.replace\(", text)
+    assert not placed or name in PLACERS

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fsdfm.core.errors import DataError
-from fsdfm.core.files import digest, is_taken, one_line
+from fsdfm.core.files import digest, is_taken, one_line, replacing
 from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
 from fsdfm.text.deal import Counter, Deal, Dropped, counter
@@ -116,9 +116,8 @@ def _tokenizer(path: Path, deal: Deal, given: Tokenizer | None, told: Counter) -
     elif settings.vocab_size is not None and settings.vocab_size < tokenizer.vocab_size:
         sample = deal.training(told("tokenizer"))
         tokenizer = cut(tokenizer, count_tokens(tokenizer, sample), settings.vocab_size)
-    partial = path.with_suffix(".partial")
-    partial.write_text(tokenizer.to_json(), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(tokenizer.to_json(), encoding="utf-8")
     return tokenizer
 
 

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fsdfm.core.errors import DataError
+from fsdfm.core.files import replacing
 from fsdfm.text.deal import Piece
 from fsdfm.text.layout import SPLITS
 from fsdfm.text.tokenizer import Tokenizer
@@ -204,9 +205,8 @@ class Shards:
             "split_documents": self.split_documents,
             "splits": self.summaries(),
         }
-        partial = self.directory / f"{JOURNAL}.partial"
-        partial.write_text(json.dumps(told))
-        partial.replace(self.directory / JOURNAL)
+        with replacing(self.directory / JOURNAL) as partial:
+            partial.write_text(json.dumps(told))
 
     def summaries(self) -> dict[str, dict[str, Any]]:
         """Counts of each split."""

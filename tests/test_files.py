@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fsdfm.core.errors import CheckpointError, DataError
-from fsdfm.core.files import digest, file_digest, one_line, tensor_bytes, write_whole
+from fsdfm.core.files import digest, file_digest, one_line, replacing, tensor_bytes, write_whole
 
 
 def names(directory: Path) -> set[str]:
@@ -44,6 +44,19 @@ def test_a_symbolic_link_stays_one(tmp_path: Path, there: bool) -> None:
     assert link.is_symlink() and (tmp_path / "again").is_symlink()
     assert file.read_text() == "new"
     assert names(tmp_path / "disk") == {"file"}
+
+
+def test_what_a_library_writes_goes_behind_a_link_and_replaces_no_pipe(tmp_path: Path) -> None:
+    file, link, pipe = tmp_path / "file", tmp_path / "link", tmp_path / "pipe"
+    link.symlink_to(file)
+    for text in ("first", "second"):
+        with replacing(link) as partial:
+            partial.write_text(text)
+        assert link.is_symlink() and file.read_text() == text
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="is no regular file"), replacing(pipe) as partial:
+        partial.write_text("never")
+    assert pipe.is_fifo() and names(tmp_path) == {"file", "link", "pipe"}
 
 
 def test_a_pipe_is_written_through(tmp_path: Path) -> None:

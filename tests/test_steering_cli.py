@@ -234,6 +234,17 @@ def test_results_that_are_none_are_not_gone_on_with(run: Run, model: Path, tmp_p
     assert out.read_text() == "dear diary\n"
 
 
+def test_results_go_to_a_file_alone(run: Run, model: Path, tmp_path: Path) -> None:
+    source, pipe = tmp_path / "in.jsonl", tmp_path / "pipe.jsonl"
+    source.write_text('{"length": 4}\n')
+    os.mkfifo(pipe)
+    code, _, err = run(
+        "generate", "--model", str(model), "--requests", str(source), "--out", str(pipe)
+    )
+    assert code == 2 and "pipe.jsonl is no regular file" in err
+    assert pipe.is_fifo() and sorted(os.listdir(tmp_path)) == ["in.jsonl", "pipe.jsonl"]
+
+
 def test_a_long_text_is_streamed_as_it_is_written(
     run: Run, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -40,7 +40,7 @@ def write_whole(
     try:
         file = Path(path)
         if file.is_file() or not (file.exists() or real(path).is_symlink()):
-            _replace(real(path), data)
+            _replace(file, data)
         else:  # a device, a pipe; or what cannot be opened: a directory, links in a circle
             with open(path, "wb") as stream:
                 stream.write(data)
@@ -58,7 +58,7 @@ def real(path: str | Path) -> Path:
 
 def _replace(path: Path, data: bytes) -> None:
     """Write beside a regular file, then rename over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    real(path).parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         partial.write_bytes(data)
 
@@ -70,11 +70,16 @@ def replacing(path: Path) -> Iterator[Path]:
     For files that a library writes; `write_whole` is for all others.
 
     Args:
-        path: a regular file, behind all links, or nothing yet; its directory is there.
+        path: a regular file or nothing yet, or a symbolic link to one, which stays a link; its
+            directory is there.
 
     Raises:
-        OSError: the file cannot be made, or not be put in place.
+        OSError: the file cannot be made, or not be put in place; or what is there is a device, a
+            pipe or a directory, which is left alone.
     """
+    path = real(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file")
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial

@@ -23,7 +23,13 @@ ROWS = 1024
 
 
 def check_kind(out: Path) -> None:
-    """Raises ConfigError where results are wanted as parquet and pyarrow is not installed."""
+    """Raises ConfigError where results cannot be kept: parquet without pyarrow, or no file."""
+    if out.exists() and not out.is_file():
+        raise ConfigError(
+            f"{out} is no regular file: results are read back when the same command goes on, so "
+            "give a file.",
+            "out",
+        )
     if out.suffix == PARQUET and importlib.util.find_spec("pyarrow") is None:
         raise ConfigError("Parquet needs pyarrow: pip install 'fsdfm[data]' brings it.")
 

@@ -318,6 +318,7 @@ def test_null_leaves_a_field_out_as_the_description_says(up: Up) -> None:
             answer = up.post(path, **{**rest, "seed": 1, name: None})
             says = [field.get("type"), field.get("anyOf"), field.get("enum")]
             null = '"null"' in json.dumps(says) or None in field.get("enum", [])
+            null = null or field.keys() == {"description"}  # it is anything
             assert answer.status_code == (200 if null else 400), (path, name)
 
 

@@ -6,7 +6,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from fsdfm.core.options import Option
-from fsdfm.serve.bodies import ALIASES, Common, body_options
+from fsdfm.serve.bodies import ALIASES, IGNORED, NEUTRAL, Common, body_options
 
 TEXTS: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
@@ -55,12 +55,20 @@ def body_schema(kind: type[Common]) -> dict[str, Any]:
     for alias, name in ALIASES.items():
         if name in found:
             found[alias] = found[name] | {"description": f"The same as {name}."}
+    for name, values in NEUTRAL.items():
+        said = {
+            "enum": [*values, None],
+            "description": "Not done here: only what asks for nothing is taken.",
+        }
+        found.setdefault(name, said)
+    for name in IGNORED:
+        found.setdefault(name, {"description": "Says nothing about the text."})
     return {
         "type": "object",
         "title": kind.__name__,
         "description": kind.__doc__,
         "properties": found,
-        "additionalProperties": False,
+        "additionalProperties": {"type": "null"},
     }
 
 

@@ -307,6 +307,21 @@ def test_the_description_has_every_field_of_a_request(up: Up) -> None:
     assert "late" in fields["grid"]["enum"]
 
 
+def test_null_leaves_a_field_out_as_the_description_says(up: Up) -> None:
+    paths = up.http.get("/openapi.json").json()["paths"]
+    given = {"prompt": "a", "messages": [{"role": "user", "content": "a"}], "text": "a fox"}
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/edit/completions"):
+        schema = paths[path]["post"]["requestBody"]["content"]["application/json"]["schema"]
+        for name, field in schema["properties"].items():
+            needed = {} if name == "input" else given  # which is another name of text
+            rest = {k: v for k, v in needed.items() if k in schema["properties"]}
+            answer = up.post(path, **{**rest, "seed": 1, name: None})
+            says = [field.get("type"), field.get("anyOf"), field.get("enum")]
+            null = '"null"' in json.dumps(says) or None in field.get("enum", [])
+            null = null or field.keys() == {"description"}  # it is anything
+            assert answer.status_code == (200 if null else 400), (path, name)
+
+
 @pytest.mark.parametrize(
     ("body", "status", "says"),
     [

@@ -6,7 +6,7 @@ from dataclasses import MISSING
 from typing import Any
 
 from fsdfm.core.options import Option
-from fsdfm.serve.bodies import ALIASES, Common, body_options
+from fsdfm.serve.bodies import ALIASES, IGNORED, NEUTRAL, Common, body_options
 
 TEXTS: dict[str, Any] = {
     "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
@@ -28,6 +28,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "logit_bias": {"type": "object", "additionalProperties": {"type": "number", "maximum": -100}},
 }
 """Of options that have no single type."""
+NEEDED = ("messages", "text")
+"""What an endpoint cannot do without; null leaves any other field out, as some clients do."""
 TYPES = {int: "integer", float: "number", str: "string", bool: "boolean"}
 ERROR: dict[str, Any] = {
     "type": "object",
@@ -53,12 +55,20 @@ def body_schema(kind: type[Common]) -> dict[str, Any]:
     for alias, name in ALIASES.items():
         if name in found:
             found[alias] = found[name] | {"description": f"The same as {name}."}
+    for name, values in NEUTRAL.items():
+        said = {
+            "enum": [*values, None],
+            "description": "Not done here: only what asks for nothing is taken.",
+        }
+        found.setdefault(name, said)
+    for name in IGNORED:
+        found.setdefault(name, {"description": "Says nothing about the text."})
     return {
         "type": "object",
         "title": kind.__name__,
         "description": kind.__doc__,
         "properties": found,
-        "additionalProperties": False,
+        "additionalProperties": {"type": "null"},
     }
 
 
@@ -92,12 +102,25 @@ def operation(kind: type[Common], *, stream: bool = True) -> dict[str, Any]:
 def _schema(name: str, option: Option) -> dict[str, Any]:
     """JSON schema of an option."""
     found = dict(SHAPES[name]) if name in SHAPES else _typed(option)
+    if name not in NEEDED:
+        found = _or_null(found)
     if option.help:
         found["description"] = option.help
     if option.rule.unset:
         found["description"] = f"{found.get('description', '')} (default: {option.rule.unset})"
     if option.default not in (None, MISSING, ()):
         found["default"] = option.default
+    return found
+
+
+def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
+    found = dict(schema)
+    if "anyOf" in found:
+        found["anyOf"] = [*found["anyOf"], {"type": "null"}]
+    if "enum" in found:
+        found["enum"] = [*found["enum"], None]
+    if "type" in found:
+        found["type"] = [found["type"], "null"]
     return found
 
 

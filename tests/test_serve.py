@@ -337,6 +337,7 @@ def test_null_leaves_a_field_out_as_the_description_says(up: Up) -> None:
         ({"prompt": "a", "max_tokens": 9999}, 400, "more than 8192"),
         ({"prompt": "a", "max_tokens": 0}, 400, "max_tokens must be"),
         ({"prompt": "a", "stream": 1}, 400, "stream must be true or false"),
+        ({"prompt": "a", "diffusing": 0.0}, 400, "diffusing must be true, false or tokens"),
         ({"prompt": "a", "seed": -1}, 400, "seed must be"),
         ({"prompt": "a", "logprobs": 5}, 400, "logprobs must be"),
         ({"prompt": "a", "stop": [""]}, 400, "stop must be"),

@@ -240,7 +240,7 @@ def _check_type(name: str, found: Option, value: Any) -> None:
     number = found.item in (int, float) and found.item is found.kind
     if number and isinstance(value, bool | str) and not (value and value == found.rule.also):
         raise ConfigError(f"{name} must be a number, got {value!r}.", name)
-    if name == "diffusing" and value not in (False, True, "tokens"):
+    if name == "diffusing" and not (isinstance(value, bool) or value == "tokens"):
         raise ConfigError(f"diffusing must be true, false or tokens, got {value!r}.", name)
     if name == "stream_options" and not (
         isinstance(value, Mapping) and isinstance(value.get("include_usage", False), bool)

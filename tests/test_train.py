@@ -656,7 +656,8 @@ def die_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    monkeypatch.setattr(checkpoint_module, "save_file", mortal(checkpoint_module.save_file))
+    written = mortal(checkpoint_module.write_tensors)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", written)
     monkeypatch.setattr(Path, "replace", mortal(Path.replace))
     monkeypatch.setattr(Run, "_write", mortal(Run._write))
     monkeypatch.setattr(Recorder, "saved", mortal(Recorder.saved))
@@ -959,7 +960,7 @@ def test_a_checkpoint_from_before_these_fields_existed_still_loads(tmp_path: Pat
     state, path = trained_state(), tmp_path / "checkpoint.safetensors"
     facts = {"state": json.dumps({"step": 2, "ema_updates": 2})}
     save_checkpoint(path, state)
-    checkpoint_module.save_file(load_file(path), path, metadata=facts)
+    save_file(load_file(path), path, metadata=facts)
     load_checkpoint(path, found := fresh_state())
     assert found.step == 2 and found.elapsed_seconds == 0.0 and found.pending == {}
 
@@ -971,7 +972,7 @@ def damaged(path: Path) -> dict[str, Callable[[], Any]]:
 
     def save(metadata: Any = facts, **changes: Tensor | None) -> None:
         changed = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
-        checkpoint_module.save_file(changed, path, metadata=metadata)
+        save_file(changed, path, metadata=metadata)
 
     return {
         "empty": lambda: path.write_bytes(b""),
@@ -1036,11 +1037,11 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(
 
     def full(first: Any, *args: Any, **kwargs: Any) -> None:
         if where == "write":
-            Path(args[0]).write_bytes(b"half")
+            first.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "write":
-        monkeypatch.setattr(checkpoint_module, "save_file", full)
+        monkeypatch.setattr(checkpoint_module, "write_tensors", full)
     else:
         monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(CheckpointError, match="No space left") as caught:

@@ -62,6 +62,7 @@ CHANGEABLE = (
     "peak_tflops",
     "track",
     "keep_checkpoints",
+    "sharding",
 )
 """Settings that may differ when a run goes on: places, which are compared by content instead, and
 what changes no weight."""
@@ -233,6 +234,7 @@ def _train(
     watch: Watch,
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
+    _refuse_sharded(settings)
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(own_device(settings.device))
@@ -271,7 +273,8 @@ def _train(
         rank = settings.lora if isinstance(settings, FlowSettings) else None
         told = watch if world.first else unwatched
         with _claimed(world, settings.out, facts), told(plan) as watcher:
-            model = model.to(device)
+            if world.size == 1 or settings.sharding == "none":
+                model = model.to(device)  # else it goes there in parts
             if rank is not None:
                 base = settings.out / BASE
                 own = isinstance(settings, AdaptSettings) and world.first
@@ -282,6 +285,26 @@ def _train(
             with tracked(track, settings.out, asdict(settings)) as told_to:
                 run = Run(settings.out, settings, task, Exporting(export, watcher), told_to)
                 return run.train(model)
+
+
+def _refuse_sharded(settings: RunSettings) -> None:
+    """Raises ConfigError where something that sharding would cut needs to be whole."""
+    if settings.sharding == "none":
+        return
+    if settings.optimizer == "muon":
+        raise ConfigError(
+            "optimizer=muon needs whole matrices, which sharding=fsdp cuts: choose "
+            "optimizer=adamw or sharding=none.",
+            "optimizer",
+            "sharding",
+        )
+    if isinstance(settings, FlowSettings) and settings.lora is not None:
+        raise ConfigError(
+            "lora trains so little that there is nothing to shard, and its pairs are not: choose "
+            "sharding=none.",
+            "lora",
+            "sharding",
+        )
 
 
 def _task(

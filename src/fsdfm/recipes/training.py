@@ -63,6 +63,8 @@ CHANGEABLE = (
     "track",
     "keep_checkpoints",
     "sharding",
+    "recompute",
+    "compile",
 )
 """Settings that may differ when a run goes on: places, which are compared by content instead, and
 what changes no weight."""

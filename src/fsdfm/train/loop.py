@@ -20,6 +20,7 @@ from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
 from fsdfm.train import buckets
+from fsdfm.train.blocks import run_blocks
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint, set_aside
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
@@ -151,6 +152,7 @@ class Run(Generic[Module]):
         """The state before the first update, and the `Pass` that updates go through."""
         settings, task = self.settings, self.task
         ema = Ema(model, self._decay(), settings.ema_warmup)
+        run_blocks(model, recompute=settings.recompute, compiled=settings.compile)
         through = task.world.wrap(
             Pass(task.objective, model), ema.model, settings.sharding, task.device, task.autocast
         )

@@ -17,6 +17,7 @@ from fsdfm.core.errors import FsdfmError
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import MaskSource, UniformSource
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.target import rk2_target
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import Attention
 from fsdfm.model.student import student_from_teacher
@@ -26,7 +27,7 @@ from fsdfm.train.objective import Joint, Objective, Pretrain
 from fsdfm.train.parallel import ALONE, World, started
 
 STEPS, DIES_AT = 50, 20
-FROM_TWO, FROM_ONE, FROM_FOUR, MIXED = 8, 14, 20, 26
+FROM_TWO, FROM_ONE, FROM_FOUR, MIXED = 5, 9, 12, 16
 """Updates after which other processes take over some of the trainings; there they end."""
 
 
@@ -70,7 +71,9 @@ KINDS = {
         sharding="fsdp",
         accumulate=2,
     ),
-    "fsdp-distill": Kind(lambda: network("log2"), distill_objective, "fsdp"),
+    "fsdp-distill": Kind(
+        lambda: network("log2"), lambda: distill_objective(target=rk2_target), "fsdp"
+    ),
     "fsdp-joint": Kind(
         lambda: student_from_teacher(network(), "none", neighbours=2),
         lambda: Joint(UniformSource(V), Polynomial()),
@@ -114,7 +117,7 @@ def train(
     Run(out, settings, task, Recorder(advanced)).train(kind.model())
 
 
-TAKEN_OVER = ("pretrain", "distill", "fsdp-pretrain", "fsdp-distill", "fsdp-joint")
+TAKEN_OVER = ("pretrain", "distill", "fsdp-distill", "fsdp-joint")
 
 
 def first_two(place: Path, world: World) -> None:

@@ -72,7 +72,9 @@ KINDS = {
         accumulate=2,
     ),
     "fsdp-distill": Kind(
-        lambda: network("log2"), lambda: distill_objective(target=rk2_target), "fsdp"
+        lambda: network("log2"),
+        lambda: distill_objective(target=rk2_target, position_loss=cross_entropy),
+        "fsdp",
     ),
     "fsdp-joint": Kind(
         lambda: student_from_teacher(network(), "none", neighbours=2),

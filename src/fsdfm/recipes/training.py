@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fsdfm.recipes.settings import (
     FlowSettings,
     PretrainSettings,
     RunSettings,
+    refuse_sharded,
 )
 from fsdfm.recipes.watch import Exporting, Plan, Watch, unwatched
 from fsdfm.text.store import TokenStore
@@ -236,7 +238,7 @@ def _train(
     watch: Watch,
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
-    _refuse_sharded(settings)
+    refuse_sharded(settings)
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(own_device(settings.device))
@@ -257,14 +259,12 @@ def _train(
         per_update = settings.batch_size * settings.accumulate * length
         plan = Plan(settings, Tokenizer.from_json(store.tokenizer_json), generation, per_update)
 
-        def keep(where: Path, network: FlowNetwork) -> None:
-            save_pretrained(
-                where,
-                network,
-                tokenizer_json=store.tokenizer_json,
-                generation=generation,
-                ancestors=ancestors,
-            )
+        keep = partial(
+            save_pretrained,
+            tokenizer_json=store.tokenizer_json,
+            generation=generation,
+            ancestors=ancestors,
+        )
 
         def export(ema: FlowNetwork) -> None:
             if rank is None:
@@ -275,8 +275,8 @@ def _train(
         rank = settings.lora if isinstance(settings, FlowSettings) else None
         told = watch if world.first else unwatched
         with _claimed(world, settings.out, facts), told(plan) as watcher:
-            if world.size == 1 or settings.sharding == "none":
-                model = model.to(device)  # else it goes there in parts
+            if not world.shards(settings.sharding):  # else it goes there in parts
+                model = model.to(device)
             if rank is not None:
                 base = settings.out / BASE
                 own = isinstance(settings, AdaptSettings) and world.first
@@ -284,29 +284,9 @@ def _train(
                     keep(base, model)
                 add_lora(model, rank, settings.seed)
             track = settings.track if world.first else None
-            with tracked(track, settings.out, asdict(settings)) as told_to:
-                run = Run(settings.out, settings, task, Exporting(export, watcher), told_to)
-                return run.train(model)
-
-
-def _refuse_sharded(settings: RunSettings) -> None:
-    """Raises ConfigError where something that sharding would cut needs to be whole."""
-    if settings.sharding == "none":
-        return
-    if settings.optimizer == "muon":
-        raise ConfigError(
-            "optimizer=muon needs whole matrices, which sharding=fsdp cuts: choose "
-            "optimizer=adamw or sharding=none.",
-            "optimizer",
-            "sharding",
-        )
-    if isinstance(settings, FlowSettings) and settings.lora is not None:
-        raise ConfigError(
-            "lora trains so little that there is nothing to shard, and its pairs are not: choose "
-            "sharding=none.",
-            "lora",
-            "sharding",
-        )
+            with tracked(track, settings.out, asdict(settings)) as tell:
+                exporting = Exporting(export, watcher)
+                return Run(settings.out, settings, task, exporting, tell).train(model)
 
 
 def _task(

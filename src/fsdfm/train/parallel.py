@@ -59,6 +59,10 @@ class World(Workers):
             )
         return batch_size // self.size
 
+    def shards(self, sharding: str) -> bool:
+        """Whether processes hold parts of the network; one has nobody to share with."""
+        return self.size > 1 and sharding == "fsdp"
+
     def wrap(
         self, module: Pass, average: nn.Module, sharding: str, device: torch.device, dtype: Any
     ) -> nn.Module:
@@ -67,13 +71,13 @@ class World(Workers):
         Args:
             module: with a network, whose parameters become DTensors where they are sharded.
             average: of that network, which is sharded like it.
-            sharding: one of SHARDINGS; one process has nobody to share with.
+            sharding: one of SHARDINGS.
             device: of this process.
             dtype: of products. On a GPU the blocks are gathered in it.
         """
         if self.size == 1:
             return module
-        if sharding == "none":
+        if not self.shards(sharding):
             # An objective may train a part of the network: what it leaves alone has no gradient.
             return DistributedDataParallel(module, find_unused_parameters=True)
         mesh = init_device_mesh(device.type, (self.size,))

@@ -55,6 +55,7 @@ def start(data: Path, out: Path, args: argparse.Namespace) -> subprocess.Popen[b
         "--log-every": 3,
         "--evaluate-every": 50,
         "--validation-sequences": 4,
+        "--sharding": args.sharding,
     }
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     words = [*torchrun, "--nproc-per-node", args.processes, "-m", "fsdfm", "pretrain"]
@@ -125,6 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--sharding", default="none", help="none or fsdp")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--within", type=float, default=3.0, help="seconds at most")
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""One of the two processes of tests/test_parallel.py: trains in every way that is asked there."""
+"""One of the four processes of tests/test_parallel.py: trains in every way that is asked there."""
 
 from __future__ import annotations
 
@@ -6,34 +6,109 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from test_train import SETTINGS, Recorder, Toy, batch, distill_objective, make_task
+from test_train import SETTINGS, Recorder, Toy, V, batch, distill_objective, make_task, network
 
 from fsdfm.core.errors import FsdfmError
+from fsdfm.flow.loss import cross_entropy
+from fsdfm.flow.path import MaskSource, UniformSource
+from fsdfm.flow.schedule import Polynomial
+from fsdfm.flow.target import rk2_target
+from fsdfm.model.causal import CausalConfig, CausalNetwork
+from fsdfm.model.config import Attention
+from fsdfm.model.student import student_from_teacher
 from fsdfm.train.loop import Run
+from fsdfm.train.next_token import NextToken
+from fsdfm.train.objective import Joint, Objective, Pretrain
 from fsdfm.train.parallel import ALONE, World, started
 
-STEPS = 50
-KINDS = ("pretrain", "distill")
-MIXED = ((15, 2), (30, 1), (STEPS, 2))
-"""Where a run is stopped, and how many processes it has until then."""
-DIES_AT = 20
+STEPS, DIES_AT = 50, 20
+FROM_TWO, FROM_ONE, FROM_FOUR, MIXED = 5, 9, 12, 16
+"""Updates after which other processes take over some of the trainings; there they end."""
+
+
+def twin(attention: Attention) -> CausalNetwork:
+    """A tiny causal language model's."""
+    torch.manual_seed(0)
+    return CausalNetwork(
+        CausalConfig(
+            vocab_size=V,
+            hidden_size=16,
+            blocks=2,
+            heads=2,
+            cond_size=8,
+            context_length=8,
+            source="mask",
+            kv_heads=1,
+            head_size=8,
+            mlp_size=24,
+            start_id=3,
+            attention=attention,
+        )
+    )
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A training."""
+
+    model: Callable[[], Any]
+    objective: Callable[[], Objective | None] = lambda: None
+    sharding: str = "none"
+    accumulate: int = 1
+
+
+KINDS = {
+    "pretrain": Kind(Toy, accumulate=2),
+    "distill": Kind(Toy, distill_objective),
+    "fsdp-pretrain": Kind(
+        network,
+        lambda: Pretrain(UniformSource(V), Polynomial(), cross_entropy),
+        sharding="fsdp",
+        accumulate=2,
+    ),
+    "fsdp-distill": Kind(
+        lambda: network("log2"),
+        lambda: distill_objective(target=rk2_target, position_loss=cross_entropy),
+        "fsdp",
+    ),
+    "fsdp-joint": Kind(
+        lambda: student_from_teacher(network(), "none", neighbours=2),
+        lambda: Joint(UniformSource(V), Polynomial()),
+        "fsdp",
+    ),
+    "fsdp-adapt": Kind(
+        lambda: twin("bidirectional"),
+        lambda: Pretrain(MaskSource(V, absorbing=True), Polynomial(), frozen_share=0.3),
+        "fsdp",
+    ),
+    "fsdp-next-token": Kind(lambda: twin("causal"), lambda: NextToken(V), "fsdp"),
+}
 
 
 def train(
-    out: Path, kind: str, world: World, until: int = STEPS, each: Callable[[int], None] = id
+    out: Path, name: str, world: World, until: int = STEPS, each: Callable[[int], None] = id
 ) -> None:
     """Train up to an update, on from what is there."""
     out.mkdir(exist_ok=True)
-    part = world.share(len(batch(0)))
+    kind, part = KINDS[name], world.share(len(batch(0)))
     rows = slice(world.rank * part, (world.rank + 1) * part)
-    objective = distill_objective() if kind == "distill" else None
-    task = replace(make_task(objective), world=world, batch=lambda i: batch(i)[rows])
+    objective = kind.objective()
+    task = make_task(objective, getattr(objective, "source", None))
+    likelihood = objective.nats if isinstance(objective, NextToken) else None
+    task = replace(task, world=world, batch=lambda i: batch(i)[rows], likelihood=likelihood)
     settings = replace(
-        SETTINGS, steps=STEPS, log_every=1, evaluate_every=STEPS, checkpoint_every=until
+        SETTINGS,
+        steps=STEPS,
+        log_every=1,
+        evaluate_every=STEPS,
+        checkpoint_every=until,
+        sharding=kind.sharding,
+        accumulate=kind.accumulate,
     )
 
     def advanced(step: int) -> None:
@@ -41,30 +116,52 @@ def train(
         if until < STEPS and step == until - 1 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one is told: all stop after this update
 
-    Run(out, settings, task, Recorder(advanced)).train(Toy())
+    Run(out, settings, task, Recorder(advanced)).train(kind.model())
 
 
-def main(place: Path) -> None:
+TAKEN_OVER = ("pretrain", "distill", "fsdp-distill", "fsdp-joint")
+
+
+def first_two(place: Path, world: World) -> None:
+    """Whole trainings of two; and others that one goes on with."""
+    for name in KINDS:
+        train(place / f"{name}-two", name, world)
+    for name in TAKEN_OVER:
+        train(place / f"{name}-mixed", name, world, FROM_TWO)
+        if world.first:
+            train(place / f"{name}-mixed", name, ALONE, FROM_ONE)
+        world.wait()
+
+
+def all_four(place: Path, world: World) -> None:
+    """Go on with these."""
+    for name in TAKEN_OVER:
+        train(place / f"{name}-mixed", name, world, FROM_FOUR)
+
+
+def last_two(place: Path, world: World) -> None:
+    """Go on; then a training in which a process dies."""
+    for name in TAKEN_OVER:
+        train(place / f"{name}-mixed", name, world, MIXED)
+
+    def dies(step: int) -> None:
+        if world.rank == 1 and step == DIES_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(place / "dies", "pretrain", world, each=dies)
+
+
+def main(place: Path, ports: list[str]) -> None:
     torch.set_num_threads(1)
-    with started(torch.device("cpu")) as world:
-        for kind in KINDS:
-            train(place / f"{kind}-two", kind, world)
-            for until, processes in MIXED:
-                if processes == 2:
-                    train(place / f"{kind}-mixed", kind, world, until)
-                elif world.first:
-                    train(place / f"{kind}-mixed", kind, ALONE, until)
-                world.wait()
-
-        def dies(step: int) -> None:
-            if world.rank == 1 and step == DIES_AT:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        train(place / "dies", "pretrain", world, each=dies)
+    for does, size, port in zip((first_two, all_four, last_two), (2, 4, 2), ports, strict=True):
+        if int(os.environ["RANK"]) < size:
+            os.environ |= {"WORLD_SIZE": str(size), "MASTER_PORT": port}
+            with started(torch.device("cpu")) as world:
+                does(place, world)
 
 
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]))
+        main(Path(sys.argv[1]), sys.argv[2:])
     except FsdfmError as error:
         sys.exit(f"error: {error}")

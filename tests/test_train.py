@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from fsdfm.model.transformer import Transformer
 from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
 from fsdfm.train import outside
+from fsdfm.train.blocks import run_blocks
 from fsdfm.train.buckets import is_bucket
 from fsdfm.train.checkpoint import TrainState, load_average, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, within
@@ -601,6 +603,44 @@ def finish(directory: Path, objective: Any = None, watcher: Recorder | None = No
     return watcher
 
 
+@pytest.mark.parametrize("how", ["recompute", "compile"])
+def test_blocks_that_run_otherwise_give_the_same_losses(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is traced is run as it is: making code of it takes half a minute on a CPU.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    found: dict[bool, list[float]] = {}
+    for asked in (False, True):
+        task = make_task(Pretrain(UniformSource(V), Polynomial(), POSITION_LOSSES["cross_entropy"]))
+        settings = replace(SETTINGS, log_every=1, **{how: asked})
+        (out := tmp_path / str(asked)).mkdir()
+        run: Run[Transformer] = Run(out, settings, task, watcher := Recorder())
+        (model := network()).train()
+        assert run.train(model)
+        found[asked] = watcher.losses
+        assert ("forward" in vars(model.blocks[0])) == asked
+    assert len(found[True]) == SETTINGS.steps
+    assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_what_is_computed_again_is_not_kept() -> None:
+    """Of a block only what goes in: its input, the condition and the tables."""
+    kept: dict[bool, int] = {}
+    for asked in (False, True):
+        run_blocks(model := network(), recompute=asked, compiled=False)
+        sizes: list[int] = []
+        parameters = {p.data_ptr() for p in model.parameters()}
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes, own: set[int] = parameters) -> Tensor:
+            sizes.append(0 if tensor.data_ptr() in own else tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.body(batch(0), torch.rand(B), torch.ones(B))
+        kept[asked] = sum(sizes)
+    assert kept[True] < kept[False] / 2
+
+
 def test_the_last_update_is_logged_evaluated_and_saved_off_every_interval(tmp_path: Path) -> None:
     watcher = finish(tmp_path)
     assert watcher.steps == list(range(8))
@@ -656,7 +696,8 @@ def die_at(moment: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
         return call
 
-    monkeypatch.setattr(checkpoint_module, "save_file", mortal(checkpoint_module.save_file))
+    written = mortal(checkpoint_module.write_tensors)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", written)
     monkeypatch.setattr(Path, "replace", mortal(Path.replace))
     monkeypatch.setattr(Run, "_write", mortal(Run._write))
     monkeypatch.setattr(Recorder, "saved", mortal(Recorder.saved))
@@ -959,7 +1000,7 @@ def test_a_checkpoint_from_before_these_fields_existed_still_loads(tmp_path: Pat
     state, path = trained_state(), tmp_path / "checkpoint.safetensors"
     facts = {"state": json.dumps({"step": 2, "ema_updates": 2})}
     save_checkpoint(path, state)
-    checkpoint_module.save_file(load_file(path), path, metadata=facts)
+    save_file(load_file(path), path, metadata=facts)
     load_checkpoint(path, found := fresh_state())
     assert found.step == 2 and found.elapsed_seconds == 0.0 and found.pending == {}
 
@@ -971,7 +1012,7 @@ def damaged(path: Path) -> dict[str, Callable[[], Any]]:
 
     def save(metadata: Any = facts, **changes: Tensor | None) -> None:
         changed = {k: v for k, v in {**tensors, **changes}.items() if v is not None}
-        checkpoint_module.save_file(changed, path, metadata=metadata)
+        save_file(changed, path, metadata=metadata)
 
     return {
         "empty": lambda: path.write_bytes(b""),
@@ -1036,11 +1077,11 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_rest(
 
     def full(first: Any, *args: Any, **kwargs: Any) -> None:
         if where == "write":
-            Path(args[0]).write_bytes(b"half")
+            first.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     if where == "write":
-        monkeypatch.setattr(checkpoint_module, "save_file", full)
+        monkeypatch.setattr(checkpoint_module, "write_tensors", full)
     else:
         monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(CheckpointError, match="No space left") as caught:

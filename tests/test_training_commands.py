@@ -761,7 +761,8 @@ def test_a_full_disk_is_told_in_one_line_and_the_run_can_go_on(
 
     with pytest.MonkeyPatch.context() as patch:
         if what == "checkpoint":
-            patch.setattr(checkpoint_module, "save_file", full(checkpoint_module.save_file, 1))
+            written = full(checkpoint_module.write_tensors, 1)
+            patch.setattr(checkpoint_module, "write_tensors", written)
         elif what == "model":
             patch.setattr(directory_module, "save_file", full(directory_module.save_file, 1))
         else:
@@ -800,3 +801,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_model_and_checkpoint(
     load_pretrained(args.out)
     assert len(passes) < 2 * 20
     assert pretrain(args)
+
+
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2}])
+def test_what_sharding_would_cut_and_must_be_whole_is_refused_in_a_line(
+    changes: dict[str, Any], data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    args = pretrain_args(data, tmp_path / "run", sharding="fsdp", init=teacher, **changes)
+    message = refusal(ConfigError, pretrain, args)
+    assert next(iter(changes)) in message and "sharding=none" in message
+    assert not args.out.exists()

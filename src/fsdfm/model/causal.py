@@ -99,7 +99,8 @@ class RmsNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """In float32; the result is in x's format."""
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, self.epsilon).to(x.dtype)
+        y = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.epsilon)
+        return y.to(x.dtype)
 
     def modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         """norm(x) (1 + scale) + shift, in the format of the products; shift, scale (B, D)."""

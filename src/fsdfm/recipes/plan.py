@@ -180,11 +180,12 @@ def _memory(
         calls: of the network without a gradient, for targets.
     """
     parts = settings.gpus if settings.sharding == "fsdp" else 1
-    # Sharded weights come together two blocks at a time, and those of the ends.
+    # Sharded weights come together two blocks at a time, in bfloat16; and for a whole pass those of
+    # the ends, in float32: the network's, and the average's where targets are asked of it.
     casts = state.casts
     if parts > 1:
         ends = 2 * config.embedding_rows * config.hidden_size
-        casts = min(casts, 2 * casts // config.blocks + HALF * ends)
+        casts = 2 * casts // config.blocks + (HALF + FLOAT * (2 if calls else 1)) * ends
     asked = range(1, sequences + 1) if settings.passes is None else (settings.passes,)
     for passes in asked:
         tokens = math.ceil(sequences / passes) * settings.context_length

@@ -59,6 +59,26 @@ class FlowSettings(RunSettings):
     in its blocks (LoRA), which is saved on its own."""
 
 
+def refuse_sharded(settings: RunSettings) -> None:
+    """Raises ConfigError where something that sharding would cut needs to be whole."""
+    if settings.sharding == "none":
+        return
+    if settings.optimizer == "muon":
+        raise ConfigError(
+            "optimizer=muon needs whole matrices, which sharding=fsdp cuts: choose "
+            "optimizer=adamw or sharding=none.",
+            "optimizer",
+            "sharding",
+        )
+    if isinstance(settings, FlowSettings) and settings.lora is not None:
+        raise ConfigError(
+            "lora trains so little that there is nothing to shard, and its pairs are not: choose "
+            "sharding=none.",
+            "lora",
+            "sharding",
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PretrainSettings(FlowSettings):
     """Train a flow model (the teacher) on prepared text."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ from fsdfm.recipes.settings import (
     FlowSettings,
     PretrainSettings,
     RunSettings,
+    refuse_sharded,
 )
 from fsdfm.recipes.watch import Exporting, Plan, Watch, unwatched
 from fsdfm.text.store import TokenStore
@@ -62,6 +64,9 @@ CHANGEABLE = (
     "peak_tflops",
     "track",
     "keep_checkpoints",
+    "sharding",
+    "recompute",
+    "compile",
 )
 """Settings that may differ when a run goes on: places, which are compared by content instead, and
 what changes no weight."""
@@ -233,6 +238,7 @@ def _train(
     watch: Watch,
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
+    refuse_sharded(settings)
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(own_device(settings.device))
@@ -253,14 +259,12 @@ def _train(
         per_update = settings.batch_size * settings.accumulate * length
         plan = Plan(settings, Tokenizer.from_json(store.tokenizer_json), generation, per_update)
 
-        def keep(where: Path, network: FlowNetwork) -> None:
-            save_pretrained(
-                where,
-                network,
-                tokenizer_json=store.tokenizer_json,
-                generation=generation,
-                ancestors=ancestors,
-            )
+        keep = partial(
+            save_pretrained,
+            tokenizer_json=store.tokenizer_json,
+            generation=generation,
+            ancestors=ancestors,
+        )
 
         def export(ema: FlowNetwork) -> None:
             if rank is None:
@@ -271,7 +275,8 @@ def _train(
         rank = settings.lora if isinstance(settings, FlowSettings) else None
         told = watch if world.first else unwatched
         with _claimed(world, settings.out, facts), told(plan) as watcher:
-            model = model.to(device)
+            if not world.shards(settings.sharding):  # else it goes there in parts
+                model = model.to(device)
             if rank is not None:
                 base = settings.out / BASE
                 own = isinstance(settings, AdaptSettings) and world.first
@@ -279,9 +284,9 @@ def _train(
                     keep(base, model)
                 add_lora(model, rank, settings.seed)
             track = settings.track if world.first else None
-            with tracked(track, settings.out, asdict(settings)) as told_to:
-                run = Run(settings.out, settings, task, Exporting(export, watcher), told_to)
-                return run.train(model)
+            with tracked(track, settings.out, asdict(settings)) as tell:
+                exporting = Exporting(export, watcher)
+                return Run(settings.out, settings, task, exporting, tell).train(model)
 
 
 def _task(

@@ -17,13 +17,14 @@ from typing import Any, Generic
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError
 from fsdfm.core.files import digest, one_line, real, replacing, tensor_bytes
+from fsdfm.core.tensors import UNKNOWN, write_tensors
 from fsdfm.train.ema import Ema, Module
 from fsdfm.train.optim import MOMENTS, Optimizer
+from fsdfm.train.parallel import like, whole
 
 
 @dataclass
@@ -46,8 +47,15 @@ class TrainState(Generic[Module]):
     """Of these, the last ones without a good one in between."""
 
 
-def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
+def save_checkpoint(path: Path | None, state: TrainState[Module]) -> None:
     """Write the state to a file that is either the old one or the whole new one.
+
+    Tensors are written one after the other. Of a sharded state every process must ask: each tensor
+    is gathered for that moment.
+
+    Args:
+        path: the file; None in a process that writes nothing.
+        state: is left as it is.
 
     Raises:
         CheckpointError: the file cannot be written (no space, no permission); the old one is kept.
@@ -58,6 +66,12 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         for moment, value in state.optimizer.moments(parameter).items():
             tensors[f"{moment}.{name}"] = value
     tensors |= {f"pending.{name}": torch.stack(values) for name, values in state.pending.items()}
+    names = sorted(tensors)
+    found = (whole(tensors[name].detach()) for name in names)
+    if path is None:
+        for _ in found:
+            pass
+        return
     facts: dict[str, Any] = {
         "step": state.step,
         "ema_updates": state.ema.updates,
@@ -65,12 +79,12 @@ def save_checkpoint(path: Path, state: TrainState[Module]) -> None:
         "skipped": state.skipped,
         "skipped_in_a_row": state.skipped_in_a_row,
     }
-    whole = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    facts["sha256"] = _checksum(facts, sorted(whole), whole.__getitem__)
+    shapes = {name: (tensors[name].dtype, tensors[name].shape) for name in names}
+    metadata = {"state": json.dumps({**facts, "sha256": UNKNOWN})}
     try:
         with replacing(real(path)) as partial:
-            save_file(whole, partial, metadata={"state": json.dumps(facts)})
-    except (OSError, SafetensorError) as error:
+            write_tensors(partial, shapes, found, metadata, _said(facts, names))
+    except OSError as error:
         raise CheckpointError(
             f"Cannot write checkpoint {path} ({one_line(error)}); free some space or choose "
             f"another out, then run the same command again.",
@@ -200,10 +214,15 @@ def _load(path: Path, model: nn.Module, kind: str) -> None:
         raise CheckpointError(f"{path} belongs to another network: it has {min(found)}.")
 
 
+def _said(facts: dict[str, Any], names: list[str]) -> bytes:
+    """What a checkpoint says beside its tensors, for its checksum."""
+    said = sorted((name, value) for name, value in facts.items() if name != "sha256")
+    return json.dumps([said, names]).encode()
+
+
 def _checksum(facts: dict[str, Any], names: list[str], tensor: Callable[[str], Tensor]) -> str:
     """SHA-256 of all that a checkpoint says, whatever order the file has it in."""
-    said = sorted((name, value) for name, value in facts.items() if name != "sha256")
-    return digest(chain([json.dumps([said, names])], tensor_bytes(map(tensor, names))))
+    return digest(chain([_said(facts, names)], tensor_bytes(map(tensor, names))))
 
 
 def _verified(file: Any) -> dict[str, Any]:
@@ -234,4 +253,4 @@ def _like(tensor: Tensor, parameter: Tensor) -> Tensor:
     if tensor.shape != parameter.shape:
         raise ValueError(f"shape {tuple(tensor.shape)} is not {tuple(parameter.shape)}")
     # A copy: safetensors maps the file, and what it maps goes when the file is cut short.
-    return tensor.to(parameter, copy=True)
+    return like(tensor, parameter)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
 import torch
 from torch import nn
+
+from fsdfm.train.parallel import Plain, here, is_sharded
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -49,6 +53,7 @@ class Ema(Generic[Module]):
         # What is never trained is shared, and not copied.
         shared = {id(p): p for p in model.parameters() if not p.requires_grad}
         self.model = copy.deepcopy(model, shared).eval().requires_grad_(False)
+        self._plain = Plain(self.model)
         self.decay, self.warmup = decay, warmup
         self.updates = 0
 
@@ -59,6 +64,20 @@ class Ema(Generic[Module]):
         if self.warmup:
             decay = min(decay, (1 + self.updates) / (10 + self.updates))
         pairs = zip(self.model.parameters(), model.parameters(), strict=True)
-        ours, theirs = zip(*((a, b) for a, b in pairs if a is not b), strict=True)
+        ours, theirs = zip(*((here(a), here(b)) for a, b in pairs if a is not b), strict=True)
         torch._foreach_lerp_(list(ours), list(theirs), weight=1.0 - decay)
         self.updates += 1
+
+    @contextmanager
+    def whole(self, device: torch.device, wanted: bool = True) -> Iterator[Module]:
+        """The average as an ordinary network while the block runs: itself, if it is not sharded.
+
+        Args:
+            device: where a sharded one is gathered to; every process must ask.
+            wanted: whether this process needs it.
+        """
+        if is_sharded(self.model):
+            with self._plain.filled(self.model, device, wanted) as network:
+                yield network
+        else:
+            yield self.model

@@ -20,12 +20,13 @@ from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
 from fsdfm.train import buckets
+from fsdfm.train.blocks import run_blocks
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint, set_aside
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
 from fsdfm.train.optim import make_optimizer
 from fsdfm.train.outside import Clock, graceful_stop
-from fsdfm.train.parallel import ALONE, Pass, World, unshared
+from fsdfm.train.parallel import ALONE, Pass, World, here, unshared, whole
 from fsdfm.train.settings import TrainSettings
 
 LOG = logging.getLogger(__name__)
@@ -119,16 +120,11 @@ class Run(Generic[Module]):
             CheckpointError: the checkpoint cannot be read or written.
         """
         settings = self.settings
-        state = TrainState(
-            model,
-            Ema(model, self._decay(), settings.ema_warmup),
-            make_optimizer(model, settings.weight_decay, settings.optimizer),
-        )
+        state, through = self._begin(model)
         if self.checkpoint.exists():
             load_checkpoint(self.checkpoint, state)
         if self.task.world.first:
             self._forget_metrics_after(state.step)
-        through = self.task.world.wrap(Pass(self.task.objective, state.model))
         resumed_at = state.step
         clock = Clock(state)
         with graceful_stop() as stopping:
@@ -151,6 +147,17 @@ class Run(Generic[Module]):
                 if last:
                     return finished
                 update(state, settings, self.task, through)
+
+    def _begin(self, model: Module) -> tuple[TrainState[Module], nn.Module]:
+        """The state before the first update, and the `Pass` that updates go through."""
+        settings, task = self.settings, self.task
+        ema = Ema(model, self._decay(), settings.ema_warmup)
+        run_blocks(model, recompute=settings.recompute, compiled=settings.compile)
+        through = task.world.wrap(
+            Pass(task.objective, model), ema.model, settings.sharding, task.device, task.autocast
+        )
+        optimizer = make_optimizer(model, settings.weight_decay, settings.optimizer)
+        return TrainState(model, ema, optimizer), through
 
     def _decay(self) -> float:
         """Of the average; a shorter one, said in a line, where the run would end at its start."""
@@ -181,8 +188,8 @@ class Run(Generic[Module]):
     def _check_weights(self, state: TrainState[Module]) -> None:
         """Give up before weights that are not finite are judged or saved."""
         self._check(state)
-        parameters = [p.detach() for p in state.model.parameters()]
-        if not bool(torch.stack([p.isfinite().all() for p in parameters]).all()):
+        finite = torch.stack([here(p.detach()).isfinite().all() for p in state.model.parameters()])
+        if any(self.task.world.totals(not bool(finite.all()))):
             self._give_up(f"enough for the weights before step {state.step}")
 
     def _give_up(self, where: str) -> None:
@@ -199,10 +206,13 @@ class Run(Generic[Module]):
         """The model, then the checkpoint."""
         self._check_weights(state)
         state.elapsed_seconds = clock.total()
-        if self.task.world.first:
-            self.watcher.saved(state.ema.model)
+        first = self.task.world.first
+        with state.ema.whole(torch.device("cpu"), first) as network:
+            if first:
+                self.watcher.saved(network)
+        if first:
             set_aside(self.checkpoint, self.settings.keep_checkpoints - 1)
-            save_checkpoint(self.checkpoint, state)
+        save_checkpoint(self.checkpoint if first else None, state)
 
     def _log(self, state: TrainState[Module], clock: Clock) -> float | None:
         """Write means of what was finite since the last line; this waits for the device."""
@@ -244,17 +254,18 @@ class Run(Generic[Module]):
         """Validation ELBO of the average, to metrics.jsonl and the watcher."""
         rows, total, world = self.task.validation, 0.0, self.task.world
         starts = range(0, len(rows), self.settings.batch_size)
-        for first in starts[world.rank :: world.size]:
-            x_1 = rows[first : first + self.settings.batch_size]
-            estimates = self._nats(state.ema.model, x_1.to(self.task.device), first)
-            total += x_1.numel() * sum(estimates) / len(estimates)
-        total = float(world.sum(torch.tensor(total, dtype=torch.float64)))
-        record = {
-            "step": state.step,
-            "elbo_nats_per_token": total / self.task.validation.numel(),
-        }
-        self._write(record)
-        self.watcher.evaluated(record, state.ema.model)
+        with state.ema.whole(self.task.device) as network:
+            for first in starts[world.rank :: world.size]:
+                x_1 = rows[first : first + self.settings.batch_size]
+                estimates = self._nats(network, x_1.to(self.task.device), first)
+                total += x_1.numel() * sum(estimates) / len(estimates)
+            total = float(world.sum(torch.tensor(total, dtype=torch.float64)))
+            record = {
+                "step": state.step,
+                "elbo_nats_per_token": total / self.task.validation.numel(),
+            }
+            self._write(record)
+            self.watcher.evaluated(record, network)
 
     def _nats(self, model: nn.Module, x_1: Tensor, first: int) -> list[float]:
         """Nats a token of some data: estimates to take the mean of."""
@@ -340,9 +351,9 @@ def update(
         for name, value in zip(parts, values, strict=True):
             state.pending.setdefault(name, []).append(value)
         healthy &= values[0].isfinite()
-    norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm)
+    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm).detach())
     healthy &= norm.isfinite()
-    state.pending.setdefault("gradient_norm", []).append(norm.detach())
+    state.pending.setdefault("gradient_norm", []).append(norm)
     state.optimizer.set_learning_rate(settings.learning_rate_at(state.step))
     state.pending.setdefault("skipped", []).append((~healthy).float())
     state.optimizer.step(healthy)

@@ -185,15 +185,20 @@ class Distill:
         for name, ours, chosen, everywhere in zip(PARTS, some, rows, all_rows, strict=True):
             # Asked in every process, whether or not it has such rows.
             scale = shared(generator, len(ours.places), len(x_1))
-            if len(chosen):
-                if name == "kl":
-                    few = generator.select(chosen) if isinstance(generator, Draws) else generator
-                    part = self._consistency(model, ema, ours, few, drift)
-                else:
-                    part = self._path_loss(model, ours, path)
-                parts[name] = part * scale
-            elif everywhere:
-                parts[name] = torch.zeros((), device=x_1.device)
+            if not everywhere:
+                continue
+            noted = path if name == "path_loss" else drift
+            if not len(chosen):
+                # Others have such rows. Processes that share a network go the same ways through it:
+                # this one with any row, which counts nothing.
+                chosen, noted = torch.zeros(1, dtype=torch.int64), Noted(noted.loss)
+                ours = batch.select(chosen)
+            if name == "kl":
+                few = generator.select(chosen) if isinstance(generator, Draws) else generator
+                part = self._consistency(model, ema, ours, few, noted)
+            else:
+                part = self._path_loss(model, ours, noted)
+            parts[name] = part * scale
         shares = dict(zip(PARTS, (n / sum(all_rows) for n in all_rows), strict=True))
         loss = torch.stack([part * shares[name] for name, part in parts.items()]).sum()
         tables = path.by_time("path_loss", some[0])

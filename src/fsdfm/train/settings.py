@@ -42,6 +42,14 @@ class TrainSettings:
     """On matrices."""
     clip_norm: float = option(1.0, within=Range(0, above=True))
     """Gradients longer than this are shortened to it."""
+    sharding: str = option("none", choices=Names("fsdfm.train.parallel.SHARDINGS"))
+    """Of several processes: none, where each holds the whole network; fsdp, where each holds a part
+    of weights, gradients, moments and average, for what does not fit (docs/training.md)."""
+    recompute: bool = False
+    """Compute the activations of the blocks again for their gradients instead of keeping them: a
+    fraction of the memory, for a third more work in the blocks."""
+    compile: bool = False
+    """Compile the blocks (torch.compile), which takes a C++ compiler or a GPU, and a while."""
     ema_decay: float = option(0.9995, within=Range(0, 1, below=True))
     """Decay of the moving average of the weights, which is what is evaluated, saved as the model
     and, in distillation, followed."""

@@ -75,4 +75,4 @@ fsdfm distill --teacher teacher --data long --out student --context-length 256 -
   --steps 120 --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 120 \
   --sample-every 0 --checkpoint-every 50
 [ -d bundled ] || python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate long --temperature 0.8
+  --calibrate long --temperature 0.7

@@ -16,6 +16,15 @@ steps=${STEPS:-1000}
 mkdir -p "$work"
 cd "$work"
 
+joint_head() { # TEACHER DATA OUT UPDATES
+  fsdfm distill --teacher "$1" --data "$2" --out "$3" --context-length 256 --batch-size 8 \
+    --steps "$4" --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every "$4" \
+    --sample-every 0 --checkpoint-every 50
+}
+few_bits() { # STUDENT DATA OUT TEMPERATURE
+  [ -d "$3" ] || python "$here/bundle.py" "$1" "$3" --bits vocab_embed=6 joint=4 blocks=5 --calibrate "$2" --temperature "$4"
+}
+
 [ -f prose.jsonl ] || {
   python "$here/corpus.py" "${packed[@]}" --sources austen novel mobydick grimm cfi enwiki \
     endless_sky wesnoth sotu:0.4 web_bible:0.15 --out prose.part
@@ -49,11 +58,8 @@ fsdfm pretrain --init simple256 --source mask --frozen-share 0.33 --data tales -
 fsdfm pretrain --init tales256 --source mask --frozen-share 0.33 --data tales --out tales1024 \
   --context-length 1024 --batch-size 2 --steps 60 --learning-rate 2e-4 --warmup-steps 6 \
   --ema-decay 0.93 --evaluate-every 60 --sample-every 0 --checkpoint-every 40 --validation-sequences 8
-fsdfm distill --teacher tales1024 --data tales --out talesstudent --context-length 256 --batch-size 8 \
-  --steps 220 --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 220 \
-  --sample-every 0 --checkpoint-every 100
-[ -d talesbundle ] || python "$here/bundle.py" talesstudent talesbundle --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate tales --temperature 0.8
+joint_head tales1024 tales talesstudent 220
+few_bits talesstudent tales talesbundle 0.8
 
 # The fourth stage went on from the rounded weights. It was planned for 1,700 updates and stopped at 970.
 [ -f long.jsonl ] || {
@@ -71,8 +77,5 @@ fsdfm pretrain --init long256 --source mask --frozen-share 0.33 --data long --ou
 fsdfm pretrain --init calm256 --source mask --frozen-share 0.33 --data long --out teacher \
   --context-length 1024 --batch-size 2 --steps 60 --learning-rate 1e-4 --warmup-steps 6 \
   --ema-decay 0.93 --evaluate-every 60 --sample-every 0 --checkpoint-every 20 --validation-sequences 8
-fsdfm distill --teacher teacher --data long --out student --context-length 256 --batch-size 8 \
-  --steps 120 --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 120 \
-  --sample-every 0 --checkpoint-every 50
-[ -d bundled ] || python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate long --temperature 0.7
+joint_head teacher long student 120
+few_bits student long bundled 0.7

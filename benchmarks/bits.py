@@ -91,7 +91,7 @@ def divergences(exact: Loaded, rounded: Loaded, args: argparse.Namespace) -> lis
     Times are stratified over [0, 1).
     """
     config, tokenizer = exact[0].config, exact[0].tokenizer
-    source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+    source = make_source(config.source, config.vocab_size)
     schedule, found = Polynomial(config.schedule_power), []
     for seed, ids in enumerate(held_out(tokenizer, args)):
         x_1, total = torch.tensor([ids]), 0.0

@@ -38,7 +38,7 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
     network = found.model
     config = generator.config
     chosen = held_out(generator.tokenizer, args)
-    source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+    source = make_source(config.source, config.vocab_size)
     schedule, nats = Polynomial(config.schedule_power), []
     for number, ids in enumerate(chosen):
         x_1 = torch.tensor([ids])

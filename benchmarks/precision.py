@@ -75,7 +75,7 @@ def log_posterior(engine: Engine, x: Tensor, t: float, vocab_size: int) -> Tenso
 def kl_of_formats(model: FlowNetwork, x_1: Tensor) -> None:
     """Nats a token, over the positions that are drawn: all, or the masked ones."""
     config, schedule = model.config, Polynomial(model.config.schedule_power)
-    source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+    source = make_source(config.source, config.vocab_size)
     formats = {"bfloat16": torch.bfloat16} | ({"int8": torch.int8} if has_int8() else {})
     exact = Engine(model, torch.float32)
     engines = {name: Engine(model, dtype) for name, dtype in formats.items()}
@@ -95,7 +95,7 @@ def kl_of_formats(model: FlowNetwork, x_1: Tensor) -> None:
 def bound(model: FlowNetwork, x_1: Tensor) -> None:
     """Nats a token, the same noise for all."""
     config, schedule = model.config, Polynomial(model.config.schedule_power)
-    source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+    source = make_source(config.source, config.vocab_size)
     for name, autocast, attention in (
         ("float32", False, usual),
         ("bfloat16, PyTorch's attention", True, usual),

@@ -69,8 +69,7 @@ def updated(
     ema = Ema(model, 0.9)
     if device == DEVICE:
         moved(model), moved(ema.model)
-    config = model.config
-    origin = make_source(source, V, absorbing=config.absorbing)
+    origin = make_source(source, V)
     state = TrainState(model, ema, make_optimizer(model, 0.1, optimizer))
     x_1 = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(3))
     settings = TrainSettings(
@@ -112,7 +111,7 @@ def test_muon_waits_for_nothing_either() -> None:
 @pytest.mark.parametrize(("kind", "source"), CASES)
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_bound_and_a_sample_need_no_float64(kind: str, source: str, joint: bool) -> None:
-    origin = make_source(source, V, absorbing=network(kind, source, joint).config.absorbing)
+    origin = make_source(source, V)
     x_1 = torch.randint(V, (B, L), generator=torch.Generator().manual_seed(4))
 
     def found(place: torch.device) -> tuple[list[float], Tensor]:

@@ -83,7 +83,7 @@ KINDS = {
     ),
     "fsdp-adapt": Kind(
         lambda: twin("bidirectional"),
-        lambda: Pretrain(MaskSource(V, absorbing=True), Polynomial(), frozen_share=0.3),
+        lambda: Pretrain(MaskSource(V), Polynomial(), frozen_share=0.3),
         "fsdp",
     ),
     "fsdp-next-token": Kind(lambda: twin("causal"), lambda: NextToken(V), "fsdp"),

@@ -718,17 +718,17 @@ def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(
         x_0,
         even_grid(3),
         BatchNoise(),
-        make_source("mask", SYMBOLS, absorbing=True),
+        make_source("mask", SYMBOLS),
         drawing=Drawing(STEP_RULES[rule]),
     )
-    theirs = reference.reference_sample(network, x_0, 3, rule, draw, absorbing=True)
+    theirs = reference.reference_sample(network, x_0, 3, rule, draw)
     assert chi_square_z(last.x, theirs) < 4.5
 
 
 def test_pretraining_on_masks_counts_what_ours_counts() -> None:
     network = jobs.random_model(TWIN)
     x_1 = torch.randint(67, (64, 16), generator=torch.Generator().manual_seed(4))
-    source, draw = MaskSource(67, absorbing=True), torch.Generator().manual_seed(6)
+    source, draw = MaskSource(67), torch.Generator().manual_seed(6)
     losses = torch.empty(2, 24, dtype=torch.float64)
     with torch.no_grad():
         for k in range(losses.shape[1]):

@@ -97,7 +97,7 @@ def test_a_pass_without_rows_has_all_its_buckets_empty() -> None:
     found = tables(whole.loss(Toy(), Toy(1), batch(0), generator()))
     assert set(found) == set(TABLES["distill"])
     assert all(value is None for value in found["kl_by_h"].values())
-    absorbing = objective("pretrain", MaskSource(V, absorbing=True))
+    absorbing = objective("pretrain", MaskSource(V))
     assert set(tables(absorbing.loss(Toy(rows=V + 1), Toy(), batch(0), generator()))) == {
         "loss_by_t"
     }

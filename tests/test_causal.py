@@ -275,7 +275,8 @@ def test_configs_say_which_network_they_are_of() -> None:
 
 def test_only_masks_absorb() -> None:
     assert config().absorbing and not config(source="uniform").absorbing
-    assert not ModelConfig(V, 48, 3, 4, 16, source="mask").absorbing
+    shape = (V, 48, 3, 4, 16)
+    assert ModelConfig(*shape, source="mask").absorbing and not ModelConfig(*shape).absorbing
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -439,7 +439,7 @@ class Telling(OneToken):
 
 
 @pytest.mark.parametrize(
-    "source", [make_source("uniform", VOCAB), make_source("mask", VOCAB, absorbing=True)], ids=repr
+    "source", [make_source("uniform", VOCAB), make_source("mask", VOCAB)], ids=repr
 )
 def test_the_bound_passes_through_a_joint_head_that_knows_what_is_revealed(source: Source) -> None:
     """Training always does: without it the bound is that of a function that nobody trained."""

@@ -183,7 +183,7 @@ def test_the_gap_of_the_exact_posterior_to_itself_is_zero(chain: Chain) -> None:
 
 
 def test_masks_say_nothing_and_all_else_is_data(chain: Chain) -> None:
-    source = MaskSource(SYMBOLS, absorbing=True)
+    source = MaskSource(SYMBOLS)
     x_1, chance = every_sequence(), chances(chain)
     x_t = x_1[::5].clone()
     x_t[torch.rand(x_t.shape, generator=torch.Generator().manual_seed(0)) < 0.6] = SYMBOLS
@@ -200,7 +200,7 @@ def test_masks_say_nothing_and_all_else_is_data(chain: Chain) -> None:
 def test_exact_conditionals_in_as_many_groups_as_positions_have_the_law_in_one_call(
     chain: Chain, source: str
 ) -> None:
-    start = make_source(source, SYMBOLS, absorbing=source == "mask")
+    start = make_source(source, SYMBOLS)
     model = Sequences(ExactConditionals(chain, start))
     noise = OneStream(4000, 1)
     drawing = Drawing(posterior=Grouped(model, LENGTH))

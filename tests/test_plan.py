@@ -116,7 +116,7 @@ def test_work_is_counted_from_what_an_objective_does() -> None:
     plain = work(Pretrain(SOURCE, SCHEDULE))
     assert (plain.passes, plain.free, plain.rows, plain.free_rows) == (1, 0, 1, 0)
     assert work(NextToken(V)) == plain
-    absorbing = make_source("mask", V, absorbing=True)
+    absorbing = make_source("mask", V)
     assert work(Pretrain(absorbing, SCHEDULE)).rows == pytest.approx(0.5, abs=0.02)
     # Half of the rows at the smallest step need no target; the others take four passes.
     whole = work(Distill(SOURCE, SCHEDULE, TARGETS["rk4"]))

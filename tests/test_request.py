@@ -299,7 +299,7 @@ def test_texts_are_those_of_the_sampler(
     config, sampling = generator.config, SamplingOptions(**{**generator.defaults, **how})
     noise, origin = (
         Noise(seeds),
-        make_source(config.source, config.vocab_size, absorbing=config.absorbing),
+        make_source(config.source, config.vocab_size),
     )
     x_0, frozen = noise.start(origin, 24), torch.zeros((3, 24), dtype=torch.bool)
     given = torch.tensor([[7, 3, 9]]).expand(3, 3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsdfm.flow.path import MaskSource
+from fsdfm.flow.path import MaskSource, Source, UniformSource
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT, PUBLISHED, STEP_RULES, transition
 from fsdfm.flow.target import (
@@ -62,7 +62,7 @@ def probabilities(made: Target, model: Table, rows: slice) -> Tensor:
 
 def jumper(model: Table, schedule: Polynomial | None = None, seed: int = 1) -> Jumper:
     generator = torch.Generator().manual_seed(seed)
-    return Jumper(model, schedule or Polynomial(), EXACT, MaskSource(VOCAB), generator)
+    return Jumper(model, schedule or Polynomial(), EXACT, UniformSource(VOCAB), generator)
 
 
 def f64(*values: float) -> Tensor:
@@ -77,7 +77,11 @@ def test_every_target_of_a_constant_posterior_is_that_posterior(
     model = Table(moving=False, columns=VOCAB + 1)  # the mask column is left out
     x_t = torch.randint(VOCAB + 1, (3, 8), generator=torch.Generator().manual_seed(2))
     walker = Jumper(
-        model, Polynomial(), STEP_RULES[rule], MaskSource(VOCAB), torch.Generator().manual_seed(3)
+        model,
+        Polynomial(),
+        STEP_RULES[rule],
+        UniformSource(VOCAB),
+        torch.Generator().manual_seed(3),
     )
     made = target(walker, x_t, f64(0.0, 0.25, 0.5), f64(1.0, 0.25, 0.5))
     truth = model.head(model.still[0])[:VOCAB].softmax(-1)
@@ -236,7 +240,7 @@ def test_jumps_of_a_target_follow_its_own_rule() -> None:
     x_t = torch.zeros(1, length, dtype=torch.int64)
     for rule in (EXACT, PUBLISHED):
         walker = Jumper(
-            model, Polynomial(), rule, MaskSource(VOCAB), torch.Generator().manual_seed(5)
+            model, Polynomial(), rule, UniformSource(VOCAB), torch.Generator().manual_seed(5)
         )
         x = walker.jump(x_t, walker.hidden(x_t, t, h), t, h)
         a = rule.mover_probability(Polynomial(), t, h)
@@ -267,16 +271,17 @@ class Telling(Table):
         return rows + BIAS
 
 
-@pytest.mark.parametrize("absorbing", [False, True])
+@pytest.mark.parametrize("source", [UniformSource(VOCAB), MaskSource(VOCAB)], ids=repr)
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_a_target_and_its_jumps_pass_through_a_joint_head_that_knows_what_is_revealed(
-    target: TargetRule, absorbing: bool
+    target: TargetRule, source: Source
 ) -> None:
-    x_t = torch.randint(VOCAB + 1, (2, 60), generator=torch.Generator().manual_seed(4))
+    symbols = VOCAB + source.absorbing
+    x_t = torch.randint(symbols, (2, 60), generator=torch.Generator().manual_seed(4))
 
     def made(model: Table) -> Target:
-        generator, source = torch.Generator().manual_seed(1), MaskSource(VOCAB, absorbing)
-        opened = x_t == VOCAB if absorbing else None
+        generator = torch.Generator().manual_seed(1)
+        opened = x_t == VOCAB if source.absorbing else None
         walker = Jumper(model, Polynomial(), EXACT, source, generator, opened)
         return target(walker, x_t, f64(0.25, 0.5), f64(0.5, 0.5))
 
@@ -288,4 +293,4 @@ def test_a_target_and_its_jumps_pass_through_a_joint_head_that_knows_what_is_rev
     assert len(telling.heard) == len(telling.calls) > 1
     for at, x, known in telling.heard:
         assert torch.equal(at, torch.arange(120))
-        assert torch.equal(known, x != VOCAB if absorbing else torch.zeros_like(known))
+        assert torch.equal(known, x != VOCAB if source.absorbing else torch.zeros_like(known))

@@ -225,7 +225,8 @@ def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
     out = tmp_path / "run"
     assert distill(distill_args(data, out, start, steps=6, learning_rate=0.1, ema_decay=0.0))
     student, teacher = load_pretrained(out), load_pretrained(start)
-    drawn = {"steps": 8, "step": "exact", "grid": "latest", "draws": 8, "seams": "random"}
+    grid = "even" if source == "mask" else "latest"
+    drawn = {"steps": 8, "step": "exact", "grid": grid, "draws": 8, "seams": "random"}
     assert student.generation == drawn
     assert student.model.config == replace(teacher.model.config, neighbours=3)
     before, after = teacher.model.state_dict(), student.model.state_dict()
@@ -300,6 +301,18 @@ def test_every_kind_of_teacher_runs(source: str, loss: str, data: Path, tmp_path
     args = pretrain_args(data, tmp_path / "run", steps=2, source=source, loss=loss)
     assert pretrain(args)
     assert load_pretrained(tmp_path / "run").model.config.source == source
+
+
+def test_a_fresh_teacher_starts_from_masks_and_a_later_one_from_its_models_source(
+    data: Path, tmp_path: Path
+) -> None:
+    noise = make_model(data, tmp_path / "noise", source="uniform")
+    short = {"steps": 1, "validation_sequences": 1}
+    for name, init, source in (("fresh", None, "mask"), ("later", noise, "uniform")):
+        assert pretrain(pretrain_args(data, tmp_path / name, init=init, **short))
+        assert load_pretrained(tmp_path / name).model.config.source == source
+    with pytest.raises(ConfigError, match=r"noise has a uniform source: add source=uniform\."):
+        pretrain(pretrain_args(data, tmp_path / "other", init=noise, source="mask", **short))
 
 
 def test_pretraining_can_go_on_from_a_model_with_longer_sequences(

@@ -49,7 +49,6 @@ def reference_sample(
     *,
     schedule: Schedule | None = None,
     dtype: torch.dtype = torch.float32,
-    absorbing: bool = False,
 ) -> Tensor:
     """Walk x_0 over an even grid.
 
@@ -61,7 +60,6 @@ def reference_sample(
         generator: the only source of randomness, on the device of x_0.
         schedule: kappa; linear if not given.
         dtype: of the network's matrix products; all else is float32.
-        absorbing: whether a position that is no mask stays.
 
     Returns:
         Tokens, int64, shape (B, L).
@@ -72,7 +70,7 @@ def reference_sample(
         with autocast(x.device, dtype):
             logits = whole_logits(model, x, t.expand(batch), (then - t).expand(batch))
         y = jump(rule, logits, x, t.expand(batch), then.expand(batch), schedule, generator)
-        x = settled(x, y, logits.shape[-1], absorbing)
+        x = settled(x, y, logits.shape[-1], model.config.absorbing)
     return x
 
 

@@ -154,16 +154,10 @@ class PlainSampler(_Sampler):
     def run(self, job: Job, seed: int) -> Cost:
         """See `Side`."""
         config, generator = self.config, torch.Generator(self.device).manual_seed(seed)
-        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        source = make_source(config.source, config.vocab_size)
         x_0 = source.draw((job.batch, job.length), generator)
         x = reference.reference_sample(
-            self.model,
-            x_0,
-            job.steps,
-            job.rule,
-            generator,
-            dtype=self.dtype,
-            absorbing=source.absorbing,
+            self.model, x_0, job.steps, job.rule, generator, dtype=self.dtype
         )
         x.tolist()
         one_call = body_flops(config, job.batch, job.length) + head_flops(config, x.numel())

@@ -33,7 +33,7 @@ class _Trainer:
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        self.source = make_source(config.source, config.vocab_size)
         self.model = random_model(config).to(device)
         self.prepare()
         self.run(Job(1, FEW_TOKENS, 1), seed=0)  # makes the optimizer's moments

@@ -121,7 +121,7 @@ class TrainingConsole:
         config, noise = ema.config, Noise([self.args.seed % 2**32])
         network = Sequences(ema, next(ema.parameters()).device)
         draws, seams = self.generation.get("draws", 1), self.generation.get("seams", "fixed")
-        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        source = make_source(config.source, config.vocab_size)
         states = sample(
             network,
             noise.start(source, min(PREVIEW_TOKENS, config.context_length)),

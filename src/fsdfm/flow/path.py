@@ -27,8 +27,8 @@ class Source(Protocol):
     def absorbing(self) -> bool:
         """Whether a position that has left the source stays: only the others move and are learned.
 
-        With the mask source that is the law of the path, since a position that is not masked is
-        data. A network that is built so need not learn to copy.
+        So it is with the mask source, where a position that is not masked is data. The network
+        need not learn to copy.
         """
         ...
 
@@ -54,7 +54,7 @@ class MaskSource:
     """Every position starts at one extra id, V, which is never data."""
 
     vocab_size: int
-    absorbing: bool = False
+    absorbing: bool = field(default=True, init=False)
 
     def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """x_0 = V everywhere; the generator is not advanced."""
@@ -64,24 +64,19 @@ class MaskSource:
 SOURCES = ("uniform", "mask")
 
 
-def make_source(name: str, vocab_size: int, *, absorbing: bool = False) -> Source:
+def make_source(name: str, vocab_size: int) -> Source:
     """The source called `uniform` or `mask`.
 
     Args:
         name: one of SOURCES.
         vocab_size: V.
-        absorbing: for the mask source, see `Source.absorbing`.
 
     Raises:
-        ValueError: another name, or a uniform source that is to absorb.
+        ValueError: another name.
     """
     if name not in SOURCES:
         raise ValueError(f"The source must be one of {', '.join(SOURCES)}, got {name}.")
-    if name == "mask":
-        return MaskSource(vocab_size, absorbing)
-    if absorbing:
-        raise ValueError("Only the mask source absorbs: in a uniform one nothing tells data apart.")
-    return UniformSource(vocab_size)
+    return MaskSource(vocab_size) if name == "mask" else UniformSource(vocab_size)
 
 
 def drawn(source: Source, shape: tuple[int, int], random: Randomness) -> Tensor:

@@ -74,7 +74,7 @@ class GeneratorSource:
     def bound_nats(self, ids: Sequence[int], seed: int, number: int) -> float:
         """The ELBO of a text, nats a token; see `TextSource`."""
         generator, config = self.generator, self.generator.config
-        source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        source = make_source(config.source, config.vocab_size)
         schedule = Polynomial(config.schedule_power)
         x_1 = torch.tensor([list(ids)], device=generator.device)
         found = list(

@@ -275,5 +275,5 @@ def _uniform(count: int, track: Track) -> Tensor:
 def start(generator: Generator, noise: torch.Generator, length: int) -> Tensor:
     """x_0, int64, shape (L,): noise of the model's source."""
     config = generator.config
-    source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+    source = make_source(config.source, config.vocab_size)
     return source.draw((length,), noise)

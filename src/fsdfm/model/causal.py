@@ -83,11 +83,6 @@ class CausalConfig(ModelConfig):
         """See `ModelConfig`."""
         return Rotary(self.head_size, self.rotary_base)
 
-    @property
-    def absorbing(self) -> bool:
-        """With the mask source: a language model need not learn to copy."""
-        return self.source == "mask"
-
 
 class RmsNorm(nn.Module):
     """Root-mean-square norm with a weight."""

@@ -78,11 +78,8 @@ class ModelConfig:
 
     @property
     def absorbing(self) -> bool:
-        """Whether only masked positions move and are learned (`flow.path.Source.absorbing`).
-
-        Published networks learn to copy instead, with either source.
-        """
-        return False
+        """Whether only masked positions move and are learned (`flow.path.Source.absorbing`)."""
+        return self.source == "mask"
 
     @property
     def embedding_rows(self) -> int:

@@ -47,7 +47,7 @@ class RunSettings(TrainSettings):
 class FlowSettings(RunSettings):
     """What pretraining and adapting share."""
 
-    source: Source = option(choices=SOURCES)
+    source: Source | None = option(choices=SOURCES)
     """Where x_0 comes from."""
     schedule_power: float = option(1.0, within=Range(1, below=True))
     """n in kappa_t = t ** n."""
@@ -89,7 +89,8 @@ class PretrainSettings(FlowSettings):
     """Shape of the network."""
     init: Path | None = option(None, unset="none")
     """Model or run to start from, instead of a fresh network of the preset's shape."""
-    source: Source = option("uniform", choices=SOURCES)
+    source: Source | None = option(None, choices=SOURCES, unset="mask, or that of init")
+    """Where x_0 comes from. From masks more calls never make joint draws worse."""
     frozen_share: float = option(0.0, within=Range(0, 1))
 
     def __post_init__(self) -> None:

@@ -112,7 +112,7 @@ def _fresh(settings: PretrainSettings, store: TokenStore, length: int) -> FlowNe
             {
                 "vocab_size": Tokenizer.from_json(store.tokenizer_json).vocab_size,
                 "context_length": length,
-                "source": settings.source,
+                "source": settings.source or "mask",
                 "schedule_power": settings.schedule_power,
                 **PRESETS[settings.preset],
             }
@@ -129,7 +129,7 @@ def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrai
     start = load_pretrained(init)
     same_tokenizer(start, init, store, settings.data)
     config = start.model.config
-    if config.source != settings.source:
+    if settings.source not in (None, config.source):
         raise ConfigError(
             f"{init} has a {config.source} source: add source={config.source}.", "source"
         )
@@ -342,9 +342,7 @@ def _claimed(world: World, out: Path, facts: dict[str, Any]) -> Iterator[None]:
 
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
     """The source and schedule that a network was built for."""
-    return make_source(config.source, config.vocab_size, absorbing=config.absorbing), Polynomial(
-        config.schedule_power
-    )
+    return make_source(config.source, config.vocab_size), Polynomial(config.schedule_power)
 
 
 def _order(seed: int, start: str) -> int:

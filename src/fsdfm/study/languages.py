@@ -181,7 +181,7 @@ class KnownLaw:
         self.teacher = teacher.eval()
         # As adapted networks do: a position that is no mask any more stays.
         start = teacher.config.source
-        self.source = make_source(start, self.chain.symbols, absorbing=start == "mask")
+        self.source = make_source(start, self.chain.symbols)
         self.settings = TrainSettings(
             steps=1,
             batch_size=256,
@@ -245,7 +245,7 @@ class Prose:
         self.store = TokenStore.open(data)
         self.tokenizer = Tokenizer.from_json(found.tokenizer_json)
         config = self.teacher.config
-        self.source = make_source(config.source, config.vocab_size, absorbing=config.absorbing)
+        self.source = make_source(config.source, config.vocab_size)
         self.references = references
         self.judges: dict[str, Judge] = {name: judge_of(name) for name in judges}
         self.human = Blocks.cut(HeldOut.open(data), self.tokenizer, self.length, seed=0)

@@ -98,6 +98,28 @@ def test_sequences_of_several_times_and_lengths_are_what_each_is_alone(
         torch.testing.assert_close(found[b], alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["published", "twin without a start", "causal twin"])
+def test_a_text_of_masks_alone_is_one_row(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network(source="mask") if kind == "published" else twin(kind)
+    assert model.config.mask_id == 83
+    if kind == "twin without a start":
+        model.config = replace(model.config, start_id=None)
+    x, rows = tokens(4, 11), torch.arange(44)
+    x[1], x[3] = 83, 83
+    x[2, :-1] = 83  # all but one
+    times = torch.full((4,), T), torch.full((4,), H)
+    with torch.no_grad():
+        right = model.body(x, *times).flatten(0, 1)
+    ours, passed = Engine(model, torch.float32), []
+    project = ours.layers[0].project
+    monkeypatch.setattr(ours.layers[0], "project", lambda y: passed.append(y.shape) or project(y))
+    torch.testing.assert_close(ours.hidden(x, T, H, rows), right, rtol=1e-4, atol=1e-5)
+    # Once for both texts; not at all where a start token tells the masks apart.
+    assert passed.count((1, 1, 48)) == (kind != "causal twin")
+    assert sum(shape[0] * shape[1] for shape in passed) == (48 if kind == "causal twin" else 23)
+    assert torch.equal(ours.hidden(x[1:2], T, H, rows[:11]), ours.hidden(x, T, H, rows)[11:22])
+
+
 def twin(kind: str) -> CausalNetwork:
     """A twin of a causal model, of which nothing is silent."""
     shape: dict[str, Any] = {"vocab_size": 83, "hidden_size": 48, "blocks": 3, "heads": 4}

@@ -1,10 +1,10 @@
 """A network made ready to sample: what is the same for every row is computed once.
 
 A condition is one row, kept for the next sequence at its time; a norm, its weight and the
-modulation after it are one norm; weights are in the format of the products from the start; and the
+modulation after it are one norm; weights are in the format of the products from the start; the
 last block, once it has its keys and values, runs on the rows that may move (where a sequence passes
-alone). Sequences of several times and lengths lie behind each other: they share every product but
-those of attention.
+alone); a text of masks is one row, where no start token tells its positions apart. Sequences of
+several times and lengths lie behind each other: they share every product but those of attention.
 
 Shapes: B sequences, L positions of the longest, N rows (some of the B L positions), D hidden, H
 heads of width d. Sequences that are computed together are (S, P, D): of one length each has its
@@ -71,6 +71,7 @@ class Engine:
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
         self._modulations = functools.lru_cache(CONDITIONS)(self._new_modulations)
+        self._blank_row = functools.lru_cache(CONDITIONS)(self._new_blank_row)
 
     @torch.no_grad()
     def hidden(
@@ -86,7 +87,7 @@ class Engine:
         Args:
             x: token ids, int64, shape (B, L).
             t: time of all sequences, or of each, in [0, 1].
-            h: step size, likewise, in (0, 1]; less than SMALLEST_STEP is told as that.
+            h: step size, likewise; less than SMALLEST_STEP is told as that.
             rows: which of the B L positions, ascending, int64, shape (N,).
             lengths: of each sequence, whose other positions are not looked at; L if not given.
 
@@ -96,24 +97,42 @@ class Engine:
         x, rows = x.to(self.device), rows.to(self.device)
         sizes = [x.shape[1]] * len(x) if lengths is None else list(lengths)
         all_t, all_h = (e if isinstance(e, Sequence) else [e] * len(x) for e in (t, h))
-        groups = list(self._groups(sizes))
-        if len(groups) == 1:
+        blank = self._blank(x, sizes)
+        groups = list(self._groups(sizes, blank))
+        if len(groups) == 1 and not blank[0]:
             return self._rows(x, rows, sizes, self._told_times(all_t, all_h))
         starts = torch.tensor([first * x.shape[1] for first, _ in groups] + [x.numel()])
         edges = torch.searchsorted(rows, starts.to(rows.device)).tolist()
         parts = []
         for i, (first, last) in enumerate(groups):
             wanted = rows[edges[i] : edges[i + 1]] - first * x.shape[1]
-            if len(wanted):
+            if len(wanted) and blank[first]:
+                parts.append(self._blank_row(all_t[first], all_h[first]).expand(len(wanted), -1))
+            elif len(wanted):
                 told = self._told_times(all_t[first:last], all_h[first:last])
                 parts.append(self._rows(x[first:last], wanted, sizes[first:last], told))
         return torch.cat(parts)
 
-    def _groups(self, sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    def _blank(self, x: Tensor, sizes: Sequence[int]) -> list[bool]:
+        """Which sequences hold nothing but masks, where that makes all their rows one.
+
+        All positions then attend to equal values. Only a CPU is asked: others would be waited for.
+        """
+        mask = self.model.config.mask_id
+        if mask is None or self.kind.tells_positions or x.device.type != "cpu":
+            return [False] * len(sizes)
+        return [bool((one[:size] == mask).all()) for one, size in zip(x, sizes, strict=True)]
+
+    def _new_blank_row(self, t: float, h: float) -> Tensor:
+        """The hidden row of every position of a text of masks, (1, D)."""
+        tokens = torch.full((1, 1), self.model.config.vocab_size)
+        return self._rows(tokens, torch.zeros(1, dtype=torch.long), [1], self._told_times([t], [h]))
+
+    def _groups(self, sizes: Sequence[int], alone: Sequence[bool]) -> Iterator[tuple[int, int]]:
         """First and last-but-one sequence of those that are computed together."""
-        first, total = 0, 0
+        first, total, most = 0, 0, self.rows_at_once or sum(sizes)
         for number, size in enumerate(sizes):
-            if number > first and total + size > (self.rows_at_once or total + size):
+            if number > first and (total + size > most or alone[number] or alone[number - 1]):
                 yield first, number
                 first, total = number, 0
             total += size
@@ -144,10 +163,7 @@ class Engine:
     def _new_modulations(self, t: float, h: float) -> Condition:
         """What (t, h) makes of every block, and of the final norm."""
         # Filled in place: copies from the host would be waited for.
-        times = (
-            torch.full((1,), value, dtype=torch.float32, device=self.device)
-            for value in (t, max(h, SMALLEST_STEP))
-        )
+        times = (torch.full((1,), float(e), device=self.device) for e in (t, max(h, SMALLEST_STEP)))
         c = self.model.condition(*times)
         return [layer.modulation(c) for layer in self.layers], self.kind.final(c)
 
@@ -207,6 +223,7 @@ class _Published:
     """What is the published network's own."""
 
     causal = False
+    tells_positions = False  # equal tokens have equal rows, wherever they are
 
     def __init__(self, model: Transformer) -> None:
         self.output = model.output_layer
@@ -237,6 +254,7 @@ class _Twin:
     def __init__(self, model: CausalNetwork) -> None:
         self.model, self.output = model, model.output_layer
         self.causal = model.config.attention == "causal"
+        self.tells_positions = model.config.start_id is not None
 
     def shifted(self, tokens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """See `_Published`."""
@@ -371,7 +389,7 @@ class _Joint:
 
 
 def _other_tree(model: FlowNetwork) -> FlowNetwork:
-    """The same tensors as modules of our own, from which parts can be left out."""
+    """The same tensors as modules of our own."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 

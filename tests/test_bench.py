@@ -399,6 +399,7 @@ def test_a_shape_is_a_preset_with_its_vocabulary_and_a_step_embedding() -> None:
     sizes = {name: getattr(config, name) for name in PRESETS["0.17B"]}
     assert sizes == PRESETS["0.17B"]
     assert (config.vocab_size, config.step_embedding, config.neighbours) == (50_257, "log2", 0)
+    assert config.source == "mask"  # as `fsdfm pretrain` makes it
 
 
 def test_a_shape_can_be_that_of_a_model_directory_whose_weights_are_not_read(
@@ -623,6 +624,23 @@ def test_a_sequence_that_passes_alone_is_charged_for_its_movers_in_the_last_bloc
         width = config.hidden_size
         skipped = still * (2 * width**2 * 9 + 4 * job.length * width) * (job is alone)
         assert cost.flops == whole - skipped
+
+
+@pytest.mark.parametrize("job", [Job(1, 300, 4), Job(2, 30, 4)], ids=["alone", "together"])
+def test_a_first_call_from_masks_is_charged_for_one_row(job: Job) -> None:
+    config = replace(TOY, context_length=300, source="mask")
+    ours, width = OurSampler(config, torch.device("cpu"), torch.float32), config.hidden_size
+    moved: list[int] = []
+    hidden = ours.engine.hidden
+    ours.engine.hidden = lambda x, t, h, rows, *rest: (
+        moved.append(len(rows)),
+        hidden(x, t, h, rows, *rest),
+    )[1]
+    cost = ours.run(job, seed=1)
+    whole = 3 * body_flops(config, job.batch, job.length) + body_flops(config, 1, 1)
+    still = (3 * job.length - sum(moved[1:])) * (job.batch == 1)
+    whole -= still * (2 * width**2 * 9 + 4 * job.length * width)
+    assert cost.flops == whole + head_flops(config, job.batch * job.length)
 
 
 def test_a_killed_or_stuck_worker_leaves_the_others_and_its_error_stays() -> None:

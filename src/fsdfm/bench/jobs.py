@@ -97,7 +97,7 @@ def shape(name: str) -> ModelConfig:
     if name in PRESETS:
         vocab_size = {"tiny": 4096, "small": 8192}.get(name, 50_257)
         sizes: dict[str, Any] = PRESETS[name]
-        return ModelConfig(vocab_size, **sizes, step_embedding="log2")
+        return ModelConfig(vocab_size, **sizes, source="mask", step_embedding="log2")
     if not Path(name).is_dir():
         raise ConfigError(
             f"The shape must be one of {', '.join(SHAPES)}, or a model directory, got {name}."

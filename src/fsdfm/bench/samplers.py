@@ -101,15 +101,25 @@ class OurSampler(_Sampler):
             noise = torch.Generator().manual_seed(each)
             x_0 = start(asked, noise, job.length)
             tracks.append(Track(x_0, free.clone(), list(times), how, how.controls(), noise))
-        calls = 0
+        flops = rows = 0
+        # A text of masks alone passes as one row, once for all.
+        blank = self.device.type == "cpu" and engine.all_masks_are_one
         while not tracks[0].done:
-            calls += call(asked, tracks)
-        tokens, rows = job.batch * job.length, sum(track.rows for track in tracks)
-        flops = calls * body_flops(config, job.batch, job.length)
+            if call(asked, tracks):
+                moved = sum(track.rows for track in tracks) - rows
+                flops += body_flops(config, 1, 1) if blank else self._body_flops(job, moved)
+                rows, blank = rows + moved, False
+        tokens = job.batch * job.length
+        return Cost(tokens, flops + head_flops(config, rows) + joint_flops(config, rows))
+
+    def _body_flops(self, job: Job, moved: int) -> int:
+        """One call, in which some of the positions move."""
+        flops = body_flops(self.config, job.batch, job.length)
         if job.batch == 1 or (job.length > ROWS_AT_ONCE // 2 and self.device.type == "cpu"):
             # A sequence that passes alone leaves the last block with its movers only.
-            flops -= (calls * tokens - rows) * last_block_flops(config, job.length)
-        return Cost(tokens, flops + head_flops(config, rows) + joint_flops(config, rows))
+            still = job.batch * job.length - moved
+            flops -= still * last_block_flops(self.config, job.length)
+        return flops
 
 
 class JointSampler(OurSampler):

@@ -70,6 +70,7 @@ class Engine:
         _leave_out(model.output_layer, "linear")
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
+        self.all_masks_are_one = model.config.absorbing and not self.kind.tells_positions
         self._modulations = functools.lru_cache(CONDITIONS)(self._new_modulations)
         self._blank_row = functools.lru_cache(CONDITIONS)(self._new_blank_row)
 
@@ -114,12 +115,11 @@ class Engine:
         return torch.cat(parts)
 
     def _blank(self, x: Tensor, sizes: Sequence[int]) -> list[bool]:
-        """Which sequences hold nothing but masks, where that makes all their rows one.
-
-        All positions then attend to equal values. Only a CPU is asked: others would be waited for.
+        """Which sequences hold nothing but masks, where that makes all their rows one: all
+        positions attend to equal values. Only a CPU is asked; others would be waited for.
         """
         mask = self.model.config.mask_id
-        if mask is None or self.kind.tells_positions or x.device.type != "cpu":
+        if not self.all_masks_are_one or x.device.type != "cpu":
             return [False] * len(sizes)
         return [bool((one[:size] == mask).all()) for one, size in zip(x, sizes, strict=True)]
 

@@ -86,8 +86,8 @@ class Workers:
 
 
 def alone() -> bool:
-    """Whether nobody started several processes."""
-    return os.environ.get("WORLD_SIZE", "1") == "1"
+    """Whether torchrun started nothing, and nobody several processes."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def own_device(name: str | None) -> str | None:

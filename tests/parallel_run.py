@@ -162,16 +162,18 @@ TURNS = ((first_two, 0, 2), (lone, 3, 1), (all_four, 0, 4), (last_two, 0, 2))
 """What is done, the first process that does it, and how many do."""
 
 
-def process(number: int, place: Path, ports: list[str]) -> None:
+def process(number: int, place: Path, port: int) -> None:
     """What one of them does; what it says is in stderr-NUMBER."""
     with (place / f"stderr-{number}").open("w") as file:
         os.dup2(file.fileno(), 2)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}  # as torchrun does
-    for (does, first, size), port in zip(TURNS, ports, strict=True):
+    # As torchrun starts processes, and starts them again: all turns meet at one store.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_WORLD_SIZE": "1"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for turn, (does, first, size) in enumerate(TURNS):
         if first <= number < first + size:
             rank = str(number - first)
-            os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
-            os.environ |= {"WORLD_SIZE": str(size), "MASTER_PORT": port}
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(size)}
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(turn)
             try:
                 with started(torch.device("cpu")) as world:
                     does(place, world)
@@ -179,16 +181,19 @@ def process(number: int, place: Path, ports: list[str]) -> None:
                 sys.exit(f"error: {error}")
 
 
-def main(place: Path, ports: list[str]) -> None:
+def main(place: Path, port: int) -> None:
     """Fork them: to import torch four times costs more than to train."""
     torch.set_num_threads(1)
     fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=process, args=(k, place, ports)) for k in range(4)]
+    processes = [fork.Process(target=process, args=(k, place, port)) for k in range(4)]
     for each in processes:
         each.start()
+    # After the fork: it starts a thread.
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     for each in processes:
         each.join()
+    del store
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import socket
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from parallel_run import DIES_AT, KINDS, MIXED, STEPS, TAKEN_OVER, TURNS, train
+from parallel_run import DIES_AT, KINDS, MIXED, STEPS, TAKEN_OVER, train
 from safetensors.torch import load_file
 
 from fsdfm.train.parallel import ALONE
@@ -32,12 +31,10 @@ class Four:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Four:
     """All trainings of several processes, which start once: starting costs more than training."""
     out = tmp_path_factory.mktemp("parallel")
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in TURNS]
-        for each in free:
-            each.bind(("127.0.0.1", 0))
-        ports = [str(each.getsockname()[1]) for each in free]
-    subprocess.run([sys.executable, str(SCRIPT), str(out), *ports], timeout=300, check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run([sys.executable, str(SCRIPT), str(out), str(port)], timeout=300, check=True)
     return Four(out, [(out / f"stderr-{rank}").read_text() for rank in range(4)])
 
 

@@ -1,7 +1,8 @@
-"""One of the four processes of tests/test_parallel.py: trains in every way that is asked there."""
+"""The four processes of tests/test_parallel.py: they train in every way that is asked there."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -24,7 +25,7 @@ from fsdfm.model.student import student_from_teacher
 from fsdfm.train.loop import Run
 from fsdfm.train.next_token import NextToken
 from fsdfm.train.objective import Joint, Objective, Pretrain
-from fsdfm.train.parallel import ALONE, World, started
+from fsdfm.train.parallel import ALONE, World, is_sharded, started
 
 STEPS, DIES_AT = 50, 20
 FROM_TWO, FROM_ONE, FROM_FOUR, MIXED = 5, 9, 12, 16
@@ -92,8 +93,8 @@ KINDS = {
 
 def train(
     out: Path, name: str, world: World, until: int = STEPS, each: Callable[[int], None] = id
-) -> None:
-    """Train up to an update, on from what is there."""
+) -> bool:
+    """Train up to an update, on from what is there; whether the network was sharded."""
     out.mkdir(exist_ok=True)
     kind, part = KINDS[name], world.share(len(batch(0)))
     rows = slice(world.rank * part, (world.rank + 1) * part)
@@ -116,7 +117,8 @@ def train(
         if until < STEPS and step == until - 1 and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)  # one is told: all stop after this update
 
-    Run(out, settings, task, Recorder(advanced)).train(kind.model())
+    Run(out, settings, task, Recorder(advanced)).train(model := kind.model())
+    return is_sharded(model)
 
 
 TAKEN_OVER = ("pretrain", "distill", "fsdp-distill", "fsdp-joint")
@@ -131,6 +133,11 @@ def first_two(place: Path, world: World) -> None:
         if world.first:
             train(place / f"{name}-mixed", name, ALONE, FROM_ONE)
         world.wait()
+
+
+def lone(place: Path, world: World) -> None:
+    """One process that torchrun started is sharded, too."""
+    assert train(place / "fsdp-pretrain-lone", "fsdp-pretrain", world)
 
 
 def all_four(place: Path, world: World) -> None:
@@ -151,17 +158,42 @@ def last_two(place: Path, world: World) -> None:
     train(place / "dies", "pretrain", world, each=dies)
 
 
-def main(place: Path, ports: list[str]) -> None:
+TURNS = ((first_two, 0, 2), (lone, 3, 1), (all_four, 0, 4), (last_two, 0, 2))
+"""What is done, the first process that does it, and how many do."""
+
+
+def process(number: int, place: Path, port: int) -> None:
+    """What one of them does; what it says is in stderr-NUMBER."""
+    with (place / f"stderr-{number}").open("w") as file:
+        os.dup2(file.fileno(), 2)
+    # As torchrun starts processes, and starts them again: all turns meet at one store.
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GROUP_WORLD_SIZE": "1"}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for turn, (does, first, size) in enumerate(TURNS):
+        if first <= number < first + size:
+            rank = str(number - first)
+            os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(size)}
+            os.environ["TORCHELASTIC_RESTART_COUNT"] = str(turn)
+            try:
+                with started(torch.device("cpu")) as world:
+                    does(place, world)
+            except FsdfmError as error:
+                sys.exit(f"error: {error}")
+
+
+def main(place: Path, port: int) -> None:
+    """Fork them: to import torch four times costs more than to train."""
     torch.set_num_threads(1)
-    for does, size, port in zip((first_two, all_four, last_two), (2, 4, 2), ports, strict=True):
-        if int(os.environ["RANK"]) < size:
-            os.environ |= {"WORLD_SIZE": str(size), "MASTER_PORT": port}
-            with started(torch.device("cpu")) as world:
-                does(place, world)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=process, args=(k, place, port)) for k in range(4)]
+    for each in processes:
+        each.start()
+    # After the fork: it starts a thread.
+    store = torch.distributed.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for each in processes:
+        each.join()
+    del store
 
 
 if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), sys.argv[2:])
-    except FsdfmError as error:
-        sys.exit(f"error: {error}")
+    main(Path(sys.argv[1]), int(sys.argv[2]))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -33,21 +31,11 @@ class Four:
 def four(tmp_path_factory: pytest.TempPathFactory) -> Four:
     """All trainings of several processes, which start once: starting costs more than training."""
     out = tmp_path_factory.mktemp("parallel")
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for each in free:
-            each.bind(("127.0.0.1", 0))
-        ports = [str(each.getsockname()[1]) for each in free]
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(out), *ports],
-            env={**os.environ, "MASTER_ADDR": "127.0.0.1", "RANK": str(k), "LOCAL_RANK": str(k)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for k in range(4)
-    ]
-    return Four(out, [process.communicate(timeout=300)[1] for process in started])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    subprocess.run([sys.executable, str(SCRIPT), str(out), str(port)], timeout=300, check=True)
+    return Four(out, [(out / f"stderr-{rank}").read_text() for rank in range(4)])
 
 
 def losses(out: Path) -> list[float]:
@@ -97,6 +85,12 @@ def test_a_sharded_run_leaves_the_averages_of_an_unsharded_one(four: Four, one: 
         # AdamW makes whole steps of gradients that are nearly zero, so single weights may differ.
         for name in (name for name in ours if name.startswith("ema.")):
             assert torch.dist(ours[name], theirs[name]) < 1e-3 * theirs[name].norm(), (kind, name)
+
+
+def test_one_process_that_torchrun_started_may_be_sharded(four: Four, one: Path) -> None:
+    assert losses(four.place / "fsdp-pretrain-lone") == pytest.approx(
+        losses(one / "fsdp-pretrain"), rel=1e-5
+    ), four.stderr
 
 
 def test_a_process_that_dies_ends_the_other_with_a_message(four: Four) -> None:

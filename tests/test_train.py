@@ -29,6 +29,7 @@ from fsdfm.flow.path import SOURCES, Batch, MaskSource, Source, UniformSource, m
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import EXACT
 from fsdfm.flow.target import TARGETS, Jumper, Target
+from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import Transformer
@@ -603,24 +604,59 @@ def finish(directory: Path, objective: Any = None, watcher: Recorder | None = No
     return watcher
 
 
-@pytest.mark.parametrize("how", ["recompute", "compile"])
+def twin() -> CausalNetwork:
+    """A tiny causal language model's, with more heads than keys, and a start token."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": V, "hidden_size": 24, "blocks": 2, "heads": 6, "cond_size": 8}
+    heads = {"kv_heads": 3, "head_size": 4, "mlp_size": 20, "start_id": 1}
+    model = CausalNetwork(
+        CausalConfig.from_dict({**shape, **heads, "source": "mask", "context_length": L})
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("how", "make"), [("recompute", network), ("compile", network), ("compile", twin)]
+)
 def test_blocks_that_run_otherwise_give_the_same_losses(
-    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, make: Callable[[], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is traced is run as it is: making code of it takes half a minute on a CPU.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    # What is traced, a block as one graph, is run as it is: making code of it takes half a minute.
+    one_graph = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", one_graph)
     found: dict[bool, list[float]] = {}
     for asked in (False, True):
-        task = make_task(Pretrain(UniformSource(V), Polynomial(), POSITION_LOSSES["cross_entropy"]))
+        (model := make()).train()
+        source = make_source(model.config.source, V)
+        objective = Pretrain(source, Polynomial(), POSITION_LOSSES["cross_entropy"])
         settings = replace(SETTINGS, log_every=1, **{how: asked})
         (out := tmp_path / str(asked)).mkdir()
-        run: Run[Transformer] = Run(out, settings, task, watcher := Recorder())
-        (model := network()).train()
+        run: Run[Any] = Run(out, settings, make_task(objective, source), watcher := Recorder())
         assert run.train(model)
         found[asked] = watcher.losses
         assert ("forward" in vars(model.blocks[0])) == asked
     assert len(found[True]) == SETTINGS.steps
     assert found[True] == pytest.approx(found[False], rel=1e-5)
+
+
+def test_blocks_that_cannot_be_compiled_are_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(graph: object, inputs: object) -> object:
+        raise TypeError("mul expected 2 arguments, got 3\nWhile executing %mul")
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=refuses))
+    run: Run[Any] = Run(tmp_path, replace(SETTINGS, compile=True), make_task(), Recorder())
+    with pytest.raises(TrainingError) as caught:
+        run.train(network())
+    assert str(caught.value) == (
+        "The blocks cannot be compiled (mul expected 2 arguments, got 3); run the same command "
+        "without compile."
+    )
+    assert caught.value.fields == ("compile",)
 
 
 def test_what_is_computed_again_is_not_kept() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -47,7 +47,10 @@ class Workers:
             ours = not torch.distributed.is_initialized()
             if ours:
                 try:
-                    torch.distributed.init_process_group(backend, timeout=patience)
+                    store, rank, size = _meeting(patience)
+                    torch.distributed.init_process_group(
+                        backend, timeout=patience, store=store, rank=rank, world_size=size
+                    )
                 except ValueError as error:
                     raise ConfigError(
                         f"WORLD_SIZE is set, but the processes cannot meet ({error}): start them "
@@ -85,9 +88,28 @@ class Workers:
         return values
 
 
+def _meeting(patience: timedelta) -> tuple[Any, int, int]:
+    """Where processes meet, which of them this is, and how many they are.
+
+    When torchrun starts them again (`--max-restarts`) its store still has the addresses of those
+    that are gone (torch 2.13): each start meets at a place of its own. Of several nodes each counts
+    its own starts, so there the place stays.
+
+    Raises:
+        ValueError: the environment does not say.
+    """
+    from torch.distributed.rendezvous import rendezvous  # here: not every torch has it
+
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":
+        start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = torch.distributed.PrefixStore(f"start {start}", store)  # type: ignore[attr-defined]
+    return store, rank, size
+
+
 def alone() -> bool:
-    """Whether nobody started several processes."""
-    return os.environ.get("WORLD_SIZE", "1") == "1"
+    """Whether torchrun started nothing, and nobody several processes."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def own_device(name: str | None) -> str | None:

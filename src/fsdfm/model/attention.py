@@ -39,7 +39,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
         (B, N, H d), heads side by side.
     """
     batch, heads, asking, width = q.shape
-    bfloat16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    plain = torch.compiler.is_compiling() or q.device.type != "cpu"
+    bfloat16 = not plain and q.dtype == torch.bfloat16
     if causal or (bfloat16 and _has_tiles() and not torch.is_grad_enabled()):
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     else:

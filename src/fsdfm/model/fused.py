@@ -2,6 +2,8 @@
 
 As plain autograd they store and re-read several float32 copies of every row. Here they work on one
 sequence at a time, whose numbers stay in cache, and give rows in the format of the products.
+torch.compile gets the plain expressions: it fuses them itself, and cannot trace what writes into a
+part of a tensor.
 
 Shapes: B sequences, L positions, D hidden, M width of the MLP, H heads of width d.
 """
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from fsdfm.model.rotary import rotate
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -36,6 +40,9 @@ def modulated_rms(
     Returns:
         (B, L, D).
     """
+    if torch.compiler.is_compiling():
+        normed = F.rms_norm(x, x.shape[-1:], eps=epsilon)
+        return torch.addcmul(bias[:, None], normed, weight[:, None]).to(dtype)
     y: Tensor = _ModulatedRms.apply(  # type: ignore[no-untyped-call]
         x, weight.expand(len(x), -1), bias.expand(len(x), -1), epsilon, dtype
     )
@@ -74,6 +81,9 @@ class _ModulatedRms(torch.autograd.Function):
 
 def swiglu(x: Tensor) -> Tensor:
     """SiLU(gate) up, where x = (gate, up): (B, L, 2 M) -> (B, L, M)."""
+    if torch.compiler.is_compiling():
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
     y: Tensor = _SwiGlu.apply(x)  # type: ignore[no-untyped-call]
     return y
 
@@ -112,6 +122,8 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x cos + (-x_2, x_1) sin, where x = (x_1, x_2); (B, H, L, d), contiguous.
     """
     half = x.shape[-1] // 2
+    if torch.compiler.is_compiling():
+        return rotate(x.transpose(1, 2), cos, sin).contiguous()
     y: Tensor = _Turned.apply(x, cos[:, :half].to(x.dtype), sin[:, :half].to(x.dtype))  # type: ignore[no-untyped-call]
     return y
 

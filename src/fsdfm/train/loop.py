@@ -20,7 +20,7 @@ from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Schedule
 from fsdfm.train import buckets
-from fsdfm.train.blocks import run_blocks
+from fsdfm.train.blocks import compiling, run_blocks
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint, set_aside
 from fsdfm.train.ema import Ema, Module, within
 from fsdfm.train.objective import Objective
@@ -115,8 +115,8 @@ class Run(Generic[Module]):
             Whether the run is finished (False: it was interrupted).
 
         Raises:
-            TrainingError: MOST_SKIPPED updates in a row were not finite; the last good checkpoint
-                is kept.
+            TrainingError: MOST_SKIPPED updates in a row were not finite, where the last good
+                checkpoint is kept; or the blocks cannot be compiled.
             CheckpointError: the checkpoint cannot be read or written.
         """
         settings = self.settings
@@ -146,7 +146,8 @@ class Run(Generic[Module]):
                 self.watcher.advanced(step, settings.steps, loss)
                 if last:
                     return finished
-                update(state, settings, self.task, through)
+                with compiling(settings.compile):
+                    update(state, settings, self.task, through)
 
     def _begin(self, model: Module) -> tuple[TrainState[Module], nn.Module]:
         """The state before the first update, and the `Pass` that updates go through."""

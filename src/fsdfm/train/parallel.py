@@ -60,8 +60,9 @@ class World(Workers):
         return batch_size // self.size
 
     def shards(self, sharding: str) -> bool:
-        """Whether processes hold parts of the network; one has nobody to share with."""
-        return self.size > 1 and sharding == "fsdp"
+        """Whether processes hold parts of the network: those that torchrun started, be it one."""
+        group = torch.distributed
+        return sharding == "fsdp" and group.is_initialized() and group.get_world_size() == self.size
 
     def wrap(
         self, module: Pass, average: nn.Module, sharding: str, device: torch.device, dtype: Any
@@ -75,9 +76,9 @@ class World(Workers):
             device: of this process.
             dtype: of products. On a GPU the blocks are gathered in it.
         """
-        if self.size == 1:
-            return module
         if not self.shards(sharding):
+            if self.size == 1:
+                return module
             # An objective may train a part of the network: what it leaves alone has no gradient.
             return DistributedDataParallel(module, find_unused_parameters=True)
         mesh = init_device_mesh(device.type, (self.size,))

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 from PIL import Image
+from processes import together
 
 from fsdfm.core.errors import ConfigError, FsdfmError
 from fsdfm.eval import evaluation
@@ -279,11 +278,9 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(
         *("--heldout", place / "heldout.jsonl", "--tasks", "unconditional", "infilling"),
     ]
     (tmp_path / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": f"{tmp_path / 'two'}."}
-    command = [*launch, str(tmp_path / "worker.py"), *map(str, words), "--out", tmp_path / "two"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    command = [tmp_path / "worker.py", *words, "--out", tmp_path / "two"]
+    for done in together(command, environment={"MADE": f"{tmp_path / 'two'}."}):
+        assert done.returncode == 0, done.stderr
     alone, make = [], Parts.make
     monkeypatch.setattr(
         Parts, "make", lambda s, c, g: alone.append(f"{c.label} {g}") or make(s, c, g)

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
+from processes import together
 from steering_fixtures import absorbing_network
 from test_generator import WORDS
 
@@ -333,6 +334,24 @@ def test_parquet_says_what_it_lacks(
     assert out.read_text() == "dear diary"
 
 
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
+
+
+def started_by_torchrun(words: list[Any]) -> str:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, **NO_GPU},
+    ).stderr
+
+
+def started_here(words: list[Any]) -> str:
+    return "".join(done.stderr for done in together(words, environment=NO_GPU))
+
+
 @pytest.mark.parametrize("kind", PARTED)
 def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: str) -> None:
     if kind == "parquet":
@@ -347,18 +366,11 @@ def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: s
     there = [json.dumps({**r, "seconds": 1.0, "tokens_per_second": 1.0}) for r in table(alone)]
     (parts / "2.jsonl").write_text(f"{there[3]}\n")
     (parts / "1.jsonl").write_text(f"{there[6]}\n{there[7][:20]}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     argv = ["-m", "fsdfm", "generate", "--model", model, "--requests", source, "--out", out]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert "9 results written" in done.stderr and "2 were there" in done.stderr, done.stderr
-    assert done.stderr.count("did you mean prompt?") == 1
-    assert done.stderr.count("results written") == 1
+    said = started_by_torchrun(argv) if kind == "jsonl" else started_here(argv)
+    assert "9 results written" in said and "2 were there" in said, said
+    assert said.count("did you mean prompt?") == 1
+    assert said.count("results written") == 1
     assert table(out) == table(alone)
     names = ["in.jsonl", f"alone.{kind}", f"out.{kind}"]
     assert sorted(os.listdir(tmp_path)) == sorted(names)

@@ -1,4 +1,4 @@
-"""Several processes that work together, without torchrun, which takes as long to start as they."""
+"""Two processes that work together, of which this is one: starting another takes a while."""
 
 from __future__ import annotations
 
@@ -7,36 +7,50 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import Any
 
-PATIENCE_SECONDS = 300
+import pytest
+import torch
+
+PATIENCE = timedelta(minutes=3)
+"""How long one waits for the other; the code under test would for days."""
 
 
-def together(
-    words: Sequence[object], count: int = 2, environment: Mapping[str, str] | None = None
-) -> list[subprocess.CompletedProcess[str]]:
-    """What they say, with all that torchrun tells its processes.
+@contextlib.contextmanager
+def beside(words: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
+    """While another process works as the second of two, this one is the first, as by torchrun.
 
     Args:
-        words: of a Python command, each process's.
-        count: processes.
-        environment: besides this process's.
+        words: of the Python command of the other.
+
+    Yields:
+        The other; both have ended well when the block has.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, *map(str, words)]
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
-    with contextlib.ExitStack() as stack:
-        started = []
-        for rank in map(str, range(count)):
-            own = {**os.environ, **(environment or {}), **where, "RANK": rank, "LOCAL_RANK": rank}
-            pipe = subprocess.PIPE
-            process = subprocess.Popen(command, env=own, stdout=pipe, stderr=pipe, text=True)
-            started.append(stack.enter_context(process))
-            stack.callback(process.kill)
-        said = [process.communicate(timeout=PATIENCE_SECONDS) for process in started]
-    return [
-        subprocess.CompletedProcess(command, process.returncode, *words)
-        for process, words in zip(started, said, strict=True)
-    ]
+    join = torch.distributed.init_process_group
+
+    def briefly(*args: Any, **options: Any) -> None:
+        join(*args, **options | {"timeout": PATIENCE})
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("ADDR", "127.0.0.1"), ("PORT", port)):
+            patch.setenv(f"MASTER_{name}", value)
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(torch.distributed, "init_process_group", briefly)
+        command = [sys.executable, *map(str, words)]
+        rank = {"RANK": "1", "LOCAL_RANK": "1"}
+        with subprocess.Popen(
+            command, env={**os.environ, **rank}, stderr=subprocess.PIPE, text=True
+        ) as other:
+            patch.setenv("RANK", "0")
+            patch.setenv("LOCAL_RANK", "0")
+            try:
+                yield other
+            except BaseException:
+                other.kill()
+                raise
+        assert other.returncode == 0

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
-from processes import together
+from processes import beside
 from steering_fixtures import absorbing_network
 from test_generator import WORDS
 
@@ -334,9 +334,6 @@ def test_parquet_says_what_it_lacks(
     assert out.read_text() == "dear diary"
 
 
-NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
-
-
 def started_by_torchrun(words: list[Any]) -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
@@ -344,16 +341,20 @@ def started_by_torchrun(words: list[Any]) -> str:
         capture_output=True,
         text=True,
         timeout=300,
-        env={**os.environ, **NO_GPU},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
     ).stderr
 
 
-def started_here(words: list[Any]) -> str:
-    return "".join(done.stderr for done in together(words, environment=NO_GPU))
+def started_here(run: Run, words: list[Any]) -> str:
+    with beside(words) as other:
+        _, _, err = run(*words[2:])
+        return err + other.communicate()[1]
 
 
 @pytest.mark.parametrize("kind", PARTED)
-def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: str) -> None:
+def test_processes_share_a_file_of_requests(
+    run: Run, model: Path, tmp_path: Path, kind: str
+) -> None:
     if kind == "parquet":
         pytest.importorskip("pyarrow")
     source, alone, out = (tmp_path / n for n in ("in.jsonl", f"alone.{kind}", f"out.{kind}"))
@@ -367,7 +368,7 @@ def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: s
     (parts / "2.jsonl").write_text(f"{there[3]}\n")
     (parts / "1.jsonl").write_text(f"{there[6]}\n{there[7][:20]}")
     argv = ["-m", "fsdfm", "generate", "--model", model, "--requests", source, "--out", out]
-    said = started_by_torchrun(argv) if kind == "jsonl" else started_here(argv)
+    said = started_by_torchrun(argv) if kind == "jsonl" else started_here(run, argv)
     assert "9 results written" in said and "2 were there" in said, said
     assert said.count("did you mean prompt?") == 1
     assert said.count("results written") == 1

@@ -31,15 +31,15 @@ from fsdfm.train.objective import Distill, Joint, Objective, Pretrain, even_weig
 from fsdfm.train.optim import make_optimizer
 
 V, L, B = 11, 12, 6
-SHAPE: dict[str, Any] = {"vocab_size": V, "hidden_size": 16, "blocks": 2, "heads": 2}
+SHAPE: dict[str, Any] = {"vocab_size": V, "hidden_size": 16, "heads": 2}
 OBJECTIVES = ("pretrain", *TARGETS, "joint")
 CASES = [("published", "uniform"), ("published", "mask"), ("causal", "uniform"), ("causal", "mask")]
 """The causal network with the mask source is the absorbing one."""
 
 
-def network(kind: str, source: Any, joint: bool) -> FlowNetwork:
+def network(kind: str, source: Any, joint: bool, blocks: int = 2) -> FlowNetwork:
     torch.manual_seed(1)
-    shape = {**SHAPE, "cond_size": 8, "source": source, "context_length": L}
+    shape = {**SHAPE, "blocks": blocks, "cond_size": 8, "source": source, "context_length": L}
     shape |= {"step_embedding": "none" if joint else "log2", "neighbours": 2 if joint else 0}
     if kind == "published":
         model: FlowNetwork = Transformer(ModelConfig(**shape))
@@ -65,7 +65,7 @@ def updated(
     name: str, kind: str, source: str, device: torch.device, optimizer: str = "adamw"
 ) -> tuple[Tensor, FlowNetwork]:
     """The loss of one update, and the network after it; on the CPU or under OtherDevice."""
-    model = network(kind, source, name == "joint")
+    model = network(kind, source, name == "joint", blocks=1)
     ema = Ema(model, 0.9)
     if device == DEVICE:
         moved(model), moved(ema.model)

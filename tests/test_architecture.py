@@ -155,3 +155,54 @@ def test_whole_files_are_written_in_one_place(path: Path) -> None:
     text, name = path.read_text(), str(path.relative_to(PACKAGE))
     placed = re.findall(r"os\.replace\(|os\.rename\(|\.rename\(|partial\.replace\(", text)
     assert not placed or name in PLACERS
+
+
+WRITERS = ("write_text", "write_bytes", "savefig", "save_file", "write_tensors")
+"""What writes a whole file of the name that it is given."""
+UNFINISHED = ("partial", "staged", "buffer")
+"""What a file is called that is not in its place yet."""
+ELSEWHERE = {
+    "core/files.py": "whole-file writes themselves",
+    "core/tensors.py": "told where by those that put the file in its place",
+    "text/shards.py": "shards grow in a directory that is put in its place when they are done",
+    "bench/worker.py": "the kernel's switches",
+}
+
+
+def direct_writes(source: str) -> Iterator[str]:
+    """Calls that write a whole file in its own place."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        modes = [each.value for each in node.args if isinstance(each, ast.Constant)]
+        opens = name == "open" and any(re.fullmatch("[wx]b?", str(mode)) for mode in modes)
+        if (opens or name in WRITERS) and not any(each in ast.unparse(node) for each in UNFINISHED):
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nobody_writes_a_file_in_its_own_place_or_makes_digests_of_their_own(path: Path) -> None:
+    text, name = path.read_text(), str(path.relative_to(PACKAGE))
+    if name not in ELSEWHERE:
+        assert list(direct_writes(text)) == [], "core/files.py: write_whole, or replacing"
+    assert "hashlib" not in text or name == "core/files.py", "core/files.py: digest"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_the_smallest_step_is_written_once(path: Path) -> None:
+    found = re.search(r"/ 1024|2(\.0)?\*\*-10\b", path.read_text())
+    assert not found, "flow/grid.py: SMALLEST_STEP"
+
+
+def test_the_walk_sees_direct_writes() -> None:
+    lines = (
+        "path.write_text(data)",
+        "save_file(tensors, directory / name)",
+        "figure.savefig(path)",
+        "path.open('wb')",
+        "open(out, 'w')",
+    )
+    assert [list(direct_writes(line)) for line in lines] == [[line] for line in lines]
+    for line in ("save_file(tensors, partial)", "path.open('rb')", "path.open('a')", "open(path)"):
+        assert not list(direct_writes(line))

@@ -12,8 +12,9 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ from fsdfm.bench.harness import Spec, measure, plan, specs_for, started
 from fsdfm.bench.jobs import Job, shape
 from fsdfm.bench.samplers import OurSampler, make_engine
 from fsdfm.bench.sides import SIDES, build_side, runnable, sides_for
+from fsdfm.bench.worker import Bench
 from fsdfm.core.errors import BenchError, CheckpointError, ConfigError
 from fsdfm.flow.grid import even_grid
 from fsdfm.flow.loss import cross_entropy, path_loss
@@ -659,6 +661,15 @@ def test_a_killed_or_stuck_worker_leaves_the_others_and_its_error_stays() -> Non
         assert engine.wait(5) == -signal.SIGKILL
 
 
+@pytest.fixture
+def heeding_interrupts() -> Iterator[None]:
+    """What a shell starts in the background ignores them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeding_interrupts")
 def test_an_interruption_leaves_no_process() -> None:
     with pytest.raises(KeyboardInterrupt), started(toy_specs("pretrain", ["plain"])) as workers:
         pids = [worker._process.pid for worker in workers]
@@ -770,6 +781,8 @@ def test_bench_measures_the_shape_of_a_model(
     # Two of the sides: all of them run on a twin in test_every_side_does_its_job.
     monkeypatch.setattr(benchmark, "SIDES", ("sample", "pretrain"))
     monkeypatch.setattr(benchmark, "sides_for", lambda *asked: sides_for(*asked)[:1])
+    monkeypatch.setattr(limits, "COPIED_BYTES", 2**20)
+    monkeypatch.setattr(limits, "WIDTH", 64)
     argv = ("--model", tmp_path / "twin", "--steps", 2, "--length", 16, "--repeats", 1)
     code, out, _ = run("bench", *argv, "--device", "cpu")
     assert code == 0 and "failed" not in out
@@ -778,9 +791,25 @@ def test_bench_measures_the_shape_of_a_model(
     assert (code, out) == (2, "") and err.endswith("it has no config.json.\n")
 
 
+class Here:
+    """A worker in this process: starting one for every side takes longer than all that they do."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec, self.bench = spec, Bench(spec.first_line())
+        self.loaded_bytes = self.bench.loaded_bytes
+
+    def ask(self, do: str, job: Job, seed: int) -> dict[str, Any]:
+        asked = {"do": do, "job": asdict(job), "seed": seed}
+        answer: dict[str, Any] = json.loads(json.dumps(self.bench.answer(asked)))
+        return answer
+
+
 def test_bench_prints_every_side(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With real workers, two of them, in the test before this one."""
     monkeypatch.setattr(benchmark, "shape", lambda name: TOY)
     monkeypatch.setattr(benchmark, "preferred_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(benchmark, "machine", lambda device, name: {"machine": name})
+    monkeypatch.setattr(benchmark, "started", lambda specs: nullcontext(list(map(Here, specs))))
     argv = ("--steps", 2, "--length", 16, "--repeats", 1, "--device", "cpu")
     code, out, err = run("bench", *argv)
     assert code == 0
@@ -788,7 +817,7 @@ def test_bench_prints_every_side(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     expected = Counter(name for task in SIDES for name in sides_for(task, torch.float32))
     assert {name: firsts[name] for name in expected} == expected
     assert "failed" not in out
-    for title in ("sample, tiny, 1 x 16 tokens, 2 steps", "speed-up", "extra memory"):
+    for title in ("sample, tiny, 1 x 16 tokens, 2 steps", "speed-up", "held", "extra memory"):
         assert title in out
     assert "engine: time" in err
 

@@ -6,8 +6,6 @@ import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import pytest
 import torch
 from evaluation_fixtures import PROSE, save_heldout, save_judge, save_model
 from PIL import Image
+from processes import beside
 
 from fsdfm.core.errors import ConfigError, FsdfmError
 from fsdfm.eval import evaluation
@@ -256,14 +255,12 @@ def without_times(path: Path) -> Any:
 
 
 WORKER = """
-import os, sys
-from pathlib import Path
+import sys
 from fsdfm.cli import main as cli
 from fsdfm.eval import evaluation
 make = evaluation.Parts.make
 def logged(self, cell, group):
-    with open(os.environ["MADE"] + os.environ.get("RANK", ""), "a") as file:
-        file.write(f"{cell.label} {group}\\n")
+    print(cell.label, group, file=sys.stderr)
     make(self, cell, group)
 evaluation.Parts.make = logged
 raise SystemExit(cli.main(sys.argv[1:]))
@@ -278,19 +275,20 @@ def test_two_processes_share_the_work_and_give_the_report_of_one(
         *("--judge", place / "judge", "--judge", place / "second"),
         *("--heldout", place / "heldout.jsonl", "--tasks", "unconditional", "infilling"),
     ]
-    (tmp_path / "worker.py").write_text(WORKER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MADE": f"{tmp_path / 'two'}."}
-    command = [*launch, str(tmp_path / "worker.py"), *map(str, words), "--out", tmp_path / "two"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    alone, make = [], Parts.make
+    made: list[str] = []
+    make = Parts.make
     monkeypatch.setattr(
-        Parts, "make", lambda s, c, g: alone.append(f"{c.label} {g}") or make(s, c, g)
+        Parts, "make", lambda s, c, g: made.append(f"{c.label} {g}") or make(s, c, g)
     )
     assert run(*words, "--out", tmp_path / "one")[0] == 0
+    alone, both = made.copy(), [*words, "--out", tmp_path / "two"]
+    made.clear()
+    with beside(["-c", WORKER, *both]) as other:
+        code, _, err = run(*both)
+        assert code == 0, err
+        said = other.communicate()[1]
     assert without_times(tmp_path / "one") == without_times(tmp_path / "two")
-    shares = [(tmp_path / f"two.{rank}").read_text().splitlines() for rank in (0, 1)]
+    shares = made, [line for line in said.splitlines() if line in set(alone)]
     assert sorted(shares[0] + shares[1]) == sorted(alone)
     assert abs(len(shares[0]) - len(shares[1])) <= 2  # one a judge
 

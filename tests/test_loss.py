@@ -26,6 +26,8 @@ from fsdfm.flow.loss import (
 )
 from fsdfm.flow.path import Batch, MaskSource, Source, make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.train.loop import VALIDATION_TIMES
+from fsdfm.train.settings import TrainSettings
 
 P_1 = torch.tensor([0.55, 0.25, 0.15, 0.05], dtype=torch.float64)
 ENTROPY_NATS = float(-(P_1 * P_1.log()).sum())
@@ -355,13 +357,16 @@ def test_elbo_of_the_true_posterior_is_its_closed_form(source: str) -> None:
         assert truth > ENTROPY_NATS + 0.05
 
 
-def test_elbo_of_a_wrong_posterior_is_the_cross_entropy_from_masks() -> None:
-    class Even(OneToken):
-        def posterior(self, t: Tensor) -> Tensor:
-            p = super().posterior(t).clone()
-            p[:, VOCAB] = 1 / VOCAB
-            return p
+class Even(OneToken):
+    """Loses ln V nats on every hidden token."""
 
+    def posterior(self, t: Tensor) -> Tensor:
+        p = super().posterior(t).clone()
+        p[:, VOCAB] = 1 / VOCAB
+        return p
+
+
+def test_elbo_of_a_wrong_posterior_is_the_cross_entropy_from_masks() -> None:
     origin = make_source("mask", VOCAB)
     x_1 = torch.multinomial(P_1, 8 * 512, True, generator=torch.Generator().manual_seed(6))
     # Each time sees its own mask; the loss of a hidden token is g ln V whatever it is.
@@ -369,6 +374,36 @@ def test_elbo_of_a_wrong_posterior_is_the_cross_entropy_from_masks() -> None:
     # Var of g 1[hidden] is t / (1 - t); its mean over [0, 0.999] is ln 1000 - 0.999.
     error = math.log(VOCAB) * math.sqrt(math.log(1000) / (64 * 4096))
     assert abs(float(nats.mean()) - math.log(VOCAB)) < 4.5 * error
+
+
+def spread_over_noise(nats: float, times: int, tokens: int) -> float:
+    """Standard deviation of the bound where every hidden token costs as much, from masks.
+
+    At s a token is hidden with chance (1 - s) ** 2 and counts 2 / (1 - s), so its variance is
+    4 (1 - (1 - s) ** 2), whose mean over s is 8/3; s itself is stratified.
+    """
+    return nats * math.sqrt(8 / 3 / (times * tokens))
+
+
+def test_the_spread_of_the_bound_over_noise_is_its_closed_form() -> None:
+    origin, repeats, times = make_source("mask", VOCAB), 100, 8
+    x_1 = torch.multinomial(P_1, 4 * 32, True, generator=torch.Generator().manual_seed(6))
+    found = torch.tensor(
+        [
+            sum(elbo_nats_per_token(Even(origin), x_1.view(4, 32), origin, times=times, seed=seed))
+            / times
+            for seed in range(repeats)
+        ]
+    )
+    expected = spread_over_noise(math.log(VOCAB), times, x_1.numel())
+    assert float(found.std()) == pytest.approx(expected, rel=4.5 / math.sqrt(2 * repeats))
+
+
+def test_the_spread_of_a_validation_is_below_a_hundredth_of_a_nat() -> None:
+    """Where 32 sequences of 1,024 tokens are held out and a hidden token costs 4.9 nats, which is
+    the 8 nats / sqrt(times x tokens) that text costs the bundled model."""
+    sequences = TrainSettings(steps=1, learning_rate=1.0).validation_sequences
+    assert spread_over_noise(4.9, VALIDATION_TIMES, sequences * 1024) < 0.01
 
 
 def test_elbo_times_are_stratified_and_clipped_and_the_step_is_shown() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Run
+from processes import beside
 from steering_fixtures import absorbing_network
 from test_generator import WORDS
 
@@ -333,8 +334,27 @@ def test_parquet_says_what_it_lacks(
     assert out.read_text() == "dear diary"
 
 
+def started_by_torchrun(words: list[Any]) -> str:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*torchrun, "--nproc-per-node", "2", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    ).stderr
+
+
+def started_here(run: Run, words: list[Any]) -> str:
+    with beside(words) as other:
+        _, _, err = run(*words[2:])
+        return err + other.communicate()[1]
+
+
 @pytest.mark.parametrize("kind", PARTED)
-def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: str) -> None:
+def test_processes_share_a_file_of_requests(
+    run: Run, model: Path, tmp_path: Path, kind: str
+) -> None:
     if kind == "parquet":
         pytest.importorskip("pyarrow")
     source, alone, out = (tmp_path / n for n in ("in.jsonl", f"alone.{kind}", f"out.{kind}"))
@@ -347,18 +367,11 @@ def test_processes_share_a_file_of_requests(model: Path, tmp_path: Path, kind: s
     there = [json.dumps({**r, "seconds": 1.0, "tokens_per_second": 1.0}) for r in table(alone)]
     (parts / "2.jsonl").write_text(f"{there[3]}\n")
     (parts / "1.jsonl").write_text(f"{there[6]}\n{there[7][:20]}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     argv = ["-m", "fsdfm", "generate", "--model", model, "--requests", source, "--out", out]
-    done = subprocess.run(
-        [*torchrun, "--nproc-per-node", "2", *map(str, argv)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert "9 results written" in done.stderr and "2 were there" in done.stderr, done.stderr
-    assert done.stderr.count("did you mean prompt?") == 1
-    assert done.stderr.count("results written") == 1
+    said = started_by_torchrun(argv) if kind == "jsonl" else started_here(run, argv)
+    assert "9 results written" in said and "2 were there" in said, said
+    assert said.count("did you mean prompt?") == 1
+    assert said.count("results written") == 1
     assert table(out) == table(alone)
     names = ["in.jsonl", f"alone.{kind}", f"out.{kind}"]
     assert sorted(os.listdir(tmp_path)) == sorted(names)

@@ -581,22 +581,6 @@ def test_every_pass_sees_a_batch_and_noise_of_its_own(tmp_path: Path) -> None:
     assert len(times.unique()) == len(times)
 
 
-GOLDEN = {
-    "pretrain": [4.8861, 11.88108, 4.24509, 3.97315, 6.79272],
-    "distill": [1.31957, 0.89761, 1.28394, 0.71392, 1.03914],
-}
-
-
-@pytest.mark.parametrize("kind", GOLDEN)
-def test_loss_curve_is_the_golden_one(kind: str, tmp_path: Path) -> None:
-    objective = distill_objective() if kind == "distill" else None
-    settings = replace(SETTINGS, steps=5, log_every=1)
-    watcher = Recorder()
-    Run(tmp_path, settings, make_task(objective), watcher).train(Toy())
-    # float32 sums in another order on another machine: far below this after five updates.
-    assert watcher.losses == pytest.approx(GOLDEN[kind], rel=1e-4)
-
-
 def finish(directory: Path, objective: Any = None, watcher: Recorder | None = None) -> Recorder:
     directory.mkdir(exist_ok=True)
     watcher = watcher or Recorder()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,9 +37,9 @@ def write_tensors(
 
     Source: the format's description, https://github.com/huggingface/safetensors.
     """
-    from fsdfm.core.files import tensor_bytes
+    from fsdfm.core.files import digest, tensor_bytes
 
-    found, entries, end = hashlib.sha256(begin), {}, 0
+    entries, end = {}, 0
     for name, (dtype, shape) in shapes.items():
         start, size = end, dtype.itemsize
         for each in shape:
@@ -51,9 +51,13 @@ def write_tensors(
     header += b" " * (-len(header) % 8)  # so that tensors are where a processor likes them
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for data in tensor_bytes(tensors):
-            found.update(data)
-            file.write(data)
+
+        def written() -> Iterator[memoryview]:
+            for data in tensor_bytes(tensors):
+                file.write(data)
+                yield data
+
+        found = digest(chain([begin], written()))
         assert file.tell() == 8 + len(header) + end
         file.seek(8)
-        file.write(header.replace(UNKNOWN.encode(), found.hexdigest().encode(), 1))
+        file.write(header.replace(UNKNOWN.encode(), found.encode(), 1))

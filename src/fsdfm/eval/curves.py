@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 
 from fsdfm.core.errors import DataError
 from fsdfm.core.files import one_line
-from fsdfm.eval.plots import DOTS_PER_INCH, check
+from fsdfm.eval.plots import DOTS_PER_INCH, check, png
 
 PANELS = {
     "loss": "training loss, nats",
@@ -110,9 +109,7 @@ def picture(runs: Sequence[Curves]) -> bytes:
             _curves(axes, runs, name)
         axes.set_xlabel("updates")
         axes.grid(alpha=0.3, linewidth=0.5)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _curves(axes: Any, runs: Sequence[Curves], name: str) -> None:

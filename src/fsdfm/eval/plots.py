@@ -61,6 +61,13 @@ def check() -> None:
         raise ConfigError("Plots need matplotlib: pip install 'fsdfm[eval]'.")
 
 
+def png(figure: Any) -> bytes:
+    """A figure of matplotlib as a file that says nothing of who wrote it."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def _picture(draw: Draw, panels: dict[str, list[Row]]) -> bytes:
     """A panel for each judge, side by side.
 
@@ -81,9 +88,7 @@ def _picture(draw: Draw, panels: dict[str, list[Row]]) -> bytes:
         axes.grid(alpha=0.3, which="both", linewidth=0.5)
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles, [label.replace("$", r"\$") for label in labels], fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _by_budget(axes: Any, rows: Sequence[Row], references: Sequence[Row], column: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
 from importlib import resources
 
 from fastapi.responses import Response
 
+from fsdfm.core.files import digest
 from fsdfm.generate.trace import with_look
 
 
@@ -22,8 +22,8 @@ def page_of(name: str) -> Response:
     rules = ["default-src 'none'", "connect-src 'self'", "base-uri 'none'", "form-action 'none'"]
     for tag in ("script", "style"):
         (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)
-        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
-        rules.append(f"{tag}-src 'sha256-{digest}'")
+        allowed = base64.b64encode(bytes.fromhex(digest([inside]))).decode()
+        rules.append(f"{tag}-src 'sha256-{allowed}'")
     headers = {
         "Content-Security-Policy": "; ".join([*rules, "frame-ancestors 'none'"]),
         "X-Content-Type-Options": "nosniff",

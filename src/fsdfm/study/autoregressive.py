@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.attention import attend
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import swiglu, turned
 from fsdfm.model.transformer import FlowNetwork
 
-TIME, STEP = 1.0, 2.0**-10
-"""What the network is told: everything that it sees is data."""
+TIME = 1.0
+"""What the network is told, with the smallest step: everything that it sees is data."""
 
 
 class Autoregressive:
@@ -42,7 +43,7 @@ class Autoregressive:
         if model.config.start_id is None:
             raise ConfigError("The model has no start token: adapt with shift left.")
         self.model, self.config, self.start = model, model.config, model.config.start_id
-        times = torch.tensor([TIME]), torch.tensor([STEP])
+        times = torch.tensor([TIME]), torch.tensor([SMALLEST_STEP])
         with torch.no_grad():
             self.condition = model.condition(*times)
 
@@ -52,7 +53,7 @@ class Autoregressive:
         context, found = self.config.context_length, []
         for start in range(0, len(ids), context):
             x = torch.as_tensor(ids[start : start + context], dtype=torch.int64)[None]
-            hidden = self.model.body(x, torch.tensor([TIME]), torch.tensor([STEP]))
+            hidden = self.model.body(x, torch.tensor([TIME]), torch.tensor([SMALLEST_STEP]))
             logits = self.model.head(hidden[0]).float()[:, : self.config.vocab_size]
             found.append(logits.log_softmax(-1).gather(1, x[0, :, None])[:, 0])
         return torch.cat(found).double().numpy()

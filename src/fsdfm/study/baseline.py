@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import write_whole
+from fsdfm.core.progress import Progress
 from fsdfm.eval.heldout import HeldOut
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.study.autoregressive import Autoregressive
@@ -22,8 +23,6 @@ from fsdfm.study.settings import AutoregressiveSettings, BaselineSettings, Ngram
 from fsdfm.text.store import TokenSplit, TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
-Progress = Callable[[str, int, int], None]
-"""(what was done, work done, work in all)."""
 Tick = Callable[[str], None]
 """Told the kind of work that was just done."""
 DRAWN = 50

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.loss import kl
 from fsdfm.flow.path import Source, UniformSource, mixture_state
 from fsdfm.flow.posterior import FlowModel, Sequences
@@ -239,6 +240,6 @@ def path_gap(model: FlowModel, chain: Chain, length: int, seed: int) -> float:
     x_0 = UniformSource(chain.symbols).draw((count, length), generator)
     x_t = mixture_state(x_0, x_1, t, Polynomial(), generator)
     exact = ExactPosterior(chain).body(x_t, t, t).exp().flatten(0, 1)
-    h = torch.full_like(t, 1.0 / 1024)
+    h = torch.full_like(t, SMALLEST_STEP)
     rows = model.body(x_t, t.float(), h.float()).flatten(0, 1)
     return float(kl(exact, model.head(rows).double()).mean())

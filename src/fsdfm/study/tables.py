@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from fsdfm.core.files import write_whole
+from fsdfm.eval.plots import png
 from fsdfm.study.curve import budget
 from fsdfm.study.languages import Cell, Language, Row
 from fsdfm.study.protocol import Study
@@ -113,4 +115,4 @@ def picture(study: Study, path: Path) -> None:
     axes.set_ylabel(title)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.legend(fontsize=8)
-    figure.savefig(path, metadata={"Software": None})
+    write_whole(path, png(figure))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fsdfm.core.errors import FsdfmError
+from fsdfm.core.files import replacing
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Polynomial
@@ -80,7 +81,8 @@ class Watch:
         if step in self.wanted and self.average is not None:
             for kind, network in (("average", self.average), ("last", self.model)):
                 tensors = {k: v.detach().contiguous() for k, v in network.state_dict().items()}
-                save_file(tensors, snapshot(self.directory, step, kind))
+                with replacing(snapshot(self.directory, step, kind)) as partial:
+                    save_file(tensors, partial)
 
     def evaluated(self, record: dict[str, Any], ema: FlowNetwork) -> None:
         """See `Watcher`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fsdfm.core.errors import DataError
+from fsdfm.core.files import digest
 from fsdfm.core.progress import Progress
 from fsdfm.text.corpus import Advance
 from fsdfm.text.settings import PrepareSettings
@@ -189,7 +189,7 @@ class _Sieve:
         return chain(first, document)
 
     def _known(self, text: str) -> bool:
-        mark = hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+        mark = bytes.fromhex(digest([text])[: 2 * DIGEST_BYTES])
         if mark in self.seen:
             return True
         self.seen.add(mark)

@@ -132,12 +132,12 @@ def _job(sources: Sequence[Source], settings: PrepareSettings, tokenizer: str | 
 
 def _forget_another(staged: Path, job: str) -> None:
     """Empty the directory unless it holds this very job."""
-    with_job = staged / "job"
-    if with_job.exists() and with_job.read_text() == job:
+    told = staged / "job"
+    if told.exists() and told.read_text() == job:
         return
     shutil.rmtree(staged)
     staged.mkdir()
-    with_job.write_text(job)
+    (staged / "job").write_text(job)
 
 
 @contextmanager

@@ -6,7 +6,6 @@ are; whoever finds it goes on from there.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fsdfm.core.errors import DataError
-from fsdfm.core.files import replacing
+from fsdfm.core.files import file_digest, replacing
 from fsdfm.text.deal import Piece
 from fsdfm.text.layout import SPLITS
 from fsdfm.text.tokenizer import Tokenizer
@@ -86,7 +85,6 @@ class SplitWriter:
     text_bytes: int = 0
     shards: list[dict[str, Any]] = field(default_factory=list)
     _file: BinaryIO | None = None
-    _digest: Any = None
 
     def write(self, encoded: Encoded) -> None:
         """Append token ids, over as many shards as they need."""
@@ -94,13 +92,11 @@ class SplitWriter:
         while len(ids):
             if self._file is None:
                 path = self.directory / f"{self.name}-{len(self.shards):05d}.bin"
-                self._file, self._digest = path.open("wb"), hashlib.sha256()
+                self._file = path.open("wb")
                 self.shards.append({"file": path.name, "tokens": 0})
             shard = self.shards[-1]
             now, ids = np.split(ids, [self.shard_tokens - shard["tokens"]])
-            data = now.tobytes()
-            self._file.write(data)
-            self._digest.update(data)
+            self._file.write(now.tobytes())
             shard["tokens"] += len(now)
             self.tokens += len(now)
             if shard["tokens"] == self.shard_tokens:
@@ -119,7 +115,8 @@ class SplitWriter:
         if self._file is not None:
             self.sync()
             self._file.close()
-            self.shards[-1]["sha256"] = self._digest.hexdigest()
+            shard = self.shards[-1]
+            shard["sha256"] = file_digest(self.directory / shard["file"])
             self._file = None
 
     def summary(self) -> dict[str, Any]:
@@ -146,8 +143,6 @@ class SplitWriter:
             if "sha256" in shard:
                 continue
             os.truncate(path, size)
-            with path.open("rb") as file:
-                self._digest = hashlib.file_digest(file, "sha256")
             self._file = path.open("ab")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fsdfm.flow.grid import SMALLEST_EXPONENT
+from fsdfm.flow.grid import SMALLEST_EXPONENT, SMALLEST_STEP
 from fsdfm.flow.host import Draws, Randomness, send, stratified, totals, uniform
 from fsdfm.flow.loss import (
     LATEST_TIME,
@@ -98,7 +98,7 @@ class Pretrain:
     def batch(self, x_1: Tensor, generator: Randomness) -> Batch:
         """What the network is shown of data (B, L), and the positions that count."""
         t = stratified(x_1.shape[0], generator).clamp_max(LATEST_TIME)
-        h = torch.full_like(t, 2.0**-SMALLEST_EXPONENT)
+        h = torch.full_like(t, SMALLEST_STEP)
         batch = on_the_path(x_1, t, h, self.source, self.schedule, generator)
         if self.frozen_share == 0.0:
             return batch
@@ -176,7 +176,7 @@ class Distill:
         batch = on_the_path(
             x_1, *self._times(len(x_1), generator), self.source, self.schedule, generator
         )
-        small = batch.h <= 2.0**-SMALLEST_EXPONENT
+        small = batch.h <= SMALLEST_STEP
         rows = [each.nonzero()[:, 0] for each in (small, ~small)]
         some = [batch.select(each) for each in rows]
         all_rows = totals(generator, *map(len, rows))

@@ -46,7 +46,7 @@ ROUNDING = 10 * 2.0**-24
 LENGTH, CONTEXT = 24, 32
 SHAPE: dict[str, Any] = {"hidden_size": 32, "blocks": 2, "heads": 2, "cond_size": 16}
 TWIN: dict[str, Any] = {"kv_heads": 1, "head_size": 16, "mlp_size": 32, "start_id": 0}
-KINDS = ("uniform", "mask", "absorbing")
+KINDS = ("uniform", "mask", "twin")
 Generators = Mapping[str, Generator]
 Pinned = tuple[int, list[Any]]
 """A seed, and what comes of it."""
@@ -63,10 +63,9 @@ def network(kind: str, vocab_size: int, *, off: int = 0, **changes: Any) -> Flow
     """
     config: dict[str, Any] = {**SHAPE, "vocab_size": vocab_size, "context_length": CONTEXT}
     config |= {"source": "uniform" if kind == "uniform" else "mask", **changes}
-    twin = kind == "absorbing"
     model: FlowNetwork = (
         CausalNetwork(CausalConfig(**config, **TWIN))
-        if twin
+        if kind == "twin"
         else Transformer(ModelConfig(**config))
     )
     draw, noise = torch.Generator().manual_seed(5), torch.Generator().manual_seed(off)
@@ -107,11 +106,11 @@ TEXTS: dict[str, dict[str, Any]] = {
     "mask, published, late": {"step": "published", "grid": "late"},
     "mask, euler, systematic": {"step": "euler", "movers": "systematic"},
     "mask, filled": {"fill": True},
-    "absorbing": {},
-    "absorbing, 3 draws, latest": {"draws": 3, "grid": "latest"},
-    "absorbing, filled, 3 draws": {"fill": True, "draws": 3},
-    "absorbing, a template at its own pace": {"template": "a [[9]]bc[[4-8]]", "steps": "auto"},
-    "absorbing, a draft, best of 2": {"text": "once upon a time", "strength": 0.7, "best_of": 2},
+    "twin": {},
+    "twin, 3 draws, latest": {"draws": 3, "grid": "latest"},
+    "twin, filled, 3 draws": {"fill": True, "draws": 3},
+    "twin, a template at its own pace": {"template": "a [[9]]bc[[4-8]]", "steps": "auto"},
+    "twin, a draft, best of 2": {"text": "once upon a time", "strength": 0.7, "best_of": 2},
 }
 """Name, which begins with the kind of network -> options; `fill` fills between RIMS."""
 
@@ -119,7 +118,7 @@ TEXTS: dict[str, dict[str, Any]] = {
 def generators(*, off: int = 0) -> Generators:
     """One of each of KINDS; those with a joint head are the first and the last."""
     tokenizer = train_bpe([], 257)
-    reach = {"uniform": 2, "mask": 0, "absorbing": 1}
+    reach = {"uniform": 2, "mask": 0, "twin": 1}
     return {
         kind: Generator(
             network(kind, 270, off=off, neighbours=reach[kind], step_embedding="log2"),
@@ -157,7 +156,7 @@ OBJECTIVES = {
 }
 LOSSES = {
     f"{kind}, {name}": (kind, *made)
-    for (name, made), kind in itertools.product(OBJECTIVES.items(), ("uniform", "absorbing"))
+    for (name, made), kind in itertools.product(OBJECTIVES.items(), ("uniform", "twin"))
 }
 
 
@@ -167,8 +166,7 @@ def objective(kind: str, make: Any, options: dict[str, Any]) -> Objective:
     found = {k: registries[k][v] if k in registries else v for k, v in options.items()}
     if "weights" in found:
         found["weights"] = STEP_WEIGHTS[found["weights"]]()
-    absorbing = kind == "absorbing"
-    source = make_source("mask" if absorbing else kind, TOKENS, absorbing=absorbing)
+    source = make_source("uniform" if kind == "uniform" else "mask", TOKENS)
     made: Objective = make(source, Polynomial(), **found)
     return made
 

@@ -91,9 +91,9 @@ class Workers:
 def _meeting(patience: timedelta) -> tuple[Any, int, int]:
     """Where processes meet, which of them this is, and how many they are.
 
-    When torchrun starts them again (`--max-restarts`) its store still has the addresses of those
-    that are gone (torch 2.13): each start meets at a place of its own. Of several nodes each counts
-    its own starts, so there the place stays.
+    When torchrun starts them again its store still has the addresses of those that are gone (torch
+    2.13): each start meets at a place of its own. Of several nodes each counts its own starts, so
+    there the place stays.
 
     Raises:
         ValueError: the environment does not say.

@@ -311,6 +311,10 @@ def test_a_fresh_teacher_starts_from_masks_and_a_later_one_from_its_models_sourc
     for name, init, source in (("fresh", None, "mask"), ("later", noise, "uniform")):
         assert pretrain(pretrain_args(data, tmp_path / name, init=init, **short))
         assert load_pretrained(tmp_path / name).model.config.source == source
+        # A run says its source, as those before did: whatever the default, it goes on.
+        assert f'source = "{source}"\n' in (tmp_path / name / "config.toml").read_text()
+        for said in (None, source):
+            assert pretrain(pretrain_args(data, tmp_path / name, init=init, source=said, **short))
     with pytest.raises(ConfigError, match=r"noise has a uniform source: add source=uniform\."):
         pretrain(pretrain_args(data, tmp_path / "other", init=noise, source="mask", **short))
 

@@ -99,6 +99,7 @@ def pretrain(settings: PretrainSettings, watch: Watch = unwatched) -> bool:
         model = _fresh(settings, store, length)
     if length > model.config.context_length:
         model = _with_context(model, length)
+    settings = replace(settings, source=model.config.source)  # what the run keeps
     source, schedule = objective_parts(model.config)
     loss = POSITION_LOSSES[settings.loss]
     objective = Pretrain(source, schedule, loss, settings.frozen_share)

@@ -34,7 +34,6 @@ V, L, B = 11, 12, 6
 SHAPE: dict[str, Any] = {"vocab_size": V, "hidden_size": 16, "heads": 2}
 OBJECTIVES = ("pretrain", *TARGETS, "joint")
 CASES = [("published", "uniform"), ("published", "mask"), ("causal", "uniform"), ("causal", "mask")]
-"""The causal network with the mask source is the absorbing one."""
 
 
 def network(kind: str, source: Any, joint: bool, blocks: int = 2) -> FlowNetwork:

@@ -80,8 +80,9 @@ def test_every_target_of_a_constant_posterior_is_that_posterior(
         model,
         Polynomial(),
         STEP_RULES[rule],
-        UniformSource(VOCAB),
+        MaskSource(VOCAB),
         torch.Generator().manual_seed(3),
+        x_t == VOCAB,
     )
     made = target(walker, x_t, f64(0.0, 0.25, 0.5), f64(1.0, 0.25, 0.5))
     truth = model.head(model.still[0])[:VOCAB].softmax(-1)

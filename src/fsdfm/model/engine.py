@@ -115,8 +115,10 @@ class Engine:
         return torch.cat(parts)
 
     def _blank(self, x: Tensor, sizes: Sequence[int]) -> list[bool]:
-        """Which sequences hold nothing but masks, where that makes all their rows one: all
-        positions attend to equal values. Only a CPU is asked; others would be waited for.
+        """Which sequences hold nothing but masks, where that makes their rows equal.
+
+        All positions attend to equal values then. On a CPU alone: to look at what another device
+        holds is to wait for it.
         """
         mask = self.model.config.mask_id
         if not self.all_masks_are_one or x.device.type != "cpu":
@@ -129,7 +131,7 @@ class Engine:
         return self._rows(tokens, torch.zeros(1, dtype=torch.long), [1], self._told_times([t], [h]))
 
     def _groups(self, sizes: Sequence[int], alone: Sequence[bool]) -> Iterator[tuple[int, int]]:
-        """First and last-but-one sequence of those that are computed together."""
+        """The first of the sequences that are computed together, and the one after the last."""
         first, total, most = 0, 0, self.rows_at_once or sum(sizes)
         for number, size in enumerate(sizes):
             if number > first and (total + size > most or alone[number] or alone[number - 1]):

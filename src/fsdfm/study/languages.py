@@ -179,9 +179,7 @@ class KnownLaw:
     def __init__(self, teacher: FlowNetwork) -> None:
         self.chain = Chain.random(4, 0.3, 0.1, 0)
         self.teacher = teacher.eval()
-        # As adapted networks do: a position that is no mask any more stays.
-        start = teacher.config.source
-        self.source = make_source(start, self.chain.symbols)
+        self.source = make_source(teacher.config.source, self.chain.symbols)
         self.settings = TrainSettings(
             steps=1,
             batch_size=256,

@@ -132,12 +132,12 @@ def _job(sources: Sequence[Source], settings: PrepareSettings, tokenizer: str | 
 
 def _forget_another(staged: Path, job: str) -> None:
     """Empty the directory unless it holds this very job."""
-    told = staged / "job"
-    if told.exists() and told.read_text() == job:
+    staged_job = staged / "job"
+    if staged_job.exists() and staged_job.read_text() == job:
         return
     shutil.rmtree(staged)
     staged.mkdir()
-    (staged / "job").write_text(job)
+    staged_job.write_text(job)
 
 
 @contextmanager

@@ -31,8 +31,8 @@ class RunSettings(TrainSettings):
     out: Path = option()
     """Run directory. If it holds this very run, unfinished, the run goes on where it stopped."""
     loss: str = option("cross_entropy", choices=LOSSES)
-    """Path loss of one position: generalized KL is the published one, but its weight 1 / (1 - t)
-    made it learn to copy far more slowly (LOG.md)."""
+    """Path loss of one position: generalized KL is the published one, but from noise its weight
+    1 / (1 - t) made it learn to copy far more slowly (LOG.md)."""
     context_length: int | None = option(None, within=AT_LEAST_1, unset="the model's")
     """Tokens of a training sequence."""
     sample_every: int = option(500, within=AT_LEAST_0)

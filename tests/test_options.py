@@ -198,6 +198,14 @@ def test_the_command_takes_a_recipe(run: Run, monkeypatch: pytest.MonkeyPatch) -
     assert given == [wanted]
 
 
+def test_help_says_what_is_usual_where_a_recipe_may_decide(run: Run) -> None:
+    code, out, _ = run("pretrain", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert code == 0
+    for usual in ("mask, or the starting model's", "20000"):
+        assert f"(default: {usual}, or the recipe's)" in said
+
+
 # ---------------------------------------------------------------------------- checks and messages
 
 

@@ -107,8 +107,9 @@ def _flag(option: Option, group: Flags, names: Sequence[str]) -> tuple[str, Any,
     words = ["repeatable"] * repeated
     if unsaid or option.rule.unset:
         decides = group.decides
-        if unsaid and option.default not in (MISSING, None):
-            decides = f"{option.default}, or {decides}"
+        if unsaid and option.default is not MISSING:
+            usual = option.rule.unset if option.default is None else option.default
+            decides = f"{usual}, or {decides}"
         words.append(f"default: {decides if unsaid else option.rule.unset}")
     if words:
         told["help_behavior_hint"] = f"({'; '.join(words)})"

@@ -89,7 +89,7 @@ class PretrainSettings(FlowSettings):
     """Shape of the network."""
     init: Path | None = option(None, unset="none")
     """Model or run to start from, instead of a fresh network of the preset's shape."""
-    source: Source | None = option(None, choices=SOURCES, unset="mask, or that of init")
+    source: Source | None = option(None, choices=SOURCES, unset="mask, or the starting model's")
     """Where x_0 comes from. From masks more calls never make joint draws worse."""
     frozen_share: float = option(0.0, within=Range(0, 1))
 

@@ -10,11 +10,11 @@ from fsdfm.generate.generator import Generator
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.text.tokenizer import Tokenizer, train_bpe
 
-SOURCES = ("uniform", "mask", "absorbing")
+SOURCES = ("uniform", "mask", "twin")
 
 
-def absorbing_network(tokenizer: Tokenizer, context_length: int = 64) -> CausalNetwork:
-    """A twin of a causal model with a joint head: what it has drawn it leaves."""
+def twin_network(tokenizer: Tokenizer, context_length: int = 64) -> CausalNetwork:
+    """A twin of a causal model with a joint head."""
     config = CausalConfig(
         vocab_size=tokenizer.vocab_size,
         hidden_size=32,
@@ -46,5 +46,5 @@ def make_generators(context_length: int = 64) -> dict[str, Generator]:
         )
         for source in SOURCES[:2]
     }
-    twin = absorbing_network(tokenizer, context_length)
-    return {**found, "absorbing": Generator(twin, tokenizer, device="cpu", defaults={"draws": 3})}
+    twin = twin_network(tokenizer, context_length)
+    return {**found, "twin": Generator(twin, tokenizer, device="cpu", defaults={"draws": 3})}

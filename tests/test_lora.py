@@ -13,7 +13,7 @@ import torch
 from conftest import Run
 from language_models import save_lm
 from safetensors.torch import load_file
-from steering_fixtures import absorbing_network
+from steering_fixtures import twin_network
 from test_generator import WORDS, network
 from test_training_commands import SMALL, TINY, make_data, make_model, metrics
 
@@ -37,7 +37,7 @@ ADAPTER |= {"run.json", "config.toml"}
 TOKENIZER = train_bpe([WORDS * 20], 300)
 NETWORKS: dict[str, Callable[[], FlowNetwork]] = {
     "published": lambda: network(TOKENIZER),
-    "twin": lambda: absorbing_network(TOKENIZER),
+    "twin": lambda: twin_network(TOKENIZER),
 }
 
 

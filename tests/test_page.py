@@ -55,7 +55,7 @@ class Seen:
 @pytest.fixture(scope="module")
 def seen() -> Iterator[Seen]:
     generators = make_generators()
-    with serving({"twin": generators["absorbing"]}) as up, sync_api.sync_playwright() as play:
+    with serving({"twin": generators["twin"]}) as up, sync_api.sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield Seen(browser.new_page(), up.url)
         browser.close()

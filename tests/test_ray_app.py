@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from steering_fixtures import absorbing_network, make_generators
+from steering_fixtures import make_generators, twin_network
 from test_generator import WORDS
 
 from fsdfm.core.errors import ConfigError
@@ -36,7 +36,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
     directory = tmp_path_factory.mktemp("ray") / "tiny"
     tokenizer = train_bpe([WORDS * 20], 300)
-    save_pretrained(directory, absorbing_network(tokenizer), tokenizer_json=tokenizer.to_json())
+    save_pretrained(directory, twin_network(tokenizer), tokenizer_json=tokenizer.to_json())
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
@@ -58,7 +58,7 @@ def http(url: str) -> Iterator[httpx.Client]:
 
 
 def test_a_text_is_what_python_gives_whichever_replica_writes_it(http: httpx.Client) -> None:
-    generator = make_generators()["absorbing"]
+    generator = make_generators()["twin"]
     asked = {"prompt": "the quick", "length": 24, "steps": 4, "seed": 5, "draws": 3}
     wanted = generator.answer([Request(**asked)])[0].text
     texts = [http.post("/v1/completions", json=asked | {"echo": True}).json() for _ in range(6)]

@@ -29,7 +29,7 @@ KEY = "s3cret"
 @pytest.fixture(scope="module")
 def generators() -> dict[str, Generator]:
     found = make_generators()
-    return {"twin": found["absorbing"], "uniform": found["uniform"]}
+    return {"twin": found["twin"], "uniform": found["uniform"]}
 
 
 class Up:

@@ -23,7 +23,7 @@ from fsdfm.serve.bodies import ALIASES, IGNORED, NEUTRAL, body_options
 @pytest.fixture(scope="module")
 def generators() -> dict[str, Generator]:
     found = make_generators()
-    return {"twin": found["absorbing"], "uniform": found["uniform"]}
+    return {"twin": found["twin"], "uniform": found["uniform"]}
 
 
 @pytest.fixture(scope="module")

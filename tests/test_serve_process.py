@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import pytest
 from conftest import Run
-from steering_fixtures import absorbing_network
+from steering_fixtures import twin_network
 from test_generator import WORDS
 
 from fsdfm.cli.flags import Flags, parse
@@ -30,7 +30,7 @@ from fsdfm.text.tokenizer import train_bpe
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("served") / "tiny"
     tokenizer = train_bpe([WORDS * 20], 300)
-    save_pretrained(directory, absorbing_network(tokenizer), tokenizer_json=tokenizer.to_json())
+    save_pretrained(directory, twin_network(tokenizer), tokenizer_json=tokenizer.to_json())
     return directory
 
 

@@ -51,7 +51,7 @@ def bench(steering: ModuleType, out: Path, texts: int = 2) -> Any:
     names = {"model": None, "judge": "none", "left": "none", "text": None, "seam_steps": 2}
     found = steering.Bench(argparse.Namespace(**numbers, **names, out=out))
     stub = Counting()
-    found.__dict__ |= {"generator": make_generators(256)["absorbing"], "judge": stub, "left": stub}
+    found.__dict__ |= {"generator": make_generators(256)["twin"], "judge": stub, "left": stub}
     found.__dict__["held_out"] = [WORDS * 20]
     return found
 

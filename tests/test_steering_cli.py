@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import Run
 from processes import beside
-from steering_fixtures import absorbing_network
+from steering_fixtures import twin_network
 from test_generator import WORDS
 
 import fsdfm
@@ -32,7 +32,7 @@ TEXT = "\ufeffthe quick — über 🦊\r\n jumps over\r\n\r\nthe lazy dog\n"
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     tokenizer = train_bpe([WORDS * 20], 300)
-    save_pretrained(directory, absorbing_network(tokenizer), tokenizer_json=tokenizer.to_json())
+    save_pretrained(directory, twin_network(tokenizer), tokenizer_json=tokenizer.to_json())
     return directory
 
 

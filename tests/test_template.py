@@ -154,7 +154,7 @@ def test_an_edit_leaves_the_rest_to_the_byte(source: str, span: tuple[int, int])
 
 
 def test_the_strength_is_the_share_that_is_masked_again() -> None:
-    text, generator = WORDS * 4, GENERATORS["absorbing"]
+    text, generator = WORDS * 4, GENERATORS["twin"]
     draft = TOKENIZER.encode(text)
     for strength in (0.05, 0.5, 0.95):
         (result,) = generator.answer([Request(text=text, strength=strength, seed=1, end="keep")])

@@ -14,7 +14,7 @@ import pytest
 from conftest import Run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steering_fixtures import SOURCES, absorbing_network, make_generators
+from steering_fixtures import SOURCES, make_generators, twin_network
 from test_generator import WORDS
 
 from fsdfm.generate.gif import gif
@@ -99,7 +99,7 @@ def data_of(html: str) -> Any:
 
 
 def test_the_page_needs_nothing_from_elsewhere() -> None:
-    trace = record("absorbing", REQUESTS[2])
+    trace = record("twin", REQUESTS[2])
     html = page(trace)
     assert "default-src 'none'" in html
     assert not re.search(r"https?:|src=|href=|url\(|@import|<link", html)
@@ -115,7 +115,7 @@ def test_the_page_goes_from_call_to_call(tmp_path: Path) -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("there is no chromium")
-    trace, file = record("absorbing", REQUESTS[2]), tmp_path / "trace.html"
+    trace, file = record("twin", REQUESTS[2]), tmp_path / "trace.html"
     file.write_text(page(trace))
     with sync_api.sync_playwright() as play:
         browser = play.chromium.launch(
@@ -151,7 +151,7 @@ def test_the_page_goes_from_call_to_call(tmp_path: Path) -> None:
 @pytest.mark.parametrize("values", [REQUESTS[3], REQUESTS[6]], ids=["template", "long"])
 def test_a_gif_has_a_picture_for_every_frame(values: dict[str, Any]) -> None:
     image = pytest.importorskip("PIL.Image")
-    trace = record("absorbing", values)
+    trace = record("twin", values)
     picture = image.open(io.BytesIO(gif(trace)))
     assert picture.n_frames == len(trace.frames)
     assert picture.info["loop"] == 0
@@ -166,7 +166,7 @@ def test_a_gif_has_a_picture_for_every_frame(values: dict[str, Any]) -> None:
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model")
     tokenizer = train_bpe([WORDS * 20], 300)
-    save_pretrained(directory, absorbing_network(tokenizer), tokenizer_json=tokenizer.to_json())
+    save_pretrained(directory, twin_network(tokenizer), tokenizer_json=tokenizer.to_json())
     return directory
 
 

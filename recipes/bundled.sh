@@ -80,7 +80,7 @@ fsdfm pretrain --init calm256 --source mask --frozen-share 0.33 --data long --ou
 joint_head long1024 long longstudent 120
 few_bits longstudent long longbundle 0.7
 
-# So did the fifth, on still more of the prose. It was planned for 2,600 updates and stopped at UPDATES; the rate fell over the
+# So did the fifth, on still more of the prose. It was planned for 2,600 updates and stopped at 1,224; the rate fell over the
 # updates of 1,024 tokens.
 [ -f more.jsonl ] || {
   python "$here/corpus.py" "${packed[@]}" stories.jsonl --sources smollm2 "novel: Fairy" grimm novel austen mobydick enwiki \
@@ -89,7 +89,7 @@ few_bits longstudent long longbundle 0.7
 }
 [ -d more ] || fsdfm prepare more.jsonl --tokenizer data/tokenizer.json --out more
 fsdfm pretrain --init longbundle --frozen-share 0.33 --data more --out more256 --seed 5 \
-  --context-length 256 --batch-size 16 --steps UPDATES --decay-steps 2600 --learning-rate 4e-4 --warmup-steps 40 \
+  --context-length 256 --batch-size 16 --steps 1224 --decay-steps 2600 --learning-rate 4e-4 --warmup-steps 40 \
   --final-fraction 0.05 --ema-decay 0.995 --no-ema-warmup --evaluate-every 200 --sample-every 0 --checkpoint-every 50
 fsdfm pretrain --init more256 --frozen-share 0.33 --data more --out teacher --seed 6 \
   --context-length 1024 --batch-size 4 --steps 120 --learning-rate 2.5e-4 --warmup-steps 5 --final-fraction 0.05 \

@@ -335,9 +335,10 @@ def test_its_bound_is_evaluated(run: Run, twin: Path, place: Path, tmp_path: Pat
 
 def test_pretraining_goes_on_from_it(run: Run, twin: Path, place: Path, tmp_path: Path) -> None:
     argv = ("pretrain", "--init", twin, "--data", place / "cut", "--out", tmp_path / "r")
-    code, _, err = run(*argv, *flags(context_length=24, frozen_share=0.5))
+    numbers = flags(context_length=24, frozen_share=0.5)
+    code, _, err = run(*argv, "--source", "uniform", *numbers)
     assert code == 2 and "add --source mask" in err and not (tmp_path / "r").exists()
-    code, _, err = run(*argv, "--source", "mask", *flags(context_length=24, frozen_share=0.5))
+    code, _, err = run(*argv, *numbers)
     assert code == 0, err
     grown, start = load_pretrained(tmp_path / "r").model, load_pretrained(twin).model
     assert grown.config == replace(start.config, context_length=24)

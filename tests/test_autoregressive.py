@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.io.pretrained import save_pretrained
-from fsdfm.study.autoregressive import STEP, TIME, Autoregressive, _Past
+from fsdfm.study.autoregressive import TIME, Autoregressive, _Past
 from fsdfm.text.packing import prepare
 from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenStore
@@ -49,7 +50,7 @@ def network(vocab_size: int = V, **changes: object) -> CausalNetwork:
 
 
 def times(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.full((count,), TIME), torch.full((count,), STEP)
+    return torch.full((count,), TIME), torch.full((count,), SMALLEST_STEP)
 
 
 @torch.no_grad()

@@ -238,6 +238,7 @@ from fsdfm.text import packing, shards
 from fsdfm.text.settings import PrepareSettings
 shards.BATCH_CHARACTERS = 600
 source, out, end, how = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs ignore it
 encoded, write, done = [], shards.Shards.write, 0
 def counted(self, pieces, found):
     global done

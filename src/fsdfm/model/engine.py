@@ -103,8 +103,7 @@ class Engine:
         if len(groups) == 1 and not blank[0]:
             return self._rows(x, rows, sizes, self._told_times(all_t, all_h))
         starts = torch.tensor([first * x.shape[1] for first, _ in groups] + [x.numel()])
-        edges = torch.searchsorted(rows, starts.to(rows.device)).tolist()
-        parts = []
+        edges, parts = torch.searchsorted(rows, starts.to(rows.device)).tolist(), []
         for i, (first, last) in enumerate(groups):
             wanted = rows[edges[i] : edges[i + 1]] - first * x.shape[1]
             if len(wanted) and blank[first]:
@@ -117,18 +116,17 @@ class Engine:
     def _blank(self, x: Tensor, sizes: Sequence[int]) -> list[bool]:
         """Which sequences hold nothing but masks, where that makes their rows equal.
 
-        All positions attend to equal values then. On a CPU alone: to look at what another device
-        holds is to wait for it.
+        All positions attend to equal values then. Other devices than a CPU would be waited for.
         """
-        mask = self.model.config.mask_id
         if not self.all_masks_are_one or x.device.type != "cpu":
             return [False] * len(sizes)
-        return [bool((one[:size] == mask).all()) for one, size in zip(x, sizes, strict=True)]
+        masks = x == self.model.config.vocab_size
+        return [bool(one[:size].all()) for one, size in zip(masks, sizes, strict=True)]
 
     def _new_blank_row(self, t: float, h: float) -> Tensor:
         """The hidden row of every position of a text of masks, (1, D)."""
-        tokens = torch.full((1, 1), self.model.config.vocab_size)
-        return self._rows(tokens, torch.zeros(1, dtype=torch.long), [1], self._told_times([t], [h]))
+        tokens, rows = torch.full((1, 1), self.model.config.vocab_size), torch.tensor([0])
+        return self._rows(tokens, rows, [1], self._told_times([t], [h]))
 
     def _groups(self, sizes: Sequence[int], alone: Sequence[bool]) -> Iterator[tuple[int, int]]:
         """The first of the sequences that are computed together, and the one after the last."""

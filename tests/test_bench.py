@@ -608,16 +608,25 @@ def test_the_reference_computes_the_twin_with_pytorchs_own_pieces(
     assert causal.swiglu is unwanted
 
 
+def rows_asked_for(engine: Any) -> list[int]:
+    """Grows by the number of rows of each call from now on."""
+    moved: list[int] = []
+    hidden = engine.hidden
+
+    def noted(x: Tensor, t: Any, h: Any, rows: Tensor, *rest: Any) -> Tensor:
+        moved.append(len(rows))
+        found: Tensor = hidden(x, t, h, rows, *rest)
+        return found
+
+    engine.hidden = noted
+    return moved
+
+
 def test_a_sequence_that_passes_alone_is_charged_for_its_movers_in_the_last_block() -> None:
     config = replace(TOY, context_length=300)
     ours = OurSampler(config, torch.device("cpu"), torch.float32)
     alone, together = Job(1, 300, 4), Job(2, 30, 4)
-    moved: list[int] = []
-    hidden = ours.engine.hidden
-    ours.engine.hidden = lambda x, t, h, rows, *rest: (
-        moved.append(len(rows)),
-        hidden(x, t, h, rows, *rest),
-    )[1]
+    moved = rows_asked_for(ours.engine)
     for job in (alone, together):
         moved.clear()
         cost = ours.run(job, seed=1)
@@ -632,12 +641,7 @@ def test_a_sequence_that_passes_alone_is_charged_for_its_movers_in_the_last_bloc
 def test_a_first_call_from_masks_is_charged_for_one_row(job: Job) -> None:
     config = replace(TOY, context_length=300, source="mask")
     ours, width = OurSampler(config, torch.device("cpu"), torch.float32), config.hidden_size
-    moved: list[int] = []
-    hidden = ours.engine.hidden
-    ours.engine.hidden = lambda x, t, h, rows, *rest: (
-        moved.append(len(rows)),
-        hidden(x, t, h, rows, *rest),
-    )[1]
+    moved = rows_asked_for(ours.engine)
     cost = ours.run(job, seed=1)
     whole = 3 * body_flops(config, job.batch, job.length) + body_flops(config, 1, 1)
     still = (3 * job.length - sum(moved[1:])) * (job.batch == 1)

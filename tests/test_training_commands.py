@@ -315,7 +315,9 @@ def test_a_fresh_teacher_starts_from_masks_and_a_later_one_from_its_models_sourc
         assert f'source = "{source}"\n' in (tmp_path / name / "config.toml").read_text()
         for said in (None, source):
             assert pretrain(pretrain_args(data, tmp_path / name, init=init, source=said, **short))
-    with pytest.raises(ConfigError, match=r"noise has a uniform source: add source=uniform\."):
+    with pytest.raises(
+        ConfigError, match=r"noise was made with source=uniform: add source=uniform\."
+    ):
         pretrain(pretrain_args(data, tmp_path / "other", init=noise, source="mask", **short))
 
 

@@ -132,7 +132,7 @@ def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrai
     config = start.model.config
     if settings.source not in (None, config.source):
         raise ConfigError(
-            f"{init} has a {config.source} source: add source={config.source}.", "source"
+            f"{init} was made with source={config.source}: add source={config.source}.", "source"
         )
     if config.schedule_power != settings.schedule_power:
         power = config.schedule_power

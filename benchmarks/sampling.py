@@ -21,7 +21,7 @@ from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
 from fsdfm.bench.jobs import Job, sampling, shape
 from fsdfm.bench.settings import SHAPES
-from fsdfm.bench.sides import SIDES, missing, runnable, sides_for
+from fsdfm.bench.sides import SIDES, missing, runnable, sides_for, users_dtype
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
 from fsdfm.flow.step import STEP_RULES
@@ -70,17 +70,18 @@ def repeats_of(words: list[str], sides: list[str]) -> dict[str, int]:
 def main() -> int:
     args = parse()
     device = pick_device(args.device)
-    dtype = preferred_dtype(device)
     if (left_out := missing()) is not None:
         print(left_out, file=sys.stderr)
-    sides = runnable(args.sides or sides_for("sample", dtype, device), device)
+    sides = runnable(args.sides or sides_for("sample", preferred_dtype(device), device), device)
     repeats = repeats_of(args.repeats, sides)
     args.out.mkdir(parents=True, exist_ok=True)
     facts = machine(device, hardware(device))
     rows: list[Row] = []
     for name in args.shapes:
         for malloc in args.malloc:
-            specs = specs_for("sample", sides, name, shape(name), str(device), dtype, malloc)
+            config = shape(name)
+            dtype = users_dtype("sample", device, config)
+            specs = specs_for("sample", sides, name, config, str(device), dtype, malloc)
             with started(specs, args.patience) as workers:
                 for batch in args.batches:
                     for steps in args.steps:

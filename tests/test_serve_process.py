@@ -76,7 +76,7 @@ TEAM = """
 import os, time, torch
 from fsdfm.serve.models import loaded
 threads = lambda: len(os.listdir("/proc/self/task"))
-before, deadline = threads(), time.monotonic() + 10
+before, deadline = threads(), time.monotonic() + 60
 loaded({"bundled": None})
 while threads() > before and time.monotonic() < deadline:
     time.sleep(0.05)

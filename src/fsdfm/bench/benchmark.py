@@ -11,7 +11,7 @@ from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import machine, measure, plan, specs_for, started
 from fsdfm.bench.jobs import Job, sampling, shape
 from fsdfm.bench.settings import BenchSettings
-from fsdfm.bench.sides import SIDES, sides_for
+from fsdfm.bench.sides import SIDES, sides_for, users_dtype
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Progress
@@ -52,7 +52,9 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
     rows: list[Row] = []
     before = 0
     for task, job in jobs.items():
-        specs = specs_for(task, sides[task], name, config, str(device), dtype)
+        specs = specs_for(
+            task, sides[task], name, config, str(device), users_dtype(task, device, config)
+        )
         tell = _part(progress, task, before, sum(totals.values()))
         with started(specs) as workers:
             rows += measure(workers, job, args.repeats, progress=tell)

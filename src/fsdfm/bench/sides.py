@@ -20,6 +20,8 @@ from fsdfm.bench.samplers import (
     Translated,
 )
 from fsdfm.bench.trainers import OurDistill, OurPretrain, PlainDistill, PlainPretrain
+from fsdfm.core.device import preferred_dtype
+from fsdfm.generate.precision import pick_dtype
 from fsdfm.model.config import ModelConfig
 
 Build = Callable[[ModelConfig, torch.device, torch.dtype], Side]
@@ -30,8 +32,10 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
         "reference-bf16": (PlainSampler, torch.bfloat16),
         "engine": (OurSampler, None),
         "engine-float32": (OurSampler, torch.float32),
+        "engine-bf16": (OurSampler, torch.bfloat16),
         "engine-int8": (OurSampler, torch.int8),
         "engine-joint": (JointSampler, None),
+        "engine-joint-bf16": (JointSampler, torch.bfloat16),
         "engine-joint-int8": (JointSampler, torch.int8),
         "autoregressive-float32": (Autoregressive, torch.float32),
         "autoregressive-bf16": (Autoregressive, torch.bfloat16),
@@ -49,7 +53,8 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
         "ours": (OurPretrain, None),
     },
 }
-"""Task -> side -> how it is built and the format of its products; None: the device's preferred."""
+"""Task -> side -> how it is built and the format of its products; None: the one users get."""
+ON_REQUEST = ("engine-bf16", "engine-int8", "engine-joint-bf16", "engine-joint-int8")
 
 
 MISSING = "Sides left out: {}. They need transformers and ctranslate2: pip install 'fsdfm[bench]'."
@@ -58,10 +63,9 @@ CPU = torch.device("cpu")
 
 def sides_for(task: str, preferred: torch.dtype, device: torch.device = CPU) -> list[str]:
     """Sides of a task that can run on a device and are worth it where `preferred` is its format."""
-    own_int8 = ("engine-int8", "engine-joint-int8")  # on request
-    names = [name for name in SIDES[task] if name not in own_int8]
-    if preferred == torch.float32:  # bf16 would be emulated, and engine is engine-float32
-        names = [name for name in names if not name.endswith("bf16") and name != "engine-float32"]
+    names = [name for name in SIDES[task] if name not in ON_REQUEST]
+    if preferred == torch.float32:  # bf16 would be emulated
+        names = [name for name in names if not name.endswith("bf16")]
     return runnable(names, device)
 
 
@@ -89,6 +93,11 @@ def missing() -> str | None:
     if not lacking:
         return None
     return MISSING.format(", ".join(lacking))
+
+
+def users_dtype(task: str, device: torch.device, config: ModelConfig) -> torch.dtype:
+    """Format of the products of a task as users get it."""
+    return pick_dtype(None, device, config) if task == "sample" else preferred_dtype(device)
 
 
 def dtype_of(task: str, name: str, preferred: torch.dtype) -> torch.dtype:

@@ -48,7 +48,8 @@ class Own:
         choices=Names("fsdfm.generate.precision.PRECISIONS"),
         unset="bfloat16 where it is fast",
     )
-    """Of the matrix products; int8 is faster for large models on CPUs with AVX512-VNNI or AMX."""
+    """Of the matrix products. By default int8 for adapted models on CPUs with VNNI and no AMX, else
+    bfloat16 where it is fast, else float32."""
     json: bool = False
     """Print one JSON object per text: text, tokens, nfe, seed, seconds, tokens_per_second, spans,
     finish."""

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -75,6 +77,19 @@ def preferred_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def has_tiles() -> bool:
+    """Whether this CPU has AMX, whose bfloat16 is as fast as 8 bits elsewhere."""
+    return bool(cpu_features().get("amx_bf16"))
+
+
+def cpu_features() -> Mapping[str, Any]:
+    """Instructions of this CPU that PyTorch knows of; none where it cannot tell."""
+    try:
+        return torch.cpu.get_capabilities()
+    except (RuntimeError, AttributeError):  # an older PyTorch
+        return {}
+
+
 def hardware(device: torch.device) -> str:
     """What a figure was measured on: the name of the GPU or of the processor."""
     if device.type == "cuda":
@@ -106,9 +121,5 @@ def _count(kind: str) -> int:
 
 def _multiplies_bf16() -> bool:
     """AMX tiles or AVX512-BF16, and a PyTorch that uses them."""
-    try:
-        used = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        features = torch.cpu.get_capabilities() if used else {}
-    except (RuntimeError, AttributeError):  # an older PyTorch, or one that cannot tell
-        return False
-    return bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+    used = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return used and (has_tiles() or bool(cpu_features().get("avx512_bf16")))

@@ -60,8 +60,7 @@ class Generator:
         tokenizer: the tokenizer it was trained with.
         defaults: what `generate` uses where its caller says nothing (see DEFAULTS).
         device: where to run; cuda if there is one, else mps, else cpu.
-        precision: float32, bfloat16 or int8, of the products; bfloat16 where it is fast, else
-            float32.
+        precision: float32, bfloat16 or int8, of the products; see `pick_dtype` for the default.
         ancestors: names of the models that it descends from.
     """
 
@@ -81,7 +80,7 @@ class Generator:
         self.tokenizer = tokenizer
         known = {name: value for name, value in (defaults or {}).items() if name in DEFAULTS}
         self.defaults: dict[str, Any] = {**DEFAULTS, **known}
-        self.dtype = pick_dtype(precision, self.device)
+        self.dtype = pick_dtype(precision, self.device, model.config)
         self.engine = Engine(model.to(self.device).eval(), self.dtype)
         # The sampler draws in float64, which MPS lacks.
         self.state_device = torch.device("cpu") if self.device.type == "mps" else self.device

@@ -29,8 +29,8 @@ def load(
             Hugging Face Hub; None takes the model that comes with the package.
         adapter: a run directory of a training with `lora`, whose weights are added.
         device: where to run; cuda if there is one, else mps, else cpu.
-        precision: of the matrix products. None: bfloat16 where it is fast, else float32. int8 is
-            faster still for large networks, on CPUs with AVX512-VNNI or AMX, and slightly coarser.
+        precision: of the matrix products: float32, bfloat16 or int8. None: int8 for adapted models
+            on CPUs with VNNI and no AMX, else bfloat16 where it is fast, else float32.
 
     Raises:
         CheckpointError: the model is missing, damaged, or not one of ours; or the adapter is, or is

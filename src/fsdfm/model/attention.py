@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from fsdfm.core.device import has_tiles
+
 SCORES_AT_ONCE = 2**21
 """Scores that exist at a time: 4 MB (or those of one head, where they are more)."""
 
@@ -50,13 +52,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     return y.transpose(1, 2).flatten(2)
 
 
-@cache
-def _has_tiles() -> bool:
-    """Whether this CPU has AMX, as far as PyTorch can tell."""
-    try:
-        return bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    except (RuntimeError, AttributeError):  # another PyTorch
-        return False
+_has_tiles = cache(has_tiles)
 
 
 class _Products(torch.autograd.Function):

@@ -12,6 +12,7 @@ values, d width of a head, M width of the MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from fsdfm.model.transformer import FlowNetwork, begin, silence
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CausalConfig(ModelConfig):
     """Shape and conventions of the twin; what it has beside a published network's."""
+
+    takes_8_bits: ClassVar[bool] = True
 
     kv_heads: int
     """G, heads of keys and values; heads is a multiple of it."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from fsdfm.core.errors import ConfigError
 
@@ -18,6 +18,9 @@ Attention = Literal["bidirectional", "causal"]
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shape and conventions of one network; config.json holds exactly these fields."""
+
+    takes_8_bits: ClassVar[bool] = False
+    """Whether products in 8 bits are known to cost its kind next to nothing (docs/speed.md)."""
 
     vocab_size: int
     """V, the number of data tokens (the mask id is not counted)."""

@@ -16,21 +16,22 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.host import send
-from fsdfm.model.causal import CausalBlock, CausalNetwork
+from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.fused import modulated_rms, turned
-from fsdfm.model.joint import JointHead, known_around, neighbourhood
+from fsdfm.model.int8 import beside_int8
+from fsdfm.model.joint import known_around, neighbourhood
 from fsdfm.model.layers import fuse
-from fsdfm.model.products import gelu_linear, linear
-from fsdfm.model.together import Condition, Modulation, NormWeights, Pack, norms_of, side_by_side
-from fsdfm.model.transformer import Block, FlowNetwork, Transformer
+from fsdfm.model.prepared import Joint, Layer, PublishedLayer, leave_out, twin_layers
+from fsdfm.model.products import linear
+from fsdfm.model.together import Condition, NormWeights, Pack, norms_of, side_by_side
+from fsdfm.model.transformer import FlowNetwork, Transformer
 
 ROWS_AT_ONCE = 512
 """Positions that pass the blocks together on a CPU: more are no faster, and take more memory."""
@@ -47,27 +48,29 @@ class Engine:
 
     Args:
         model: the network, on the device to run on; its weights must not change afterwards.
-        dtype: of the matrix products; int8 (on a CPU with `has_int8`) rounds what goes into linear
-            layers to 8 bits, and does the rest in bfloat16.
+        dtype: of the matrix products; int8 (on a CPU with `has_int8`) rounds what goes into most
+            linear layers to 8 bits, and does the rest in the format `beside_int8`.
     """
 
     def __init__(self, model: FlowNetwork, dtype: torch.dtype) -> None:
         self.model = model = _other_tree(model)
         self.device = model.vocab_embed.weight.device
-        self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
-        self._head = linear(*model.head_parameters(), dtype)
-        self._joint = _Joint(model.joint, dtype) if model.config.neighbours else None
+        self.dtype = beside_int8() if dtype == torch.int8 else dtype
         self.kind: _Published | _Twin
         if isinstance(model, CausalNetwork):
             self.kind = _Twin(model)
-            self.layers: list[_Layer] = [_TwinLayer(block, dtype) for block in model.blocks]
+            self.layers: list[Layer] = twin_layers(model, dtype)
+            # Rounding what the heads read to 8 bits costs more than all the rest, and gains little.
+            dtype = self.dtype
         else:
             assert isinstance(model, Transformer)
             self.kind = _Published(model)
-            self.layers = [_PublishedLayer(block, dtype) for block in model.blocks]
+            self.layers = [PublishedLayer(block, dtype) for block in model.blocks]
+        self._head = linear(*model.head_parameters(), dtype)
+        self._joint = Joint(model.joint, dtype) if model.config.neighbours else None
         # From here on a matrix is held by its product alone, in the format of the products.
-        _leave_out(model, "joint")
-        _leave_out(model.output_layer, "linear")
+        leave_out(model, "joint")
+        leave_out(model.output_layer, "linear")
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
         self.all_masks_are_one = model.config.absorbing and not self.kind.tells_positions
@@ -274,127 +277,6 @@ class _Twin:
         return self.output.norm_final.weight * (1.0 + scale), shift
 
 
-class _Layer(Protocol):
-    """A block as the engine runs it."""
-
-    def modulation(self, c: Tensor) -> Modulation:
-        """The block's share of a condition, (1, C)."""
-        ...
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, L, H, d), keys and values (B, L, G, d), not yet turned."""
-        ...
-
-    def out(self, x: Tensor) -> Tensor:
-        """What attention adds, (B, L, D)."""
-        ...
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """What the MLP adds, (B, L, D)."""
-        ...
-
-
-class _TwinLayer:
-    """The block of a causal language model."""
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
-        assert isinstance(block, CausalBlock)
-        self.block = block
-        self._qkv = linear(block.qkv.weight, block.qkv.bias, dtype)
-        self._out = linear(block.attn_out.weight, None, dtype)
-        self._mlp_in = linear(block.mlp_in.weight, None, dtype)
-        # A product of two numbers has outliers, which would leave 8 bits nothing for the rest.
-        gated = torch.bfloat16 if dtype == torch.int8 else dtype
-        self._mlp_out = linear(block.mlp_out.weight, None, gated)
-        _leave_out(block, "qkv", "attn_out", "mlp_in", "mlp_out")
-
-    def modulation(self, c: Tensor) -> Modulation:
-        """See `_Layer`."""
-        shift1, scale1, shift2, scale2 = self.block.modulations(c)[0].chunk(4)
-        return Modulation(
-            (self.block.norm1.weight * (1.0 + scale1), shift1),
-            None,
-            (self.block.norm2.weight * (1.0 + scale2), shift2),
-            None,
-        )
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `_Layer`."""
-        return self.block.split(self._qkv(x))
-
-    def out(self, x: Tensor) -> Tensor:
-        """See `_Layer`."""
-        return self._out(x)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """See `_Layer`."""
-        gate, up = self._mlp_in(x).chunk(2, -1)
-        return self._mlp_out(F.silu(gate).mul_(up))
-
-
-class _PublishedLayer:
-    """A published block; q, k and v are one product."""
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
-        assert isinstance(block, Block)
-        self.block, self.heads = block, block.heads
-        qkv = torch.cat([linear.weight for linear in (block.qw, block.kw, block.vw)])
-        up, down = block.mlp[0], block.mlp[2]
-        assert isinstance(up, nn.Linear) and isinstance(down, nn.Linear)
-        self.qkv = linear(qkv, None, dtype)
-        self._out = linear(block.attn_out.weight, None, dtype)
-        self.up = gelu_linear(up.weight, up.bias, dtype)
-        self.down = linear(down.weight, down.bias, dtype)
-        _leave_out(block, "qw", "kw", "vw", "attn_out", "mlp")
-
-    def modulation(self, c: Tensor) -> Modulation:
-        """See `_Layer`."""
-        block = self.block
-        shift1, scale1, gate1, shift2, scale2, gate2 = block.adaLN_modulation(
-            fuse(block.condition_fuser, c)
-        )[0].chunk(6)
-        return Modulation(
-            (block.norm1.weight * (1.0 + scale1), shift1),
-            gate1,
-            (block.norm2.weight * (1.0 + scale2), shift2),
-            gate2,
-        )
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """See `_Layer`."""
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).unbind(2)
-        return q, k, v
-
-    def out(self, x: Tensor) -> Tensor:
-        """See `_Layer`."""
-        return self._out(x)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """See `_Layer`."""
-        return self.down(self.up(x))
-
-
-class _Joint:
-    """The joint head; what reads the neighbours and what reads the row are one product."""
-
-    def __init__(self, joint: JointHead, dtype: torch.dtype) -> None:
-        both = torch.cat((joint.tokens.weight, joint.row.weight), 1)
-        self.inner = gelu_linear(both, joint.tokens.bias, dtype)
-        self.out = linear(joint.out.weight, joint.out.bias, dtype)
-
-    def told(self, rows: Tensor, around: Tensor) -> Tensor:
-        """Rows (N, D), their neighbours (N, 2 R D) -> (N, D)."""
-        return rows + self.out(self.inner(torch.cat((around.to(rows.dtype), rows), 1)))
-
-
 def _other_tree(model: FlowNetwork) -> FlowNetwork:
     """The same tensors as modules of our own."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
-
-
-def _leave_out(module: nn.Module, *names: str) -> None:
-    """Let go of parts, where the module has them."""
-    for name in names:
-        if hasattr(module, name):
-            delattr(module, name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fsdfm.model.int8 import int8_linear
+from fsdfm.model.int8 import beside_int8, int8_linear
 
 USUAL_ROWS = 512
 """Rows that oneDNN lays a weight out for; others work too."""
@@ -17,7 +17,7 @@ USUAL_ROWS = 512
 def linear(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """x -> W x + b in the format of the products."""
     if dtype == torch.int8:
-        return int8_linear(weight, bias, torch.bfloat16)
+        return int8_linear(weight, bias, beside_int8())
     w, b = weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype)
     return lambda x: F.linear(x, w, b)
 
@@ -28,7 +28,7 @@ def gelu_linear(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Callable[[T
     oneDNN's fused product is what torch.compile calls, too; it has no public name.
     """
     if dtype == torch.int8:
-        return int8_linear(weight, bias, torch.bfloat16, gelu=True)
+        return int8_linear(weight, bias, beside_int8(), gelu=True)
     weight, bias = (p.detach().to(dtype) for p in (weight, bias))
 
     def plain(x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ Every cell is `fsdfm adapt smollm2` with one choice changed from BASE. How many 
 minutes is found first, from the CPU time of a few updates (a cell pays for its own head, layers and
 optimizer); the learning rate falls to a tenth over exactly these. A row holds the updates, the CPU
 minutes they really took, and the bound on the held-out text in bits a byte (benchmarks/bound.py);
-rows that OUT/rows.jsonl has already are not made again. OUT/table.md is the table. Judge the cells
+rows that OUT/rows.jsonl has already are not made again. `causal` is the autoregressive rival, whose
+figure is exact. OUT/table.md is the table. Judge the cells
 with `fsdfm evaluate --model OUT/CELL --steps 8 64 --judge gemma3 --judge smollm2`.
 """
 
@@ -40,6 +41,7 @@ CELLS: dict[str, dict[str, str]] = {
     "vocabulary-16384": {"--vocab-size": "16384"},
     "vocabulary-8192": {"--vocab-size": "8192"},
     "uniform": {"--source": "uniform"},
+    "causal": {"--attention": "causal"},
     "no-shift": {"--shift": "none"},
     "muon": {"--optimizer": "muon", "--batch-size": "32"},
     "adamw-32": {"--batch-size": "32"},

@@ -1,5 +1,7 @@
 """The bound on the likelihood of a text, in bits a byte: of flow models, whatever their tokenizers.
 
+Of a network of `fsdfm adapt --attention causal` it is the likelihood itself, exact.
+
     python benchmarks/bound.py MODEL... [--text FILE] [--length 256] [--sequences 64] [--times 16]
 
 FILE is a .txt or .jsonl (also .gz), or a directory of fsdfm prepare, whose validation split is
@@ -24,6 +26,8 @@ from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.loading import load_with_network
+from fsdfm.model.causal import CausalConfig
+from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.text.tokenizer import Tokenizer
 
 
@@ -43,6 +47,9 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
     for number, ids in enumerate(chosen):
         x_1 = torch.tensor([ids])
         with generator.autocast():
+            if isinstance(config, CausalConfig) and config.attention == "causal":
+                nats.append(-float(Autoregressive(network).log_probability(x_1[0].numpy()).mean()))
+                continue
             bounds = elbo_nats_per_token(
                 network, x_1, source, schedule, times=args.times, first=number
             )

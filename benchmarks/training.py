@@ -1,12 +1,15 @@
 """Speed and memory of one update of training, beside plain loops.
 
     python benchmarks/training.py --out runs/training
-    python benchmarks/training.py --distill 256x6x8192x8x256 --pretrain --out runs/training
+    python benchmarks/training.py --out runs/training --distill adapted-8x256 \
+        --pretrain adapted-8x256 --joint adapted-8x256
 
-A case is HIDDENxBLOCKSxVOCABULARYxBATCHxLENGTH. Distillation is the published recipe on all sides:
+A case is HIDDENxBLOCKSxVOCABULARYxBATCHxLENGTH, or SHAPE-BATCHxLENGTH with a shape of `fsdfm bench`
+or a model directory. Distillation is the published recipe on all sides:
 RK-4 targets, published jumps, step sizes with weights 1 / h, generalized KL at the smallest. The
 reference computes every branch for every row, and calls the teacher, as the published loop does.
-Pretraining is cross-entropy. An update is loss, backward, clip, AdamW and moving average; "extra
+Pretraining is cross-entropy; so is the training of a joint head, whose body has no gradient. An
+update is loss, backward, clip, AdamW and moving average; "extra
 memory" is its peak beyond weights, average and optimizer. See benchmarks/sampling.py for the rest.
 """
 
@@ -18,7 +21,7 @@ from pathlib import Path
 
 from fsdfm.bench.figures import Row, report, write_report
 from fsdfm.bench.harness import MALLOC, machine, measure_aloud, specs_for, started
-from fsdfm.bench.jobs import Job
+from fsdfm.bench.jobs import Job, shape
 from fsdfm.bench.sides import sides_for
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import FsdfmError
@@ -33,6 +36,9 @@ PRETRAIN = [
 ]
 
 
+JOINT = ["adapted-8x256"]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--distill", nargs="*", default=DISTILL, metavar="CASE")
     parser.add_argument("--pretrain", nargs="*", default=PRETRAIN, metavar="CASE")
+    parser.add_argument("--joint", nargs="*", default=JOINT, metavar="CASE")
     parser.add_argument("--updates", type=int, default=2, help="in one timed run")
     parser.add_argument("--malloc", nargs="+", choices=MALLOC, default=["default"])
     parser.add_argument("--repeats", type=int, default=3)
@@ -50,7 +57,11 @@ def parse() -> argparse.Namespace:
 
 
 def case(text: str, updates: int) -> tuple[ModelConfig, Job]:
-    """Network and job of HIDDENxBLOCKSxVOCABULARYxBATCHxLENGTH."""
+    """Network and job of a case."""
+    name, _, job = text.rpartition("-")
+    if name:
+        batch, length = (int(word) for word in job.split("x"))
+        return shape(name), Job(batch, length, updates)
     hidden, blocks, vocab_size, batch, length = (int(word) for word in text.split("x"))
     config = ModelConfig(
         vocab_size=vocab_size,
@@ -71,7 +82,8 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     facts = machine(device, hardware(device))
     rows: list[Row] = []
-    for task, cases in (("distill", args.distill), ("pretrain", args.pretrain)):
+    asked = {"distill": args.distill, "pretrain": args.pretrain, "joint": args.joint}
+    for task, cases in asked.items():
         sides = sides_for(task, dtype)
         for text in cases:
             config, job = case(text, args.updates)

@@ -35,6 +35,7 @@ from fsdfm.bench import (
     reference,
     samplers,
     sides,
+    trainers,
 )
 from fsdfm.bench.figures import (
     Row,
@@ -698,7 +699,7 @@ def test_every_side_does_its_job(task: str, config: ModelConfig) -> None:
         cost = side.run(job, seed=1)
         assert cost.tokens == 2 * 16 * (1 if task == "sample" else 2)
         uncounted = name.startswith(("autoregressive", "ctranslate2"))
-        assert (cost.flops is None) == (task == "distill" or uncounted)
+        assert (cost.flops is None) == (task in ("distill", "joint") or uncounted)
         side.run(side.warm_up(job), seed=1)
         side.run(side.peak(job), seed=1)
 
@@ -758,6 +759,29 @@ def test_reference_and_engine_write_the_same_texts_from_masks_that_absorb(
     assert chi_square_z(last.x, theirs) < 4.5
 
 
+def test_a_plain_joint_head_learns_what_ours_learns() -> None:
+    """From the same start, on one text: a body that stands still, and a loss that falls."""
+    config = jobs.with_joint_head(replace(TWIN, blocks=1))
+    x_1 = torch.randint(67, (1, 16), generator=torch.Generator().manual_seed(4)).expand(8, -1)
+    for build in (trainers.PlainJoint, trainers.OurJoint):
+        side = build(config, CPU, torch.float32)
+        before = {name: value.clone() for name, value in side.model.state_dict().items()}
+        losses = []
+        for seed in range(30):
+            draw = torch.Generator().manual_seed(99)
+            with torch.no_grad():
+                losses.append(
+                    float(reference.joint_loss(side.model, x_1, draw, source=side.source))
+                )
+            side.update(x_1, seed)
+        moved = {
+            n for n, value in side.model.state_dict().items() if not torch.equal(value, before[n])
+        }
+        assert losses[-1] < losses[0]
+        assert any(name.startswith("joint.") for name in moved)
+        assert not any(name.startswith("blocks.") for name in moved)
+
+
 def test_pretraining_on_masks_counts_what_ours_counts() -> None:
     network = jobs.random_model(TWIN)
     x_1 = torch.randint(67, (64, 16), generator=torch.Generator().manual_seed(4))
@@ -783,7 +807,7 @@ def test_bench_measures_the_shape_of_a_model(
     (tmp_path / "twin" / "config.json").write_text(json.dumps(header))
     monkeypatch.setattr(benchmark, "preferred_dtype", lambda device: torch.float32)
     # Two of the sides: all of them run on a twin in test_every_side_does_its_job.
-    monkeypatch.setattr(benchmark, "SIDES", ("sample", "pretrain"))
+    monkeypatch.setattr(benchmark, "TASKS", ("sample", "pretrain"))
     monkeypatch.setattr(benchmark, "sides_for", lambda *asked: sides_for(*asked)[:1])
     monkeypatch.setattr(limits, "COPIED_BYTES", 2**20)
     monkeypatch.setattr(limits, "WIDTH", 64)
@@ -818,7 +842,7 @@ def test_bench_prints_every_side(run: Run, monkeypatch: pytest.MonkeyPatch) -> N
     code, out, err = run("bench", *argv)
     assert code == 0
     firsts = Counter(line.split()[0] for line in out.splitlines() if line.strip())
-    expected = Counter(name for task in SIDES for name in sides_for(task, torch.float32))
+    expected = Counter(name for task in benchmark.TASKS for name in sides_for(task, torch.float32))
     assert {name: firsts[name] for name in expected} == expected
     assert "failed" not in out
     for title in ("sample, tiny, 1 x 16 tokens, 2 steps", "speed-up", "held", "extra memory"):

@@ -11,16 +11,18 @@ from fsdfm.bench.figures import Row
 from fsdfm.bench.harness import machine, measure, plan, specs_for, started
 from fsdfm.bench.jobs import Job, sampling, shape
 from fsdfm.bench.settings import BenchSettings
-from fsdfm.bench.sides import SIDES, sides_for, users_dtype
+from fsdfm.bench.sides import sides_for, users_dtype
 from fsdfm.core.device import hardware, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Progress
 
+TASKS = ("sample", "distill", "pretrain")
+"""Of a short look; benchmarks/training.py has the joint head's training too."""
 TRAINING_BATCH, TRAINING_LENGTH = 4, 256
 
 
 def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list[Row]]:
-    """Measure all sides of all tasks.
+    """Measure the sides of TASKS.
 
     Args:
         args: what is measured.
@@ -43,7 +45,7 @@ def bench(args: BenchSettings, progress: Progress) -> tuple[dict[str, Any], list
             f"length must be at most {config.context_length}, got {args.length}.", "length"
         )
     dtype = preferred_dtype(device)
-    jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in SIDES}
+    jobs = {task: Job(TRAINING_BATCH, min(TRAINING_LENGTH, args.length), 1) for task in TASKS}
     said = sampling(args.shape if args.model is None else str(args.model))
     jobs["sample"] = Job(args.batch_size, args.length, args.steps, sampling=said)
     sides = {task: sides_for(task, dtype, device) for task in jobs}

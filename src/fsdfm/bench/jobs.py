@@ -19,6 +19,8 @@ from fsdfm.model.io.pretrained import read_config, read_generation
 from fsdfm.model.networks import build_network
 from fsdfm.model.transformer import FlowNetwork
 
+NEIGHBOURS = 3
+"""Of a joint head, as `fsdfm distill` has it."""
 FEW_TOKENS = 8
 """Of the run that comes before all timed ones."""
 
@@ -104,6 +106,11 @@ def shape(name: str) -> ModelConfig:
         )
     config, _ = read_config(Path(name))
     return replace(config, step_embedding="log2", neighbours=0)
+
+
+def with_joint_head(config: ModelConfig) -> ModelConfig:
+    """The network with a joint head, as `fsdfm distill` makes one."""
+    return replace(config, neighbours=NEIGHBOURS, step_embedding="none")
 
 
 def sampling(name: str) -> dict[str, Any] | None:

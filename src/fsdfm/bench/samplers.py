@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fsdfm.bench import autoregressive, ctranslate, reference
-from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, synchronise
+from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, synchronise, with_joint_head
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
 from fsdfm.flow.posterior import INDEPENDENT, Grouped, Posterior
@@ -20,8 +20,8 @@ from fsdfm.model.engine import ROWS_AT_ONCE, Engine
 from fsdfm.model.flops import body_flops, head_flops, joint_flops, last_block_flops
 from fsdfm.model.transformer import FlowNetwork
 
-NEIGHBOURS, DRAWS = 3, 8
-"""Of a joint head, as `fsdfm distill` and `fsdfm generate` have them."""
+DRAWS = 8
+"""With a joint head, as `fsdfm generate` has them."""
 ENGINE_METHODS = ("hidden", "told", "head")
 """What `split` times; the rest of a run is the draw."""
 
@@ -126,8 +126,7 @@ class JointSampler(OurSampler):
     """The same with a joint head: what users get who say nothing else."""
 
     def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
-        config = replace(config, neighbours=NEIGHBOURS, step_embedding="none")
-        super().__init__(config, device, dtype)
+        super().__init__(with_joint_head(config), device, dtype)
 
     def sampling(self, job: Job) -> SamplingOptions:
         """What the model's generation.json says; else what `fsdfm distill` writes into one.

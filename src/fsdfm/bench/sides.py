@@ -1,7 +1,7 @@
 """What is compared: each side does the same job in its own way, in a process of its own.
 
-A side is a task ("sample", "distill" or "pretrain") and a name. Weights are random, since the speed
-of neither side depends on them, and are the same on all sides but the autoregressive one.
+A side is a task ("sample", "distill", "pretrain" or "joint") and a name. Weights are random, since
+the speed of neither side depends on them, and are the same on all sides but the autoregressive one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from fsdfm.bench.samplers import (
     PlainSampler,
     Translated,
 )
-from fsdfm.bench.trainers import OurDistill, OurPretrain, PlainDistill, PlainPretrain
+from fsdfm.bench.trainers import (
+    OurDistill,
+    OurJoint,
+    OurPretrain,
+    PlainDistill,
+    PlainJoint,
+    PlainPretrain,
+)
 from fsdfm.core.device import preferred_dtype
 from fsdfm.generate.precision import pick_dtype
 from fsdfm.model.config import ModelConfig
@@ -51,6 +58,10 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
     "pretrain": {
         "plain": (PlainPretrain, None),
         "ours": (OurPretrain, None),
+    },
+    "joint": {
+        "plain": (PlainJoint, None),
+        "ours": (OurJoint, None),
     },
 }
 """Task -> side -> how it is built and the format of its products; None: the one users get."""

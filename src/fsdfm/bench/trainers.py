@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.bench import reference
-from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model
+from fsdfm.bench.jobs import FEW_TOKENS, Cost, Job, random_model, with_joint_head
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
@@ -18,7 +18,7 @@ from fsdfm.model.flops import body_flops, head_flops
 from fsdfm.train.checkpoint import TrainState
 from fsdfm.train.ema import Ema
 from fsdfm.train.loop import Task, update
-from fsdfm.train.objective import Distill, Objective, Pretrain
+from fsdfm.train.objective import Distill, Joint, Objective, Pretrain
 from fsdfm.train.optim import make_optimizer
 from fsdfm.train.settings import TrainSettings
 
@@ -97,7 +97,7 @@ class PlainDistill(_Trainer):
 class PlainPretrain(_Trainer):
     """A plain pretraining loop."""
 
-    passes = 3
+    passes: int | None = 3
 
     def prepare(self) -> None:
         """See `_Trainer`."""
@@ -108,11 +108,26 @@ class PlainPretrain(_Trainer):
         """See `_Trainer`."""
         generator = torch.Generator(self.device).manual_seed(seed)
         with reference.autocast(self.device, self.dtype):
-            loss = reference.pretrain_loss(
-                self.model, x_1.to(self.device), generator, source=self.source
-            )
+            loss = self.loss(x_1.to(self.device), generator)
         reference.plain_update(loss, self.model, self.ema, self.optimizer)
         return loss.isfinite()
+
+    def loss(self, x_1: Tensor, generator: torch.Generator) -> Tensor:
+        """What is minimised, on data (B, L)."""
+        return reference.pretrain_loss(self.model, x_1, generator, source=self.source)
+
+
+class PlainJoint(PlainPretrain):
+    """A plain loop that trains a joint head, and the output layer with it."""
+
+    passes = None
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(with_joint_head(config), device, dtype)
+
+    def loss(self, x_1: Tensor, generator: torch.Generator) -> Tensor:
+        """See `PlainPretrain`."""
+        return reference.joint_loss(self.model, x_1, generator, source=self.source)
 
 
 class _Ours(_Trainer):
@@ -167,3 +182,14 @@ class OurPretrain(_Ours):
 
 
 # All of them.
+
+
+class OurJoint(_Ours):
+    """A joint head, and the output layer with it."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(with_joint_head(config), device, dtype)
+
+    def objective(self) -> Objective:
+        """See `_Ours`."""
+        return Joint(self.source, Polynomial())

@@ -24,9 +24,10 @@ import torch
 from fsdfm.bench.figures import Row, median
 from fsdfm.bench.jobs import Job
 from fsdfm.bench.limits import limits
-from fsdfm.bench.sides import dtype_of
+from fsdfm.bench.sides import OURS, dtype_of
 from fsdfm.core.errors import BenchError
 from fsdfm.core.progress import Progress
+from fsdfm.core.waiting import SPINS, SPINS_NAME, wait_briefly
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.networks import config_to_dict
 
@@ -113,6 +114,16 @@ def say(label: str, done: int, total: int) -> None:
     print(f"  {done}/{total} {label}", file=sys.stderr, flush=True)
 
 
+def _environment(spec: Spec) -> dict[str, str]:
+    """What a side's process finds: our sides wait as `fsdfm` makes them, the others as they do."""
+    environment = {**os.environ, **MALLOC[spec.malloc]}
+    if spec.side.startswith(OURS):
+        wait_briefly(environment)
+    elif environment.get(SPINS_NAME) == SPINS:  # it comes from this command
+        del environment[SPINS_NAME]
+    return environment
+
+
 class Worker:
     """A process with one side.
 
@@ -132,7 +143,7 @@ class Worker:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             text=True,
-            env={**os.environ, **MALLOC[spec.malloc]},
+            env=_environment(spec),
         )
         self._replies: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()

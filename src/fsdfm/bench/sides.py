@@ -65,6 +65,8 @@ SIDES: dict[str, dict[str, tuple[Build, torch.dtype | None]]] = {
     },
 }
 """Task -> side -> how it is built and the format of its products; None: the one users get."""
+OURS = ("engine", "ours")
+"""How the names of our own sides begin."""
 ON_REQUEST = ("engine-bf16", "engine-int8", "engine-joint-bf16", "engine-joint-int8")
 
 

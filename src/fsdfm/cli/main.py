@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from fsdfm.cli.console import Stopped, discard_stdout, use_utf8, write
 from fsdfm.core.errors import ConfigError, FsdfmError
+from fsdfm.core.waiting import wait_briefly
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 COMMANDS = (
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not sys.warnoptions:
         warnings.simplefilter("ignore")  # libraries' deprecations are no news for our users
     use_utf8(sys.stdout)
+    wait_briefly()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)

@@ -46,7 +46,7 @@ class Own:
     precision: str | None = option(
         None,
         choices=Names("fsdfm.generate.precision.PRECISIONS"),
-        unset="bfloat16 where it is fast",
+        unset="what is fast here",
     )
     """Of the matrix products. By default int8 for adapted models on CPUs with VNNI and no AMX, else
     bfloat16 where it is fast, else float32."""

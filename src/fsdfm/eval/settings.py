@@ -79,7 +79,7 @@ class JudgeSettings:
     """Texts made together; more pays on a GPU only."""
     device: str | None = option(None, unset="cuda, else mps, else cpu")
     """cuda, cuda:N, mps or cpu."""
-    precision: str | None = option(None, unset="bfloat16 where it is fast")
+    precision: str | None = option(None, unset="what is fast here")
     """Of the matrix products that write the texts; the judge has judge_dtype."""
 
     def __post_init__(self) -> None:

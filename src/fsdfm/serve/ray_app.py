@@ -35,7 +35,7 @@ class Replicas:
     """Model directories, or org/name on the Hugging Face Hub; without any, the bundled model."""
     device: str | None = option(None, unset="cuda, else mps, else cpu")
     """cpu, cuda or mps."""
-    precision: str | None = option(None, unset="bfloat16 where it is fast")
+    precision: str | None = option(None, unset="what is fast here")
     """Of the matrix products."""
     min_replicas: int = option(1, within=AT_LEAST_1)
     """Fewest replicas."""

@@ -1,6 +1,6 @@
 """The bound on the likelihood of a text, in bits a byte: of flow models, whatever their tokenizers.
 
-Of a network of `fsdfm adapt --attention causal` it is the likelihood itself, exact.
+Of a network of `fsdfm adapt --attention causal` it is the likelihood itself, whatever `times`.
 
     python benchmarks/bound.py MODEL... [--text FILE] [--length 256] [--sequences 64] [--times 16]
 
@@ -32,23 +32,25 @@ from fsdfm.text.tokenizer import Tokenizer
 
 
 def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], list[int]]:
-    """The bound of every sequence in nats a token, and its UTF-8 bytes.
+    """The bound of every sequence in nats a token (of a causal network exact), and its UTF-8 bytes.
 
     Args:
         name: of a model directory, or `bundled`.
         args: text, length, sequences, times.
     """
-    generator, found = load_with_network(None if name == "bundled" else name)
+    generator, found = load_with_network(None if name == "bundled" else name, device="cpu")
     network = found.model
     config = generator.config
+    causal = isinstance(config, CausalConfig) and config.attention == "causal"
+    exact = Autoregressive(network) if causal else None
     chosen = held_out(generator.tokenizer, args)
     source = make_source(config.source, config.vocab_size)
     schedule, nats = Polynomial(config.schedule_power), []
     for number, ids in enumerate(chosen):
         x_1 = torch.tensor([ids])
         with generator.autocast():
-            if isinstance(config, CausalConfig) and config.attention == "causal":
-                nats.append(-float(Autoregressive(network).log_probability(x_1[0].numpy()).mean()))
+            if exact is not None:
+                nats.append(-float(exact.log_probability(x_1[0].numpy()).mean()))
                 continue
             bounds = elbo_nats_per_token(
                 network, x_1, source, schedule, times=args.times, first=number

@@ -8,9 +8,11 @@ A case is HIDDENxBLOCKSxVOCABULARYxBATCHxLENGTH, or SHAPE-BATCHxLENGTH with a sh
 or a model directory. Distillation is the published recipe on all sides:
 RK-4 targets, published jumps, step sizes with weights 1 / h, generalized KL at the smallest. The
 reference computes every branch for every row, and calls the teacher, as the published loop does.
-Pretraining is cross-entropy; so is the training of a joint head, whose body has no gradient. An
-update is loss, backward, clip, AdamW and moving average; "extra
-memory" is its peak beyond weights, average and optimizer. See benchmarks/sampling.py for the rest.
+Pretraining is cross-entropy; so is the training of a joint head, whose body has no gradient: there
+the plain side draws times evenly, knows half of the data, and passes every row through the heads,
+where ours draws both as `fsdfm distill` does, and passes the rows that count. An update is loss,
+backward, clip, AdamW and moving average; "extra memory" is its peak beyond weights, average and
+optimizer. See benchmarks/sampling.py for the rest.
 """
 
 from __future__ import annotations

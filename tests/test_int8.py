@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fsdfm.core.errors import ConfigError
 from fsdfm.generate import precision
 from fsdfm.generate.precision import pick_dtype
-from fsdfm.model import int8, prepared
+from fsdfm.model import int8, prepared, smoothing
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.engine import Engine
@@ -239,3 +239,19 @@ def test_hidden_numbers_that_are_always_large_are_evened_out(
     monkeypatch.setattr(prepared, "smoothing", lambda model: [None] * len(model.blocks))
     assert evened < 0.03
     assert error() > 4.0 * evened
+
+
+def test_what_was_silent_at_loading_may_be_loud_later() -> None:
+    """Its factor is small, but not so small that it drowns its row when it wakes."""
+    torch.manual_seed(3)
+    model = CausalNetwork(TWIN)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    for block in model.blocks:
+        block.norm1.weight.data[7] = 0.0
+        block.modulation.weight.data[:] = block.modulation.bias.data[:] = 0.0
+    for factors in smoothing.smoothing(model):
+        assert factors.attention.min() == factors.attention[7] == smoothing.LEAST
+        assert 0.9 < factors.attention.mean() < 1.1
+        assert factors.mlp.min() > smoothing.LEAST
+    assert model.blocks[0].qkv._forward_pre_hooks == {}

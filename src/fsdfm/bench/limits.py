@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsdfm.bench.jobs import synchronise
 from fsdfm.core.device import preferred_dtype
-from fsdfm.model.int8 import has_int8, qlinear
+from fsdfm.model.int8 import beside_int8, has_int8, qlinear
 
 WIDTH = 768
 """Of the products, that of GPT-2."""
@@ -53,7 +53,7 @@ def int8_rate(width: int) -> float:
     """As `matmul_rate` on a CPU, of products of 8-bit numbers that are rounded already."""
     rows = 1024
     x = torch.randint(255, (rows, width), dtype=torch.uint8)
-    product = qlinear(torch.randn(4 * width, width), None, torch.bfloat16)
+    product = qlinear(torch.randn(4 * width, width), None, beside_int8())
     seconds = _least_seconds(lambda: product(x, 1.0, 127), torch.device("cpu"))
     return 2 * rows * width * 4 * width / seconds
 

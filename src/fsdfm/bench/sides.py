@@ -77,8 +77,8 @@ CPU = torch.device("cpu")
 def sides_for(task: str, preferred: torch.dtype, device: torch.device = CPU) -> list[str]:
     """Sides of a task that can run on a device and are worth it where `preferred` is its format."""
     names = [name for name in SIDES[task] if name not in ON_REQUEST]
-    if preferred == torch.float32:  # bf16 would be emulated
-        names = [name for name in names if not name.endswith("bf16")]
+    if preferred == torch.float32:  # bf16 would be emulated, and engine may be engine-float32
+        names = [name for name in names if not name.endswith("bf16") and name != "engine-float32"]
     return runnable(names, device)
 
 

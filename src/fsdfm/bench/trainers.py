@@ -181,9 +181,6 @@ class OurPretrain(_Ours):
         return Pretrain(self.source, Polynomial(), cross_entropy)
 
 
-# All of them.
-
-
 class OurJoint(_Ours):
     """A joint head, and the output layer with it."""
 

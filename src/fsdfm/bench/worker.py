@@ -27,6 +27,7 @@ from fsdfm.core.device import give_back_memory
 from fsdfm.core.errors import FsdfmError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import ModelConfig
+from fsdfm.model.int8 import beside_int8
 from fsdfm.model.networks import config_from_dict
 
 TOY = ModelConfig(64, 64, blocks=1, heads=1, cond_size=64, context_length=16)
@@ -127,7 +128,7 @@ class Bench:
         cost = self.side.run(job, seed)
         synchronise(self.device)
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu_started
-        dtype = torch.bfloat16 if self.dtype == torch.int8 else self.dtype
+        dtype = beside_int8() if self.dtype == torch.int8 else self.dtype
         rate = matmul_rate(self.config.hidden_size, self.device, dtype)
         figures = {"seconds": seconds, "cpu_seconds": cpu, "rate": rate}
         return {**figures, "tokens": cost.tokens, "flops": cost.flops}

@@ -269,7 +269,7 @@ class Generator:
         return State(x, one.step, one.times[one.step], calls, sum(t.rows for t in tracks))
 
     def autocast(self) -> torch.autocast:
-        """For calls of the network itself: products in the engine's format (bfloat16 for int8)."""
+        """For calls of the network itself: products in the engine's format beside int8."""
         dtype = self.engine.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 

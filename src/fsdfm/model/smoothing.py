@@ -1,7 +1,7 @@
-"""Inputs of 8-bit products made even, so that one scale serves all of them.
+"""Inputs of 8-bit products made even, so that one scale serves all of a row.
 
 A few hidden numbers of a language model are ten times as large as the others, the same ones at
-every position. One scale for all inputs then leaves the others few levels. Here each input of the
+every position. One scale for a row then leaves the others few levels. Here each input of the
 products behind a norm is divided by a factor, and its column of the weights multiplied by it: the
 product is the same, and the norm, which has a weight for each number anyway, does the dividing.
 
@@ -23,6 +23,8 @@ LENGTH = 64
 """Of the text that tells which numbers are large; what it says does not matter."""
 SMALLEST = 1e-5
 """A range below it is taken for this one."""
+LEAST = 0.02
+"""Of a factor, in those of a block's mean: what was silent here may be loud at another time."""
 
 
 class Factors(NamedTuple):
@@ -34,7 +36,7 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def smoothing(model: CausalNetwork) -> list[Factors]:
-    """Factors of every block, from one pass over random tokens, half of them masked.
+    """Factors of every block, from one pass over random tokens, half of them masks if there are any.
 
     Args:
         model: the network, on a CPU.
@@ -51,7 +53,8 @@ def smoothing(model: CausalNetwork) -> list[Factors]:
         config, draw = model.config, torch.Generator().manual_seed(0)
         length = min(LENGTH, config.context_length)
         tokens = torch.randint(config.vocab_size, (1, length), generator=draw)
-        tokens[:, ::2] = config.embedding_rows - 1  # the mask, where there is one
+        if config.mask_id is not None:
+            tokens[:, ::2] = config.mask_id
         model.body(tokens, torch.full((1,), 0.5), torch.full((1,), 0.125))
     finally:
         for one in watched:
@@ -61,7 +64,7 @@ def smoothing(model: CausalNetwork) -> list[Factors]:
 
 
 def _factor(inputs: Tensor, weight: Tensor) -> Tensor:
-    """From the ranges of the inputs, (K,), and of their columns of a weight, (N, K); mean 1."""
+    """From the ranges of the inputs, (K,), and of their columns of a weight, (N, K)."""
     columns = weight.float().abs().amax(0)
     factor = inputs.clamp_min(SMALLEST) ** SHARE / columns.clamp_min(SMALLEST) ** (1.0 - SHARE)
-    return factor / factor.mean()
+    return (factor / factor.mean()).clamp_min(LEAST)

@@ -36,7 +36,7 @@ class Factors(NamedTuple):
 
 @torch.no_grad()
 def smoothing(model: CausalNetwork) -> list[Factors]:
-    """Factors of every block, from one pass over random tokens, half of them masks if there are any.
+    """Factors of every block, from one pass over random tokens, half of them masked, if any can be.
 
     Args:
         model: the network, on a CPU.

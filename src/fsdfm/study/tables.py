@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -111,8 +112,10 @@ def picture(study: Study, path: Path) -> None:
     axes.axhline(many, color="black", linestyle=":", label=f"teacher, {study.protocol.many} calls")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    axes.set_xticks(study.protocol.calls, [str(n) for n in study.protocol.calls])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("model calls")
-    axes.set_ylabel(title)
+    axes.set_ylabel(textwrap.fill(title, 45))
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     write_whole(path, png(figure))

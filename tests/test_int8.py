@@ -36,6 +36,15 @@ TWIN = CausalConfig(
 )
 
 
+def random_twin(seed: int, config: CausalConfig = TWIN) -> CausalNetwork:
+    """With every branch doing something."""
+    torch.manual_seed(seed)
+    model = CausalNetwork(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)
+    return model
+
+
 def case(rows: int, inputs: int, outputs: int, shift: float = 0.0) -> tuple[Tensor, ...]:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn((rows, inputs), generator=draw) + shift
@@ -136,10 +145,7 @@ def test_an_engine_in_8_bits_says_nearly_what_the_network_says(batch: int) -> No
 @needs_int8
 def test_outliers_behind_a_gate_do_not_drown_the_rest() -> None:
     """One inner number of adapted networks is a hundred times as large as the others."""
-    torch.manual_seed(2)
-    model = CausalNetwork(TWIN)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+    model = random_twin(2)
     for block in model.blocks:
         block.mlp_in.weight.data[[0, 64]] *= 30.0  # a gate and what it lets through
         block.mlp_out.weight.data *= 8.0
@@ -219,10 +225,7 @@ def test_hidden_numbers_that_are_always_large_are_evened_out(
     bias: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in language models, where a few of them leave the others no levels."""
-    torch.manual_seed(3)
-    model = CausalNetwork(replace(TWIN, qkv_bias=bias, step_embedding="log2"))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+    model = random_twin(3, replace(TWIN, qkv_bias=bias, step_embedding="log2"))
     for block in model.blocks:
         for norm, product in ((block.norm1, block.qkv), (block.norm2, block.mlp_in)):
             norm.weight.data[:] = 1.0
@@ -243,10 +246,7 @@ def test_hidden_numbers_that_are_always_large_are_evened_out(
 
 def test_what_was_silent_at_loading_may_be_loud_later() -> None:
     """Its factor is small, but not so small that it drowns its row when it wakes."""
-    torch.manual_seed(3)
-    model = CausalNetwork(TWIN)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.15)
+    model = random_twin(3)
     for block in model.blocks:
         block.norm1.weight.data[7] = 0.0
         block.modulation.weight.data[:] = block.modulation.bias.data[:] = 0.0

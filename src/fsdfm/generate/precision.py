@@ -27,8 +27,8 @@ def pick_dtype(precision: str | None, device: torch.device, config: ModelConfig)
         ConfigError: no such format, or one that this device is not fast in and has no fallback for.
     """
     if precision is None:
-        fast = device.type == "cpu" and has_int8() and not has_tiles()
-        return torch.int8 if fast and config.takes_8_bits else preferred_dtype(device)
+        worth_it = config.takes_8_bits and device.type == "cpu" and not has_tiles()
+        return torch.int8 if worth_it and has_int8() else preferred_dtype(device)
     if precision not in PRECISIONS:
         raise ConfigError(
             f"precision must be one of {', '.join(PRECISIONS)}, got {str(precision)!r}.",

@@ -25,12 +25,16 @@ from torch import Tensor
 from fsdfm.cli import main as cli
 from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.flow.loss import cross_entropy
+from fsdfm.flow.path import MaskSource
+from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.loading import load
 from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io import directory as directory_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
+from fsdfm.recipes.cost import sequence_flops, work
 from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
 from fsdfm.text.packing import prepare
 from fsdfm.text.settings import PrepareSettings
@@ -40,6 +44,7 @@ from fsdfm.train import checkpoint as checkpoint_module
 from fsdfm.train import loop as loop_module
 from fsdfm.train.ema import Ema
 from fsdfm.train.objective import Pretrain
+from fsdfm.train.parallel import ALONE
 
 LENGTH = 16
 Command = Callable[..., tuple[int, str, str]]
@@ -215,6 +220,58 @@ def test_a_run_that_goes_on_from_another_sees_other_batches(
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     assert pretrain(pretrain_args(data, tmp_path / "second", steps=4, init=tmp_path / "first"))
     assert not any(torch.equal(*pair) for pair in zip(first, seen, strict=True))
+
+
+def test_a_share_of_the_passes_has_its_sequences_cut_in_four(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    loss = Pretrain.loss
+
+    def watched(self: Pretrain, model: Any, ema: Any, x_1: Tensor, generator: Any) -> Any:
+        if x_1.numel() == 2 * LENGTH:  # else its work is being counted
+            seen.append(x_1)
+        return loss(self, model, ema, x_1, generator)
+
+    monkeypatch.setattr(Pretrain, "loss", watched)
+    numbers: dict[str, Any] = {"steps": 8, "accumulate": 1, "peak_tflops": 1.0}
+    assert pretrain(pretrain_args(data, tmp_path / "whole", **numbers))
+    whole, seen[:] = seen[:], []
+    assert {tuple(x_1.shape) for x_1 in whole} == {(2, LENGTH)}
+    args = pretrain_args(data, tmp_path / "some", short_share=0.75, **numbers)
+    assert pretrain(args)
+    short = [len(x_1) == 8 for x_1 in seen]
+    assert short == [False, True, True, True] * 2
+    for cut, x_1 in zip(seen, whole, strict=True):
+        assert torch.equal(cut.reshape(2, LENGTH), x_1)
+    # What a sequence costs is the mean of both kinds, and the bound is that of whole ones.
+    rates = []
+    for out in ("whole", "some"):
+        line = json.loads((tmp_path / out / "metrics.jsonl").read_text().splitlines()[0])
+        rates.append(line["utilisation"] * 1e12 * LENGTH / line["tokens_per_second"])
+        assert line["tokens"] == 2 * 2 * LENGTH
+    config = load_pretrained(tmp_path / "some").model.config
+    done = work(Pretrain(MaskSource(config.vocab_size), Polynomial(), cross_entropy))
+    whole_costs, short_costs = (sequence_flops(config, done, n) for n in (LENGTH, LENGTH // 4))
+    assert rates == pytest.approx([whole_costs, whole_costs / 4 + 3 * short_costs])
+    assert config.context_length == LENGTH
+
+
+def test_processes_share_out_the_short_sequences_of_a_pass(data: Path, tmp_path: Path) -> None:
+    store, settings = TokenStore.open(data), pretrain_args(data, tmp_path / "none", short_share=0.5)
+    alone, *both = (
+        training._batches(store, settings, LENGTH, 5, replace(ALONE, rank=rank, size=size))
+        for rank, size in ((0, 1), (0, 2), (1, 2))
+    )
+    for index in range(4):
+        assert torch.equal(torch.cat([part(index) for part in both]), alone(index))
+
+
+def test_sequences_that_cannot_be_cut_in_four_are_refused(data: Path, tmp_path: Path) -> None:
+    args = pretrain_args(data, tmp_path / "run", context_length=14, short_share=0.5)
+    with pytest.raises(ConfigError, match="multiple of it, got 14"):
+        pretrain(args)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("source", ["uniform", "mask"])
@@ -640,6 +697,7 @@ def test_settings_that_contradict_the_starting_model_are_refused(
         ("clip_norm", 0.0),
         ("weight_decay", -0.1),
         ("learning_rate", math.nan),
+        ("short_share", 1.5),
         ("context_length", 0),
         ("context_length", -4),
         ("sample_every", -1),

@@ -13,6 +13,8 @@ from fsdfm.model.config import PRESETS, Attention, Source
 from fsdfm.train.settings import TrainSettings
 from fsdfm.train.tracking import TRACKERS
 
+SHORT_PARTS = 4
+"""Sequences that one is cut into where short ones are learned beside long ones."""
 ADAPT_LENGTH = 256
 """Tokens of a sequence where adapting is told no length."""
 BASE = "base"
@@ -35,6 +37,9 @@ class RunSettings(TrainSettings):
     1 / (1 - t) made it learn to copy far more slowly (LOG.md)."""
     context_length: int | None = option(None, within=AT_LEAST_1, unset="the model's")
     """Tokens of a training sequence."""
+    short_share: float = option(0.0, within=Range(0, 1))
+    """Of the passes, those whose sequences are cut in four, so that short texts are learned beside
+    long ones; as many tokens are seen in each."""
     sample_every: int = option(500, within=AT_LEAST_0)
     """Updates between two printed samples, which come with a validation; 0 prints none."""
     device: str | None = option(None, unset="cuda, else mps, else cpu")

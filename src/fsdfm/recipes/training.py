@@ -37,6 +37,7 @@ from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
     BASE,
     JOINT,
+    SHORT_PARTS,
     AdaptSettings,
     DistillSettings,
     FlowSettings,
@@ -240,6 +241,13 @@ def _train(
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
     refuse_sharded(settings)
+    if settings.short_share and length % SHORT_PARTS:
+        raise ConfigError(
+            f"short_share cuts sequences in {SHORT_PARTS}: choose a context_length that is a "
+            f"multiple of it, got {length}.",
+            "short_share",
+            "context_length",
+        )
     store.train.require(length)
     store.validation.require(length)
     device = pick_device(own_device(settings.device))
@@ -309,7 +317,7 @@ def _task(
         objective=objective,
         source=source,
         schedule=schedule,
-        batch=_batches(store, settings.batch_size, length, order, world),
+        batch=_batches(store, settings, length, order, world),
         validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
         device=device,
         autocast=preferred_dtype(device),
@@ -318,9 +326,18 @@ def _task(
         # What an adapter's gradients cost has no formula here.
         sequence_flops=None
         if adapter or peak is None
-        else sequence_flops(config, work(objective), length),
+        else _mean_flops(config, objective, length, settings.short_share),
         peak_flops=None if peak is None else peak * 1e12,
     )
+
+
+def _mean_flops(
+    config: ModelConfig, objective: Objective, length: int, short_share: float
+) -> float:
+    """Of training on one sequence, whole or cut, in the mean over passes."""
+    done = work(objective)
+    cut = SHORT_PARTS * sequence_flops(config, done, length // SHORT_PARTS)
+    return short_share * cut + (1.0 - short_share) * sequence_flops(config, done, length)
 
 
 @contextmanager
@@ -356,14 +373,17 @@ def _order(seed: int, start: str) -> int:
 
 
 def _batches(
-    store: TokenStore, batch_size: int, length: int, seed: int, world: World
+    store: TokenStore, settings: RunSettings, length: int, seed: int, world: World
 ) -> Callable[[int], Tensor]:
     """This process's part of each pass: one of the even parts that follow each other."""
-    size = world.share(batch_size)
+    size, share = world.share(settings.batch_size), settings.short_share
 
     def batch(index: int) -> Tensor:
         part = index * world.size + world.rank
-        return store.train.batch(part, batch_size=size, length=length, seed=seed)
+        x_1 = store.train.batch(part, batch_size=size, length=length, seed=seed)
+        # Evenly among the passes, and the same ones in each process.
+        short = int((index + 1) * share) > int(index * share)
+        return x_1.reshape(-1, length // SHORT_PARTS) if short else x_1
 
     return batch
 

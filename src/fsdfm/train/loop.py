@@ -48,8 +48,8 @@ class Task:
     source: Source
     schedule: Schedule
     batch: Callable[[int], Tensor]
-    """Pass number -> this process's part of the data, int64, (batch_size / processes, L): a pure
-    function."""
+    """Pass number -> this process's part of the data, int64, (batch_size / processes, L), or of the
+    same tokens in several times as many shorter sequences: a pure function."""
     validation: Tensor
     """Held-out data, int64, (sequences, L), L as in training."""
     device: torch.device

@@ -18,15 +18,18 @@ import math
 import statistics
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from fsdfm.core.device import preferred_dtype
 from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.statistics import student_quantile
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.loading import load_with_network
-from fsdfm.model.causal import CausalConfig
+from fsdfm.model.io.directory import resolve
+from fsdfm.model.io.pretrained import Pretrained, load_pretrained, read_config
 from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -38,25 +41,33 @@ def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], 
         name: of a model directory, or `bundled`.
         args: text, length, sequences, times.
     """
+    if name != "bundled" and read_config(resolve(name))[0].left_to_right:
+        return exact_nats(load_pretrained(name), args)
     generator, found = load_with_network(None if name == "bundled" else name, device="cpu")
-    network = found.model
-    config = generator.config
-    causal = isinstance(config, CausalConfig) and config.attention == "causal"
-    exact = Autoregressive(network) if causal else None
-    chosen = held_out(generator.tokenizer, args)
+    config, chosen = generator.config, held_out(generator.tokenizer, args)
     source = make_source(config.source, config.vocab_size)
     schedule, nats = Polynomial(config.schedule_power), []
     for number, ids in enumerate(chosen):
-        x_1 = torch.tensor([ids])
         with generator.autocast():
-            if exact is not None:
-                nats.append(-float(exact.log_probability(x_1[0].numpy()).mean()))
-                continue
             bounds = elbo_nats_per_token(
-                network, x_1, source, schedule, times=args.times, first=number
+                found.model,
+                torch.tensor([ids]),
+                source,
+                schedule,
+                times=args.times,
+                first=number,
             )
             nats.append(statistics.fmean(bounds))
     return nats, [len(generator.decode(ids).encode()) for ids in chosen]
+
+
+def exact_nats(found: Pretrained, args: argparse.Namespace) -> tuple[list[float], list[int]]:
+    """As `nats_by_sequence`, of a language model."""
+    model, tokenizer = Autoregressive(found.model), Tokenizer.from_json(found.tokenizer_json)
+    chosen, dtype = held_out(tokenizer, args), preferred_dtype(torch.device("cpu"))
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        nats = [-float(model.log_probability(np.array(ids)).mean()) for ids in chosen]
+    return nats, [len(tokenizer.decode(ids).encode()) for ids in chosen]
 
 
 def held_out(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:

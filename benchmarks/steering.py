@@ -31,6 +31,8 @@ from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load
 from fsdfm.generate.request import Request
 from fsdfm.model.io.causal_lm import load_causal_lm
+from fsdfm.model.io.pretrained import load_pretrained
+from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.text.vocabulary import tokens_within
 
@@ -57,8 +59,8 @@ class Bench:
         return load_judge(self.args.judge, device=torch.device("cpu"), dtype=torch.float32)
 
     @cached_property
-    def left(self) -> Left:
-        return Left(self.args.left, self.generator.tokenizer)
+    def left(self) -> Left | Twin:
+        return left_filler(self.args.left, self.generator.tokenizer)
 
     @cached_property
     def held_out(self) -> list[str]:
@@ -247,6 +249,27 @@ def prompts(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def left_filler(name: str, tokenizer: Tokenizer) -> Left | Twin:
+    """A language model that fills gaps, with the same tokens: a run of ours, or any other."""
+    ours = Path(name) / "run.json"
+    return Twin(name, tokenizer) if ours.exists() else Left(name, tokenizer)
+
+
+class Twin:
+    """A run of `fsdfm adapt --attention causal`, whose data has the tokenizer."""
+
+    def __init__(self, name: str, tokenizer: Tokenizer) -> None:
+        found = load_pretrained(name)
+        if Tokenizer.from_json(found.tokenizer_json).fingerprint != tokenizer.fingerprint:
+            sys.exit(f"{name} has another tokenizer: give --left a run that has this one's.")
+        self.model = Autoregressive(found.model)
+
+    def fill(self, x: list[int], hidden: list[bool], temperature: float, seed: int) -> list[int]:
+        """As `Left.fill`."""
+        text = [None if gap else token for token, gap in zip(x, hidden, strict=True)]
+        return self.model.fill([text], [seed], temperature)[0]
+
+
 class Left:
     """A causal language model that fills gaps from the left, with the same tokens.
 
@@ -386,7 +409,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=PARTS)
     parser.add_argument("--model", help="default: the bundled one")
     parser.add_argument("--judge", default="smollm2", help="no ancestor of the model, if you can")
-    parser.add_argument("--left", default="smollm2", help="causal language model to fill with")
+    parser.add_argument("--left", default="smollm2", help="language model to fill with: a run too")
     parser.add_argument("--text", type=Path, help="held-out text; default: the bundled one")
     parser.add_argument("--texts", type=int, default=24)
     parser.add_argument("--long-texts", type=int, default=1)

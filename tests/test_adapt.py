@@ -24,11 +24,12 @@ from test_vocabulary import byte_fallback, without_some_bytes
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from fsdfm.cli.training import TrainingConsole
+from fsdfm.cli.training import PREVIEW_TOKENS, TrainingConsole
 from fsdfm.core.errors import ConfigError
 from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.eval.report import load_report
 from fsdfm.flow.loss import elbo_nats_per_token
+from fsdfm.generate.live import printable
 from fsdfm.generate.loading import load, load_with_network
 from fsdfm.generate.source import BOUND_TIMES
 from fsdfm.model.causal import CausalNetwork
@@ -36,6 +37,7 @@ from fsdfm.model.io.causal_lm import load_causal_lm
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.recipes.settings import AdaptSettings
 from fsdfm.recipes.training import adapt, objective_parts
+from fsdfm.study.autoregressive import Autoregressive
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import EOS, Tokenizer
 from fsdfm.text.vocabulary import tokens_within
@@ -251,6 +253,31 @@ def test_it_starts_as_the_language_model_with_the_rows_of_the_cut(
         found = network(x, torch.tensor([0.1, 0.9]), torch.ones(2))[..., :270]
         wanted = make_lm()(old[before]).logits[:, :-1, old]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+def test_a_language_model_says_what_it_is_for_and_is_no_flow_model(
+    run: Run, place: Path, tmp_path: Path
+) -> None:
+    out, data = tmp_path / "rival", place / "cut"
+    argv = ("adapt", place / "lm", "--data", data, "--out", out, "--attention", "causal")
+    code, _, err = run(*argv, *flags(sample_every=3))
+    assert code == 0 and f"Done: try  fsdfm baseline ar --model {out} --data {data}" in err
+    assert "generate" not in err
+    # The text that it printed is one that it draws token by token.
+    (text,) = Autoregressive(load_pretrained(out).model).samples(PREVIEW_TOKENS, [0])
+    shown = printable(Tokenizer.from_json(load_pretrained(out).tokenizer_json).decode(text))
+    assert shown.split() == err.split("nats/token")[-1].split("Done:")[0].split()
+    for words in (("generate",), ("evaluate", "--judge", "smollm2", "--out", tmp_path / "report")):
+        code, said, err = run(*words, "--model", out)
+        assert code == 2 and not said and err.count("\n") == 1
+        assert "attention=causal" in err and f"fsdfm baseline ar --model {out}" in err
+    student = ("distill", "--teacher", out, "--data", data, "--out", tmp_path / "student")
+    further = ("pretrain", "--init", out, "--data", data, "--out", tmp_path / "further")
+    for words in (student, further):
+        code, said, err = run(*words)
+        assert code == 2 and not said and err.count("\n") == 1
+        assert "predicts the next token alone" in err and "bidirectional" in err
+        assert not Path(words[-1]).exists()
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,38 @@ def test_texts_follow_the_law_that_the_network_gives() -> None:
     error = np.sqrt(count * p * (1 - p))
     assert (np.abs(seen - count * p) < 4.5 * error).all()
     assert model.sample(2, 7) == texts[7].tolist()
+
+
+def test_a_temperature_sharpens_the_law_and_zero_takes_the_likeliest_token() -> None:
+    model, count = Autoregressive(network(3)), 2000
+    p = np.exp([model.log_probability(np.array([token])).sum() for token in range(3)])
+    sharp = p**2 / (p**2).sum()
+    first = np.array(model.samples(1, range(count), 0.5))[:, 0]
+    seen = np.bincount(first, minlength=3)
+    assert (np.abs(seen - count * sharp) < 4.5 * np.sqrt(count * sharp * (1 - sharp))).all()
+    likeliest = model.samples(3, [1, 2], 0.0)
+    assert likeliest[0] == likeliest[1] and likeliest[0][0] == int(p.argmax())
+
+
+def test_gaps_are_filled_from_the_left_and_the_rest_is_kept() -> None:
+    model = Autoregressive(network(3))
+    texts: list[list[int | None]] = [[1, None, 2, None], [None, 0, 1, None]]
+    count = 1500
+    found = model.fill(texts * count, range(2 * count))
+    law: dict[tuple[int, ...], float] = {}
+    for text in texts:
+        for a, b in ((a, b) for a in range(3) for b in range(3)):
+            drawn = iter((a, b))
+            whole = [next(drawn) if token is None else token for token in text]
+            logs = model.log_probability(np.array(whole))
+            law[tuple(whole)] = float(
+                np.exp(sum(x for x, token in zip(logs, text, strict=True) if token is None))
+            )
+    assert sum(law.values()) == pytest.approx(2.0, abs=1e-5)
+    seen = Counter(tuple(text) for text in found)
+    assert seen.keys() <= law.keys()
+    for text, p in law.items():
+        assert abs(seen[text] - count * p) < 4.5 * np.sqrt(count * p * (1 - p)), text
 
 
 def test_the_objective_is_the_mean_of_the_log_probabilities() -> None:

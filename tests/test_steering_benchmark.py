@@ -16,7 +16,11 @@ from steering_fixtures import make_generators
 from test_generator import WORDS
 
 from fsdfm.model.io.causal_lm import load_causal_lm
-from fsdfm.text.tokenizer import Tokenizer
+from fsdfm.recipes.settings import AdaptSettings
+from fsdfm.recipes.training import adapt
+from fsdfm.text.packing import prepare
+from fsdfm.text.settings import PrepareSettings
+from fsdfm.text.tokenizer import Tokenizer, train_bpe
 
 PARTS = ("cost", "words", "lengths", "auto", "prompts", "infill", "seam")
 
@@ -97,7 +101,7 @@ def test_the_baseline_takes_the_likeliest_token_after_all_before_it(
     save_lm(tmp_path / "lm")
     lm = load_causal_lm(str(tmp_path / "lm"))
     tokenizer = Tokenizer.from_json(lm.tokenizer_json)
-    left = steering.Left(str(tmp_path / "lm"), tokenizer)
+    left = steering.left_filler(str(tmp_path / "lm"), tokenizer)
     x = tokenizer.encode("the miller saw a stranger at his door")[:12]
     hidden = [place in (0, 4, 5, 9) for place in range(len(x))]
     found = left.fill(x, hidden, 0.0, 0)
@@ -110,3 +114,27 @@ def test_the_baseline_takes_the_likeliest_token_after_all_before_it(
             with torch.no_grad():
                 logits = lm.model(before).logits[0, -1]
             assert found[place] == int(logits.argmax())
+
+
+def test_a_run_of_ours_fills_from_the_left_too(steering: ModuleType, tmp_path: Path) -> None:
+    save_lm(tmp_path / "lm")
+    text = tmp_path / "text.txt"
+    text.write_text("the miller saw a stranger at his door. " * 200)
+    lm = load_causal_lm(str(tmp_path / "lm"))
+    tokenizer, data = Tokenizer.from_json(lm.tokenizer_json), tmp_path / "data"
+    settings = PrepareSettings(validation_fraction=0.1)
+    prepare([text], data, settings=settings, tokenizer=tokenizer)
+    out = tmp_path / "rival"
+    numbers: dict[str, Any] = {"steps": 1, "learning_rate": 1e-12, "context_length": 12}
+    numbers |= {"attention": "causal", "batch_size": 2, "sample_every": 0, "device": "cpu"}
+    assert adapt(AdaptSettings(model=str(tmp_path / "lm"), data=data, out=out, **numbers))
+    x = tokenizer.encode("the miller saw a stranger at his door")[:12]
+    hidden = [place in (0, 4, 5, 9) for place in range(len(x))]
+    ours, theirs = (
+        steering.left_filler(str(tmp_path / name), tokenizer).fill(x, hidden, 0.0, 0)
+        for name in ("rival", "lm")
+    )
+    assert ours == theirs != x
+    other = train_bpe(["another text"], 260)
+    with pytest.raises(SystemExit, match="another tokenizer"):
+        steering.left_filler(str(out), other)

@@ -19,8 +19,9 @@ from fsdfm.flow.schedule import Polynomial
 from fsdfm.flow.step import STEP_RULES
 from fsdfm.generate.live import printable
 from fsdfm.model.transformer import FlowNetwork
-from fsdfm.recipes.settings import BASE, FlowSettings, PretrainSettings
+from fsdfm.recipes.settings import BASE, AdaptSettings, FlowSettings, PretrainSettings
 from fsdfm.recipes.watch import Plan
+from fsdfm.study.autoregressive import Autoregressive
 
 PREVIEW_TOKENS = 96
 
@@ -104,9 +105,17 @@ class TrainingConsole:
                 f"command again to go on."
             )
         elif self.first_step == self.step:
-            self.say(f"Finished already, nothing to do: try  fsdfm generate {self._model()}")
+            self.say(f"Finished already, nothing to do: try  {self._use()}")
         else:
-            self.say(f"Done: try  fsdfm generate {self._model()}")
+            self.say(f"Done: try  {self._use()}")
+
+    def _use(self) -> str:
+        """The command that writes with what was trained."""
+        args = self.args
+        if isinstance(args, AdaptSettings) and args.attention == "causal":
+            texts = args.out.with_name(f"{args.out.name}.jsonl")
+            return f"fsdfm baseline ar --model {args.out} --data {args.data} --out {texts}"
+        return f"fsdfm generate {self._model()}"
 
     def _model(self) -> str:
         """Flags that name what was trained."""
@@ -119,6 +128,9 @@ class TrainingConsole:
     def _preview(self, ema: FlowNetwork) -> str:
         """A short sample from the moving average; it draws from its own noise."""
         config, noise = ema.config, Noise([self.args.seed % 2**32])
+        if config.left_to_right:
+            ids = Autoregressive(ema).sample(PREVIEW_TOKENS, self.args.seed % 2**32)
+            return self.tokenizer.decode(ids)
         network = Sequences(ema, next(ema.parameters()).device)
         draws, seams = self.generation.get("draws", 1), self.generation.get("seams", "fixed")
         source = make_source(config.source, config.vocab_size)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fsdfm.core.device import give_back_memory, pick_device
-from fsdfm.core.errors import CheckpointError
+from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.generate.generator import Generator
 from fsdfm.model.io.adapter import add_adapter
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained
@@ -35,7 +35,7 @@ def load(
     Raises:
         CheckpointError: the model is missing, damaged, or not one of ours; or the adapter is, or is
             another model's.
-        ConfigError: the device or the precision cannot be used.
+        ConfigError: the device or the precision cannot be used, or the model is a language model.
     """
     generator = load_with_network(model, adapter=adapter, device=device, precision=precision)[0]
     give_back_memory()  # the network's float32 matrices are free by now
@@ -52,6 +52,11 @@ def load_with_network(
     """As `load`, and what the directory holds: the network in float32, which a generator drops."""
     place = pick_device(device)
     found = load_pretrained(_bundled() if model is None else model, device=place)
+    if found.model.config.left_to_right:
+        raise ConfigError(
+            f"{model} predicts the next token alone (attention=causal) and writes in no few calls: "
+            f"fsdfm baseline ar --model {model} --data DATA --out FILE.jsonl writes its texts."
+        )
     if adapter is not None:
         add_adapter(found.model, adapter)
     generator = Generator(

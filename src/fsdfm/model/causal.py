@@ -79,6 +79,11 @@ class CausalConfig(ModelConfig):
                 f"got {self.start_id!r}."
             )
 
+    @property
+    def left_to_right(self) -> bool:
+        """See `ModelConfig`."""
+        return self.attention == "causal"
+
     def _check_heads(self) -> None:
         """Heads have a width of their own here."""
 
@@ -113,7 +118,7 @@ class CausalBlock(nn.Module):
         super().__init__()
         width, size = config.hidden_size, config.head_size
         self.heads, self.kv_heads = config.heads, config.kv_heads
-        self.causal = config.attention == "causal"
+        self.causal = config.left_to_right
         self.norm1 = RmsNorm(width, config.norm_epsilon)
         rows = (config.heads + 2 * config.kv_heads) * size
         self.qkv = nn.Linear(width, rows, bias=config.qkv_bias)

@@ -85,6 +85,11 @@ class ModelConfig:
         return self.source == "mask"
 
     @property
+    def left_to_right(self) -> bool:
+        """Whether it is a language model, which predicts the next token and no other."""
+        return False
+
+    @property
     def embedding_rows(self) -> int:
         """Rows of the embedding and of the head: V, or V + 1 with the mask source."""
         return self.vocab_size + (self.source == "mask")

@@ -130,6 +130,7 @@ def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrai
     """
     start = load_pretrained(init)
     same_tokenizer(start, init, store, settings.data)
+    _refuse_language_model(start, init, "init")
     config = start.model.config
     if settings.source not in (None, config.source):
         raise ConfigError(
@@ -141,6 +142,16 @@ def _start(settings: PretrainSettings, init: Path, store: TokenStore) -> Pretrai
             f"{init} has schedule power {power}: add schedule_power={power}.", "schedule_power"
         )
     return start
+
+
+def _refuse_language_model(start: Pretrained, where: Path, field: str) -> None:
+    """Raises ConfigError for what was adapted with attention=causal, to compare with."""
+    if start.model.config.left_to_right:
+        raise ConfigError(
+            f"{where} predicts the next token alone (attention=causal): adapt its language model "
+            f"with attention=bidirectional, and start from that.",
+            field,
+        )
 
 
 def adapt(settings: AdaptSettings, watch: Watch = unwatched) -> bool:
@@ -191,6 +202,7 @@ def distill(settings: DistillSettings, watch: Watch = unwatched) -> bool:
     store = TokenStore.open(settings.data)
     teacher = load_pretrained(settings.teacher)
     same_tokenizer(teacher, settings.teacher, store, settings.data)
+    _refuse_language_model(teacher, settings.teacher, "teacher")
     torch.manual_seed(settings.seed)
     joint = settings.target == JOINT
     embedding = teacher.model.config.step_embedding if joint else settings.step_embedding

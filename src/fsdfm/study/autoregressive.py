@@ -38,7 +38,7 @@ class Autoregressive:
     """
 
     def __init__(self, model: FlowNetwork) -> None:
-        if not isinstance(model, CausalNetwork) or model.config.attention != "causal":
+        if not isinstance(model, CausalNetwork) or not model.config.left_to_right:
             raise ConfigError("The model is not autoregressive: adapt one with attention=causal.")
         if model.config.start_id is None:
             raise ConfigError("The model has no start token: adapt with shift left.")
@@ -62,42 +62,72 @@ class Autoregressive:
         """One text, see `samples`."""
         return next(iter(self.samples(length, [seed])))
 
-    @torch.no_grad()
     def samples(
-        self, length: int, seeds: Sequence[int], advance: Callable[[], None] | None = None
+        self,
+        length: int,
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        advance: Callable[[], None] | None = None,
     ) -> list[list[int]]:
-        """Draw texts token by token, all together.
+        """Draw texts token by token, all together; see `fill`.
 
         Args:
             length: L, tokens of each; it may exceed the context that training showed.
             seeds: one for each text.
+            temperature: divides the logits.
             advance: called after every token of all texts.
+        """
+        return self.fill([[None] * length] * len(seeds), seeds, temperature, advance)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        texts: Sequence[Sequence[int | None]],
+        seeds: Sequence[int],
+        temperature: float = 1.0,
+        advance: Callable[[], None] | None = None,
+    ) -> list[list[int]]:
+        """Draw the open tokens of texts from left to right; each sees all before it and no other.
+
+        Args:
+            texts: B lists of L ids, None where one is to be drawn.
+            seeds: one for each text.
+            temperature: divides the logits; 0 takes the likeliest token.
+            advance: called after every position of all texts.
 
         Returns:
             B lists of L ids.
         """
+        length = len(texts[0])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         cos, sin = self.model.rotary_emb.tables(length)
         pasts = [_Past(block, len(seeds), length) for block in self.model.blocks]
         token = torch.full((len(seeds),), self.start, dtype=torch.int64)
-        drawn: list[Tensor] = []
+        written: list[Tensor] = []
         for place in range(length):
             x = self.model.vocab_embed(token)[:, None]
             for past in pasts:
                 x = past.step(x, self.condition, cos[place : place + 1], sin[place : place + 1])
-            hidden = self.model.output_layer.final(x, self.condition)[:, 0]
-            logits = self.model.head(hidden).float()[:, : self.config.vocab_size]
-            p = logits.double().softmax(-1)
-            token = torch.stack(
-                [
-                    torch.multinomial(row, 1, generator=generator)[0]
-                    for row, generator in zip(p, generators, strict=True)
-                ]
-            )
-            drawn.append(token)
+            given = [text[place] for text in texts]
+            if None in given:
+                hidden = self.model.output_layer.final(x, self.condition)[:, 0]
+                logits = self.model.head(hidden).float()[:, : self.config.vocab_size]
+                drawn = _drawn(logits.double(), temperature, generators)
+                given = [d if g is None else g for g, d in zip(given, drawn, strict=True)]
+            token = torch.tensor(given)
+            written.append(token)
             if advance is not None:
                 advance()
-        return torch.stack(drawn, 1).tolist()
+        return torch.stack(written, 1).tolist()
+
+
+def _drawn(logits: Tensor, temperature: float, generators: list[torch.Generator]) -> list[int]:
+    """A token of each row of logits (B, V)."""
+    if temperature == 0.0:
+        return logits.argmax(-1).tolist()
+    p = (logits / temperature).softmax(-1)
+    pairs = zip(p, generators, strict=True)
+    return [int(torch.multinomial(row, 1, generator=generator)) for row, generator in pairs]
 
 
 class _Past:

@@ -111,10 +111,10 @@ def autoregressive(args: AutoregressiveSettings, progress: Progress) -> str:
         done += 1
         progress("drawing tokens", done, args.length)
 
-    _write(args, tokenizer, seeds, model.samples(args.length, seeds, advance))
+    _write(args, tokenizer, seeds, model.samples(args.length, seeds, args.temperature, advance))
     return (
         f"{args.out}: {args.num_samples:,} texts of {args.length:,} tokens by {args.model}, token "
-        f"by token, {bits:.3f} bits a byte of held-out text"
+        f"by token at temperature {args.temperature:g}, {bits:.3f} bits a byte of held-out text"
     )
 
 

@@ -42,3 +42,5 @@ class AutoregressiveSettings(BaselineSettings):
 
     model: str = option(form="DIR")
     """The run or model directory."""
+    temperature: float = option(1.0, within=Range(0))
+    """Divides the logits; 0 takes the likeliest token."""

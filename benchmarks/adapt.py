@@ -36,6 +36,7 @@ CELLS: dict[str, dict[str, str]] = {
     "layers-6": {"--layers": "6"},
     "layers-8": {"--layers": "8"},
     "layers-16": {"--layers": "16"},
+    "layers-30": {"--layers": "30"},
     "layers-even": {"--layers": "0,3,5,8,11,13,16,18,21,24,26,29"},
     "vocabulary-49152": {"--vocab-size": "49152"},
     "vocabulary-16384": {"--vocab-size": "16384"},
@@ -100,7 +101,7 @@ def updates_within(
 
 def bound(run: Path, data: Path) -> dict[str, float]:
     command = [sys.executable, str(Path(__file__).with_name("bound.py")), str(run)]
-    command += ["--text", str(data), "--sequences", "64"]
+    command += ["--text", str(data), "--sequences", "64", "--times", "8"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     row: dict[str, float] = json.loads(printed)
     return row
@@ -153,8 +154,8 @@ def main() -> None:
         )
         with log.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
-        (args.out / "table.md").write_text(table(rows))
         print(json.dumps(rows[-1]), flush=True)
+    (args.out / "table.md").write_text(table(rows))
 
 
 if __name__ == "__main__":

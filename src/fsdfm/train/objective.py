@@ -178,28 +178,30 @@ class Distill:
         )
         small = batch.h <= SMALLEST_STEP
         rows = [each.nonzero()[:, 0] for each in (small, ~small)]
-        some = [batch.select(each) for each in rows]
-        all_rows = totals(generator, *map(len, rows))
+        batch = batch.select(torch.cat(rows))
+        student = told_rows(model, batch)  # the only pass with a gradient
+        order, first = torch.arange(len(x_1)), len(rows[0])
+        some = [batch.select(each) for each in (order[:first], order[first:])]
+        count = len(some[0].places)
+        hidden = student[:count], student[count:]
         path, drift = Noted(self.position_loss), Noted(self.divergence)
         parts: dict[str, Tensor] = {}
-        for name, ours, chosen, everywhere in zip(PARTS, some, rows, all_rows, strict=True):
-            # Asked in every process, whether or not it has such rows.
-            scale = shared(generator, len(ours.places), len(x_1))
-            if not everywhere:
-                continue
-            noted = path if name == "path_loss" else drift
+        scales = [shared(generator, len(each.places), len(x_1)) for each in some]
+        everywhere = totals(generator, *map(len, rows))
+        if everywhere[0]:
+            part = self._path_loss(model, some[0], hidden[0], path)
+            parts["path_loss"] = part * scales[0]
+        if everywhere[1]:
+            asked, chosen = some[1], rows[1]
             if not len(chosen):
-                # Others have such rows. Processes that share a network go the same ways through it:
-                # this one with any row, which counts nothing.
-                chosen, noted = torch.zeros(1, dtype=torch.int64), Noted(noted.loss)
-                ours = batch.select(chosen)
-            if name == "kl":
-                few = generator.select(chosen) if isinstance(generator, Draws) else generator
-                part = self._consistency(model, ema, ours, few, noted)
-            else:
-                part = self._path_loss(model, ours, noted)
-            parts[name] = part * scale
-        shares = dict(zip(PARTS, (n / sum(all_rows) for n in all_rows), strict=True))
+                # Others have such rows. Processes that share an average go the same ways through
+                # it: this one with any row, of which nothing is learned.
+                chosen = torch.zeros(1, dtype=torch.int64)
+                asked = batch.select(chosen)
+            few = generator.select(chosen) if isinstance(generator, Draws) else generator
+            part = self._consistency(model, ema, asked, hidden[1], few, drift)
+            parts["kl"] = part * scales[1]
+        shares = dict(zip(PARTS, (n / sum(everywhere) for n in everywhere), strict=True))
         loss = torch.stack([part * shares[name] for name, part in parts.items()]).sum()
         tables = path.by_time("path_loss", some[0])
         for table in (drift.by_time, drift.by_step):
@@ -216,15 +218,17 @@ class Distill:
         start = (u * (cells - span + 1)).floor()
         return start / cells, span.double() / cells
 
-    def _path_loss(self, model: Network, batch: Batch, noted: Noted) -> Tensor:
-        """On data, at the smallest step."""
-        return path_loss(model, batch, self.source.vocab_size, self.schedule, noted)
+    def _path_loss(self, model: Network, batch: Batch, hidden: Tensor, noted: Noted) -> Tensor:
+        """On data, at the smallest step; the student's hidden rows of the batch are given."""
+        g, vocab_size = self.schedule.rate(batch.t), self.source.vocab_size
+        return mean_over_positions(model, hidden, batch, batch.places, g, vocab_size, noted)
 
     def _consistency(
         self,
         model: Network,
         ema: Network,
         batch: Batch,
+        hidden: Tensor,
         generator: Randomness,
         noted: Noted,
     ) -> Tensor:
@@ -233,16 +237,15 @@ class Distill:
         with torch.no_grad():
             jumper = Jumper(ema, self.schedule, self.rule, self.source, generator, batch.counted)
             target = self.target(jumper, batch.x_t, batch.t, batch.h)
-        rows = told_rows(model, batch)
         if batch.counted is not None:
-            target = target.select(send(batch.places, rows.device))
+            target = target.select(send(batch.places, hidden.device))
 
         def loss(part: slice) -> RowLoss:
             with torch.no_grad():
                 logits = target.logits(ema, part, vocab_size)
             return lambda student, piece: noted(target.mix(logits, part, piece), student)
 
-        return mean_over_rows(model, rows, loss, vocab_size)
+        return mean_over_rows(model, hidden, loss, vocab_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -193,7 +193,16 @@ def test_a_matrix_is_held_once_in_the_format_of_its_product(
     del model
     gc.collect()
     left = {name for name, storage in held.items() if not storage.expired()}
-    read_as_they_are = ("embed", "modulation", "Modulation", "norm", "bias", "fuser")
+    read_as_they_are = (
+        "time_embed",
+        "dt_embed",
+        "modulation",
+        "Modulation",
+        "norm",
+        "bias",
+        "fuser",
+    )
     assert {n for n in left if not any(part in n for part in read_as_they_are)} == set()
-    assert {n for n in held if n.endswith(("embed.weight", "norm1.weight"))} <= left
+    assert {n for n in held if n.endswith("norm1.weight")} <= left
+    assert ours.model.vocab_embed.weight.dtype == ours.dtype
     assert ours.head(ours.hidden(tokens(1, 9), T, H, torch.arange(9))).isfinite().all()

@@ -18,7 +18,7 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fsdfm.flow.grid import SMALLEST_STEP
@@ -68,9 +68,12 @@ class Engine:
             self.layers = [PublishedLayer(block, dtype) for block in model.blocks]
         self._head = linear(*model.head_parameters(), dtype)
         self._joint = Joint(model.joint, dtype) if model.config.neighbours else None
-        # From here on a matrix is held by its product alone, in the format of the products.
+        # From here on a matrix is held by its product alone, in the format of the products; so is
+        # the embedding, whose rows are rounded anyway on their way into the first.
         leave_out(model, "joint")
         leave_out(model.output_layer, "linear")
+        embedding = model.vocab_embed.weight.detach().to(self.dtype)
+        model.vocab_embed.weight = nn.Parameter(embedding, requires_grad=False)
         # A CPU takes as many sequences at a time as pay; any other device all of them.
         self.rows_at_once = ROWS_AT_ONCE if self.device.type == "cpu" else None
         self.all_masks_are_one = model.config.absorbing and not self.kind.tells_positions

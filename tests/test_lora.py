@@ -89,6 +89,27 @@ def test_it_starts_as_the_network_and_merged_it_is_the_same_function(kind: str) 
 
 
 @pytest.mark.parametrize("kind", NETWORKS)
+def test_a_narrow_matrix_has_a_pair_of_its_own_rank(kind: str, tmp_path: Path) -> None:
+    model, plain = NETWORKS[kind](), NETWORKS[kind]()
+    shapes = {name: p.shape for name, p in plain.named_parameters()}
+    sides = [min(s) for name, s in shapes.items() if name.startswith("blocks.") and len(s) == 2]
+    rank = min(sides) + 1
+    add_lora(model, rank, seed=1)
+    found = pairs(model)
+    ranks = {name: len(t) for name, t in found.items() if name.endswith(".a")}
+    assert set(ranks.values()) == {rank - 1, rank}
+    for name, own in ranks.items():
+        assert own == min(rank, *shapes[name.removesuffix("a") + "weight"])
+    for module in model.modules():
+        if isinstance(module, Low):
+            torch.nn.init.normal_(module.b, std=0.3)
+    save_adapter(tmp_path, model, base_digest(plain))
+    assert json.loads((tmp_path / "adapter.json").read_text())["rank"] == rank
+    add_adapter(plain, tmp_path)
+    torch.testing.assert_close(logits(plain), logits(model), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_only_the_pairs_are_trained_and_the_average_shares_the_rest(kind: str) -> None:
     model = NETWORKS[kind]()
     add_lora(model, 2)
@@ -220,8 +241,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "with its own pairs" in refusal(lambda: load(base, adapter=good))
     with pytest.raises(ConfigError, match="lora changes a model that there is: give init too"):
         PretrainSettings(data=data, out=tmp_path / "o", lora=2)
-    huge = args(data, base, tmp_path / "o", lora=8)
-    assert "lora must be less than the smaller side" in refusal(lambda: pretrain(huge))
+    huge = args(data, base, tmp_path / "o", lora=16)
+    assert "lora saves nothing from a rank of 16 on" in refusal(lambda: pretrain(huge))
 
 
 def test_pairs_that_do_not_fit_change_nothing() -> None:

@@ -49,22 +49,25 @@ def add_lora(model: FlowNetwork, rank: int, seed: int = 0) -> None:
 
     Args:
         model: changed in place.
-        rank: R.
+        rank: R. A matrix whose smaller side is less has a pair of that rank.
         seed: of the pairs.
 
     Raises:
-        ConfigError: a rank that is no less than a matrix has.
+        ConfigError: a rank with which every matrix would be such a one.
     """
     noise = torch.Generator().manual_seed(seed)
     model.requires_grad_(False)
-    for name, linear in _linears(model):
-        if rank >= min(linear.weight.shape):
-            raise ConfigError(
-                f"lora must be less than the smaller side of each matrix, but {name} has "
-                f"{min(linear.weight.shape)}: give a smaller one.",
-                "lora",
-            )
-        parametrize.register_parametrization(linear, "weight", Low(linear.weight, rank, noise))
+    linears = list(_linears(model))
+    if rank >= (most := max(min(linear.weight.shape) for _, linear in linears)):
+        raise ConfigError(
+            f"lora saves nothing from a rank of {most} on, the smaller side of the largest "
+            f"matrices: give a smaller one, got {rank}.",
+            "lora",
+        )
+    for _, linear in linears:
+        weight = linear.weight
+        own = Low(weight, min(rank, *weight.shape), noise)
+        parametrize.register_parametrization(linear, "weight", own)
 
 
 def pairs(model: FlowNetwork) -> dict[str, Tensor]:

@@ -40,7 +40,7 @@ def save_adapter(directory: str | Path, model: FlowNetwork, base_sha256: str) ->
     """
     place, tensors = Path(directory), pairs(model)
     facts = {"format": FORMAT, "format_version": FORMAT_VERSION, "base_sha256": base_sha256}
-    facts["rank"] = next(len(t) for name, t in tensors.items() if name.endswith(".a"))
+    facts["rank"] = max(len(t) for name, t in tensors.items() if name.endswith(".a"))
     try:
         place.mkdir(parents=True, exist_ok=True)
         # The pairs say whose they are, too: the two files may come from different saves.

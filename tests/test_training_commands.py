@@ -35,6 +35,7 @@ from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.cost import sequence_flops, work
+from fsdfm.recipes.passes import batches
 from fsdfm.recipes.settings import DistillSettings, PretrainSettings, RunSettings, distill_settings
 from fsdfm.text.packing import prepare
 from fsdfm.text.settings import PrepareSettings
@@ -260,7 +261,7 @@ def test_a_share_of_the_passes_has_its_sequences_cut_in_four(
 def test_processes_share_out_the_short_sequences_of_a_pass(data: Path, tmp_path: Path) -> None:
     store, settings = TokenStore.open(data), pretrain_args(data, tmp_path / "none", short_share=0.5)
     alone, *both = (
-        training._batches(store, settings, LENGTH, 5, replace(ALONE, rank=rank, size=size))
+        batches(store, settings, LENGTH, 5, replace(ALONE, rank=rank, size=size))
         for rank, size in ((0, 1), (0, 2), (1, 2))
     )
     for index in range(4):

@@ -55,7 +55,7 @@ def load_with_network(
     if found.model.config.left_to_right:
         raise ConfigError(
             f"{model} predicts the next token alone (attention=causal) and writes in no few calls: "
-            f"fsdfm baseline ar --model {model} --data DATA --out FILE.jsonl writes its texts."
+            "draw its texts with fsdfm baseline ar."
         )
     if adapter is not None:
         add_adapter(found.model, adapter)

@@ -16,32 +16,36 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn import functional as F
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model.transformer import FlowNetwork
 
 
-class Low(nn.Module):
-    """What is added to a matrix (O, I).
+class LowLinear(nn.Linear):
+    """A linear layer whose weight stays, beside a pair that is trained.
+
+        x W'^T = x W^T + (x A^T) B^T
+
+    So no gradient of a whole matrix is ever made.
 
     Args:
-        weight: the matrix.
+        linear: whose weight and bias these are.
         rank: R.
         noise: that A is drawn from.
     """
 
-    def __init__(self, weight: Tensor, rank: int, noise: torch.Generator) -> None:
-        super().__init__()
-        rows, columns = weight.shape
-        a = torch.randn((rank, columns), generator=noise) * columns**-0.5
-        self.a = nn.Parameter(a.to(weight.device))
-        self.b = nn.Parameter(weight.new_zeros((rows, rank)))
+    def __init__(self, linear: nn.Linear, rank: int, noise: torch.Generator) -> None:
+        nn.Module.__init__(self)  # makes no weight: there is one
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        a = torch.randn((rank, self.in_features), generator=noise) * self.in_features**-0.5
+        self.a = nn.Parameter(a.to(self.weight.device))
+        self.b = nn.Parameter(self.weight.new_zeros((self.out_features, rank)))
 
-    def forward(self, weight: Tensor) -> Tensor:
-        """The sum, in float32 whatever the products are in."""
-        with torch.autocast(weight.device.type, enabled=False):
-            return weight + self.b @ self.a
+    def forward(self, x: Tensor) -> Tensor:
+        """In the format of the products, as the layer alone."""
+        return super().forward(x) + F.linear(F.linear(x, self.a), self.b)
 
 
 def add_lora(model: FlowNetwork, rank: int, seed: int = 0) -> None:
@@ -64,19 +68,18 @@ def add_lora(model: FlowNetwork, rank: int, seed: int = 0) -> None:
             f"matrices: give a smaller one, got {rank}.",
             "lora",
         )
-    for _, linear in linears:
-        weight = linear.weight
-        own = Low(weight, min(rank, *weight.shape), noise)
-        parametrize.register_parametrization(linear, "weight", own)
+    for name, linear in linears:
+        parent, _, child = name.rpartition(".")
+        low = LowLinear(linear, min(rank, *linear.weight.shape), noise)
+        setattr(model.get_submodule(parent), child, low)
 
 
 def pairs(model: FlowNetwork) -> dict[str, Tensor]:
     """A (R, I) and B (O, R) of every layer that has them, by its name with .a and .b."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Low):
-            own = name.removesuffix(".parametrizations.weight.0")
-            found |= {f"{own}.a": module.a.detach(), f"{own}.b": module.b.detach()}
+        if isinstance(module, LowLinear):
+            found |= {f"{name}.a": module.a.detach(), f"{name}.b": module.b.detach()}
     return found
 
 

@@ -13,8 +13,6 @@ from fsdfm.model.config import PRESETS, Attention, Source
 from fsdfm.train.settings import TrainSettings
 from fsdfm.train.tracking import TRACKERS
 
-SHORT_PARTS = 4
-"""Sequences that one is cut into where short ones are learned beside long ones."""
 ADAPT_LENGTH = 256
 """Tokens of a sequence where adapting is told no length."""
 BASE = "base"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fsdfm.core.device import peak_tflops, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError, FsdfmError, WorkerError
@@ -31,13 +30,12 @@ from fsdfm.model.lora import add_lora
 from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
-from fsdfm.recipes.cost import sequence_flops, work
 from fsdfm.recipes.directory import claimed, going_on
+from fsdfm.recipes.passes import batches, check_length, mean_flops, order_of
 from fsdfm.recipes.settings import (
     ADAPT_LENGTH,
     BASE,
     JOINT,
-    SHORT_PARTS,
     AdaptSettings,
     DistillSettings,
     FlowSettings,
@@ -253,15 +251,7 @@ def _train(
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
     refuse_sharded(settings)
-    if settings.short_share and length % SHORT_PARTS:
-        raise ConfigError(
-            f"short_share cuts sequences in {SHORT_PARTS}: choose a context_length that is a "
-            f"multiple of it, got {length}.",
-            "short_share",
-            "context_length",
-        )
-    store.train.require(length)
-    store.validation.require(length)
+    check_length(store, settings, length)
     device = pick_device(own_device(settings.device))
     with started(device) as world:
         settings = going_on(settings, speaks=world.first)
@@ -275,7 +265,7 @@ def _train(
             "data_sha256": digest([json.dumps(store.manifest, sort_keys=True, default=str)]),
             "start_sha256": start,
         }
-        order = _order(settings.seed, start)
+        order = order_of(settings.seed, start)
         task = _task(settings, store, model.config, objective, length, order, device, world)
         per_update = settings.batch_size * settings.accumulate * length
         plan = Plan(settings, Tokenizer.from_json(store.tokenizer_json), generation, per_update)
@@ -329,7 +319,7 @@ def _task(
         objective=objective,
         source=source,
         schedule=schedule,
-        batch=_batches(store, settings, length, order, world),
+        batch=batches(store, settings, length, order, world),
         validation=torch.stack([store.validation.block(i, length) for i in range(count)]),
         device=device,
         autocast=preferred_dtype(device),
@@ -338,18 +328,9 @@ def _task(
         # What an adapter's gradients cost has no formula here.
         sequence_flops=None
         if adapter or peak is None
-        else _mean_flops(config, objective, length, settings.short_share),
+        else mean_flops(config, objective, length, settings.short_share),
         peak_flops=None if peak is None else peak * 1e12,
     )
-
-
-def _mean_flops(
-    config: ModelConfig, objective: Objective, length: int, short_share: float
-) -> float:
-    """Of training on one sequence, whole or cut, in the mean over passes."""
-    done = work(objective)
-    cut = SHORT_PARTS * sequence_flops(config, done, length // SHORT_PARTS)
-    return short_share * cut + (1.0 - short_share) * sequence_flops(config, done, length)
 
 
 @contextmanager
@@ -373,31 +354,6 @@ def _claimed(world: World, out: Path, facts: dict[str, Any]) -> Iterator[None]:
 def objective_parts(config: ModelConfig) -> tuple[Any, Polynomial]:
     """The source and schedule that a network was built for."""
     return make_source(config.source, config.vocab_size), Polynomial(config.schedule_power)
-
-
-def _order(seed: int, start: str) -> int:
-    """Seed of the data's order: of the run's seed and its starting weights.
-
-    A run that goes on from another's weights would else see the same first batches again, and learn
-    them by heart (LOG.md has what that costs).
-    """
-    return seed ^ int(start[:12], 16)
-
-
-def _batches(
-    store: TokenStore, settings: RunSettings, length: int, seed: int, world: World
-) -> Callable[[int], Tensor]:
-    """This process's part of each pass: one of the even parts that follow each other."""
-    size, share = world.share(settings.batch_size), settings.short_share
-
-    def batch(index: int) -> Tensor:
-        part = index * world.size + world.rank
-        x_1 = store.train.batch(part, batch_size=size, length=length, seed=seed)
-        # Evenly among the passes, and the same ones in each process.
-        short = int((index + 1) * share) > int(index * share)
-        return x_1.reshape(-1, length // SHORT_PARTS) if short else x_1
-
-    return batch
 
 
 def _with_context(model: FlowNetwork, length: int) -> FlowNetwork:

@@ -20,10 +20,9 @@ from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import (
     CausalLm,
     adapt,
-    chosen_layers,
+    asked_layers,
     load_causal_lm,
     load_tokenizer_json,
-    spread_layers,
 )
 
 V, START = 320, 5
@@ -185,21 +184,10 @@ def test_a_gguf_file_is_read_as_what_it_holds(tied: bool, tmp_path: Path) -> Non
 # Which layers.
 
 
-def test_any_number_of_layers_is_spread_from_the_first_to_the_last() -> None:
-    for count in range(1, 41):
-        for wanted in range(1, count + 1):
-            kept = spread_layers(count, wanted)
-            assert len(kept) == wanted and list(kept) == sorted(set(kept))
-            assert kept[0] == 0 and kept[-1] < count
-            assert wanted < 3 or kept[-1] == count - 1
-    assert spread_layers(30, 12) == (0, 1, 2, 3, 7, 10, 14, 17, 21, 24, 28, 29)
-    assert spread_layers(30, 30) == tuple(range(30))
-
-
 def test_layers_are_a_number_a_list_or_all() -> None:
-    assert chosen_layers(4, None) == (0, 1, 2, 3)
-    assert chosen_layers(4, "4") == (0, 1, 2, 3)
-    assert chosen_layers(4, "3,0") == (0, 3)
+    assert asked_layers(4, None) == asked_layers(4, "4") == (0, 1, 2, 3)
+    assert asked_layers(4, "3,0") == (0, 3)
+    assert asked_layers(4, "3") == 3 and asked_layers(4, "3,") == (3,)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +197,8 @@ def test_layers_are_a_number_a_list_or_all() -> None:
         ("99", "from 1 to 4.*got 99"),
         ("-1", "from 1 to 4.*got -1"),
         ("x", "number of layers or a list like 0,1,5, got 'x'"),
-        ("1,", "list like 0,1,5"),
+        ("1,,", "list like 0,1,5"),
+        ("4,", "from 0 to 3, got '4,'"),
         ("", "list like 0,1,5"),
         ("0,4", "from 0 to 3, got '0,4'"),
         ("1,1", "different numbers"),
@@ -217,7 +206,7 @@ def test_layers_are_a_number_a_list_or_all() -> None:
 )
 def test_layers_that_there_are_not_give_one_line(layers: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        chosen_layers(4, layers)
+        asked_layers(4, layers)
 
 
 # Refusals.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fsdfm.cli.config import settings_asked
-from fsdfm.cli.console import Stopped
+from fsdfm.cli.console import Stopped, work
 from fsdfm.cli.flags import Flags
 from fsdfm.recipes.settings import AdaptSettings
 
@@ -25,5 +25,5 @@ def run(argv: Sequence[str]) -> None:
     from fsdfm.cli.training import TrainingConsole
     from fsdfm.recipes import training
 
-    if not training.adapt(settings, TrainingConsole):
+    if not training.adapt(settings, TrainingConsole, work):
         raise Stopped

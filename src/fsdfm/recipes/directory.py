@@ -25,6 +25,14 @@ UNBORN = (".run.json.partial", f".{CONFIG}.partial", CONFIG)
 Settings = TypeVar("Settings", bound=TrainSettings)
 
 
+def settled(out: Path, name: str) -> Any:
+    """What a setting is in the run that a directory holds; None where there is no run."""
+    try:
+        return json.loads((out / "run.json").read_text())["settings"][name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def going_on(settings: Settings, speaks: bool = True) -> Settings:
     """The settings of a new run, or of one that goes on with more or fewer updates.
 
@@ -50,6 +58,14 @@ def going_on(settings: Settings, speaks: bool = True) -> Settings:
             )
         return replace(settings, decay_steps=began)
     return settings
+
+
+def refuse_taken(out: Path) -> None:
+    """Raises ConfigError where a directory holds something, and no run."""
+    if not out.is_dir() or (out / "run.json").exists():
+        return
+    if {other.name for other in out.iterdir()} - {LOCK, *UNBORN}:
+        raise ConfigError(f"out={out} is not empty and holds no run: choose another.", "out")
 
 
 @contextmanager
@@ -85,8 +101,7 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
     try:
         if path.exists():
             _same_run(out, json.loads(path.read_text()), facts)
-        elif {other.name for other in out.iterdir()} - {LOCK, *UNBORN}:
-            raise ConfigError(f"out={out} is not empty and holds no run: choose another.", "out")
+        refuse_taken(out)
         settings = facts["settings"] | facts.pop("places", {})
         for name, text in (
             (CONFIG, toml(facts["command"], settings)),

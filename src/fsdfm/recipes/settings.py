@@ -149,7 +149,8 @@ class AdaptSettings(FlowSettings):
     learning_rate: float = option(6e-4, within=POSITIVE)
     context_length: int | None = option(None, within=AT_LEAST_1, unset=str(ADAPT_LENGTH))
     layers: str | None = option(None, form="K|LIST", unset="all of them")
-    """Layers to keep: how many (the first, the last, and some between), or a list like 0,1,5."""
+    """Layers to keep: how many (those that the language model would miss most), or a list like
+    0,1,5."""
     source: Source = option("mask", choices=SOURCES)
     """Where x_0 comes from; a masked text is nearest to what a language model knows."""
     shift: Literal["left", "none"] = "left"

@@ -15,6 +15,7 @@ import torch
 from fsdfm.core.device import peak_tflops, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError, FsdfmError, WorkerError
 from fsdfm.core.files import digest
+from fsdfm.core.progress import Work, untold
 from fsdfm.core.workers import own_device
 from fsdfm.flow.loss import POSITION_LOSSES
 from fsdfm.flow.path import make_source
@@ -24,12 +25,13 @@ from fsdfm.flow.target import TARGETS
 from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io.adapter import base_digest, save_adapter
 from fsdfm.model.io.causal_lm import adapt as adapt_causal_lm
-from fsdfm.model.io.causal_lm import chosen_layers, load_causal_lm
+from fsdfm.model.io.causal_lm import load_causal_lm
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
 from fsdfm.model.lora import add_lora
 from fsdfm.model.networks import config_to_dict
 from fsdfm.model.student import student_from_teacher
 from fsdfm.model.transformer import FlowNetwork, Transformer
+from fsdfm.recipes.depth import chosen_layers
 from fsdfm.recipes.directory import claimed, going_on
 from fsdfm.recipes.passes import batches, check_length, mean_flops, order_of
 from fsdfm.recipes.settings import (
@@ -152,12 +154,22 @@ def _refuse_language_model(start: Pretrained, where: Path, field: str) -> None:
         )
 
 
-def adapt(settings: AdaptSettings, watch: Watch = unwatched) -> bool:
+def adapt(settings: AdaptSettings, watch: Watch = unwatched, work: Work = untold) -> bool:
     """Make a flow model of a causal language model; see `pretrain`.
+
+    Args:
+        settings: the numbers.
+        watch: who is told of the training.
+        work: who is told while layers are chosen.
 
     Raises:
         FsdfmError: settings, model, data, checkpoint or training went wrong.
     """
+    with started(pick_device(own_device(settings.device))) as world:
+        return _adapt(settings, watch, work, world)
+
+
+def _adapt(settings: AdaptSettings, watch: Watch, work: Work, world: World) -> bool:
     store = TokenStore.open(settings.data)
     tokenizer = Tokenizer.from_json(store.tokenizer_json)
     lm = load_causal_lm(settings.model)
@@ -169,13 +181,19 @@ def adapt(settings: AdaptSettings, watch: Watch = unwatched) -> bool:
             f"it: prepare it again with tokenizer={settings.model}.",
             "tokenizer",
         )
+    start_id = tokenizer.eos_id
+    layers = chosen_layers(settings, lm, token_ids, start_id, store.train, world, work)
+    if settings.layers is not None:
+        # What the run keeps: a list, which ends with a comma where it would be a number.
+        kept = ",".join(map(str, layers)) + "," * (len(layers) == 1)
+        settings = replace(settings, layers=kept)
     torch.manual_seed(settings.seed)
     length = settings.context_length or ADAPT_LENGTH
     model = adapt_causal_lm(
         lm,
         token_ids=token_ids,
-        start_id=tokenizer.eos_id if settings.shift == "left" else None,
-        layers=chosen_layers(len(lm.model.model.layers), settings.layers),
+        start_id=start_id if settings.shift == "left" else None,
+        layers=layers,
         source=settings.source,
         context_length=length,
         attention=settings.attention,

@@ -22,8 +22,6 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that a `CausalNetwork` can hold."""
 COND_SIZE = 32
 """C of an adapted network: t and h say little to one that sees masks."""
-FIRST_KEPT, LAST_KEPT = 4, 2
-"""Layers at the ends that a choice of fewer keeps: the first four and the last two."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,33 +84,15 @@ def load_causal_lm(name: str) -> CausalLm:
     return CausalLm(own_name(name), model.eval().requires_grad_(False), load_tokenizer_json(name))
 
 
-def spread_layers(count: int, wanted: int) -> tuple[int, ...]:
-    """Which layers to keep of `count`: the first four, the last two, the rest evenly between.
+def asked_layers(count: int, layers: str | None) -> tuple[int, ...] | int:
+    """What a user says of layers: a list like 0,1,5 (or 5,), nothing for all, or how many.
 
     Args:
         count: layers of the model.
-        wanted: how many to keep, from 1 to count.
+        layers: what was said.
 
     Returns:
-        Their numbers, ascending.
-
-    Raises:
-        ConfigError: wanted is out of range.
-    """
-    if not 1 <= wanted <= count:
-        raise ConfigError(
-            f"layers must be from 1 to {count}, which the model has, got {wanted}.", "layers"
-        )
-    last = min(LAST_KEPT, wanted // 3)
-    first = min(FIRST_KEPT, wanted - last, max(1, wanted // 3))
-    middle = wanted - first - last
-    gaps = (count - last - first + 1) / (middle + 1)
-    between = (round(first - 1 + gaps * (k + 1)) for k in range(middle))
-    return (*range(first), *between, *range(count - last, count))
-
-
-def chosen_layers(count: int, layers: str | None) -> tuple[int, ...]:
-    """Layers from what a user says: how many, a list like 0,1,5, or nothing for all.
+        Their numbers, ascending; or how many, if that is fewer than all.
 
     Raises:
         ConfigError: neither, out of range, or a layer named twice.
@@ -120,14 +100,19 @@ def chosen_layers(count: int, layers: str | None) -> tuple[int, ...]:
     if layers is None:
         return tuple(range(count))
     try:
-        numbers = [int(part) for part in layers.split(",")]
+        numbers = [int(part) for part in layers.removesuffix(",").split(",")]
     except ValueError:
         raise ConfigError(
             f"layers must be a number of layers or a list like 0,1,5, got {layers!r}.",
             "layers",
         ) from None
     if "," not in layers:
-        return spread_layers(count, numbers[0])
+        (wanted,) = numbers
+        if not 1 <= wanted <= count:
+            raise ConfigError(
+                f"layers must be from 1 to {count}, which the model has, got {wanted}.", "layers"
+            )
+        return wanted if wanted < count else tuple(range(count))
     if len(set(numbers)) < len(numbers) or not all(0 <= n < count for n in numbers):
         raise ConfigError(
             f"layers must be different numbers from 0 to {count - 1}, got {layers!r}.",

@@ -31,7 +31,7 @@ few_bits() { # STUDENT DATA OUT TEMPERATURE
   mv prose.part prose.jsonl
 }
 [ -d data ] || fsdfm prepare prose.jsonl --tokenizer smollm2 --vocab-size 12288 --out data
-fsdfm adapt smollm2 --data data --out teacher256 --layers 12 --steps "$steps" --batch-size 8 \
+fsdfm adapt smollm2 --data data --out teacher256 --layers 0,1,2,3,7,10,14,17,21,24,28,29 --steps "$steps" --batch-size 8 \
   --learning-rate 6e-4 --ema-decay 0.997 --evaluate-every 200 --sample-every 400 --checkpoint-every 100
 python "$here/heldout.py" data heldout.jsonl.gz
 

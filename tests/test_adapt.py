@@ -267,7 +267,10 @@ def test_a_language_model_says_what_it_is_for_and_is_no_flow_model(
     (text,) = Autoregressive(load_pretrained(out).model).samples(PREVIEW_TOKENS, [0])
     shown = printable(Tokenizer.from_json(load_pretrained(out).tokenizer_json).decode(text))
     assert shown.split() == err.split("nats/token")[-1].split("Done:")[0].split()
-    for words in (("generate",), ("evaluate", "--judge", "smollm2", "--out", tmp_path / "report")):
+    (tmp_path / "judge").mkdir()
+    judge = save_judge(tmp_path / "judge", 64)
+    judged = ("evaluate", "--judge", judge, "--out", tmp_path / "report")
+    for words in (("generate",), judged):
         code, said, err = run(*words, "--model", out)
         assert code == 2 and not said and err.count("\n") == 1
         assert "attention=causal" in err and "fsdfm baseline ar" in err

@@ -5,8 +5,9 @@
 RUN has all layers. A line names the layer that is left out next, those that stay, and nats a token
 with them over sequences of the training split, at times spread evenly (of a run with
 attention=causal: of the next token). `--looked-at 99` tries every layer at each turn; the default
-is what `fsdfm adapt --layers K` does. Nothing is trained in between, so the figures rank layers and
-say nothing of what training would mend.
+is what `fsdfm adapt --layers K` does. `--kept 0,1,5 0,2,5` tells the nats with these layers
+instead. Nothing is trained in between, so the figures rank layers and say nothing of what training
+would mend.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import torch
 from fsdfm.core.device import preferred_dtype
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.pretrained import load_pretrained
-from fsdfm.recipes.depth import LOOKED_AT, Probe, left_out
+from fsdfm.recipes.depth import LOOKED_AT, Depth, Probe, left_out
 from fsdfm.text.store import TokenStore
 
 
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--looked-at", type=int, default=LOOKED_AT)
+    parser.add_argument("--kept", nargs="+", help="lists of layers, instead of a choice")
     args = parser.parse_args()
     model = load_pretrained(args.run).model
     if not isinstance(model, CausalNetwork):
@@ -41,7 +43,12 @@ def main() -> None:
     x_1 = split.batch(0, batch_size=args.sequences, length=args.length, seed=0)
     dtype = preferred_dtype(torch.device("cpu"))
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        for depth in left_out(Probe(model, x_1), args.keep, looked_at=args.looked_at):
+        probe = Probe(model, x_1)
+        for layers in args.kept or ():
+            kept = tuple(map(int, layers.split(",")))
+            print(json.dumps(asdict(Depth(kept, None, probe.nats(probe.start, kept)))), flush=True)
+        choice = () if args.kept else left_out(probe, args.keep, looked_at=args.looked_at)
+        for depth in choice:
             print(json.dumps(asdict(depth)), flush=True)
 
 

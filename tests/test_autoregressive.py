@@ -17,12 +17,12 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.io.pretrained import save_pretrained
-from fsdfm.study.autoregressive import TIME, Autoregressive, _Past
+from fsdfm.study.autoregressive import Autoregressive, _Past
 from fsdfm.text.packing import prepare
 from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
-from fsdfm.train.next_token import NextToken
+from fsdfm.train.next_token import TIME, NextToken
 
 V = 11
 

@@ -26,10 +26,9 @@ from fsdfm.model.io.causal_lm import adapt as network_of
 from fsdfm.recipes.directory import refuse_taken, settled
 from fsdfm.recipes.settings import ADAPT_LENGTH, AdaptSettings
 from fsdfm.text.store import TokenSplit
+from fsdfm.train.next_token import TIME
 from fsdfm.train.parallel import World
 
-DATA_TIME = 1.0
-"""What a language model is told: all that it sees is data."""
 SEQUENCES = 2
 """Of ADAPT_LENGTH tokens, by which layers are chosen."""
 LOOKED_AT = 8
@@ -48,7 +47,7 @@ class Probe:
     def __init__(self, model: CausalNetwork, x_1: Tensor) -> None:
         self.model, self.x_1, shown = model, x_1, x_1
         count = len(x_1)
-        t = torch.full((count,), DATA_TIME, device=x_1.device)
+        t = torch.full((count,), TIME, device=x_1.device)
         self.hidden = torch.ones_like(x_1, dtype=torch.bool)
         if not model.config.left_to_right:
             t = (torch.arange(count, device=x_1.device) + 0.5) / count

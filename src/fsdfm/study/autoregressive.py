@@ -22,9 +22,7 @@ from fsdfm.model.attention import attend
 from fsdfm.model.causal import CausalBlock, CausalNetwork
 from fsdfm.model.fused import swiglu, turned
 from fsdfm.model.transformer import FlowNetwork
-
-TIME = 1.0
-"""What the network is told, with the smallest step: everything that it sees is data."""
+from fsdfm.train.next_token import TIME
 
 
 class Autoregressive:

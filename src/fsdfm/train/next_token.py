@@ -15,6 +15,9 @@ from fsdfm.flow.host import Randomness
 from fsdfm.flow.loss import RowLoss, cross_entropy, mean_over_rows
 from fsdfm.train.objective import Network
 
+TIME = 1.0
+"""What the network is told, with the smallest step: everything that it sees is data."""
+
 
 @dataclass(frozen=True, slots=True)
 class NextToken:
@@ -30,8 +33,8 @@ class NextToken:
 
     def nats(self, model: Network, x_1: Tensor) -> Tensor:
         """-ln p of a token of the data, (B, L), on average; scalar."""
-        times = torch.ones(len(x_1), device=x_1.device)
-        hidden = model.body(x_1, times, times * SMALLEST_STEP).flatten(0, 1)
+        t = torch.full((len(x_1),), TIME, device=x_1.device)
+        hidden = model.body(x_1, t, torch.full_like(t, SMALLEST_STEP)).flatten(0, 1)
         data = x_1.flatten()
 
         def loss(rows: slice) -> RowLoss:

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Train the bundled model on: at 256 tokens, then at 1,024, then its joint head, then pack it. Resumable:
-# call it again on the same machine until it says it is done. Needs prepared data in runs/gpu/data
-# (recipes/bundled.sh makes prose.jsonl; prepare it and recipes/stories.jsonl.gz with the bundled tokenizer.json).
+# Train a model on: at 256 tokens, then at 1,024, then its joint head, then pack it. Resumable: call it again on the
+# same machine until it says it is done. START is the model, by default the bundled one; best is what `fsdfm prune` wrote in
+# recipes/narrow.sh, or what was trained from it since. Needs data prepared with its tokenizer in runs/gpu/data. Where
+# both are too large to be carried, save START in few bits first (recipes/bundle.py) and leave the bundled model behind.
 #
-#     OUT=/tmp/out gpu/adapt.sh
-#     DEVICE=cpu STEPS=2 BATCH=2 OUT=/tmp/out gpu/adapt.sh      # rehearsal
+#     OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh
+#     DEVICE=cpu STEPS=2 BATCH=2 OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh      # rehearsal
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to a folder for the results}
+start=${START:-src/fsdfm/assets/bundled} blocks=${BLOCKS:-4}
 steps=${STEPS:-8000} batch=${BATCH:-128} work=runs/gpu
 export PYTHONPATH=$PWD/src:$PWD/runs/packages
 ends=$(($(date +%s) + ${SECONDS_EACH:-540}))
@@ -23,7 +25,7 @@ run() { # a command of fsdfm, stopped in time; it goes on at the next call
 }
 
 flow=(pretrain --source mask --frozen-share 0.33 --data "$work/data")
-run "${flow[@]}" --init src/fsdfm/assets/bundled --out "$work/on256" --context-length 256 \
+run "${flow[@]}" --init "$start" --out "$work/on256" --context-length 256 \
   --batch-size "$batch" --steps "$steps" --learning-rate 5e-4 --warmup-steps $((steps / 20)) \
   --ema-decay 0.999
 run "${flow[@]}" --init "$work/on256" --out "$work/on1024" --context-length 1024 \
@@ -32,8 +34,8 @@ run "${flow[@]}" --init "$work/on256" --out "$work/on1024" --context-length 1024
 run distill --data "$work/data" --teacher "$work/on1024" --out "$work/student" \
   --context-length 256 --batch-size "$batch" --steps $((steps / 8 + 1)) \
   --warmup-steps $((steps / 100)) --ema-decay 0.99
-python3 recipes/bundle.py "$work/student" "$work/packed" --bits vocab_embed=6 joint=4 blocks=5 \
-  --calibrate "$work/data" --temperature 0.8
+python3 recipes/bundle.py "$work/student" "$work/packed" --bits vocab_embed=6 joint=4 blocks="$blocks" \
+  --calibrate "$work/data" --temperature 0.7
 cp -r "$work/packed" "$out"
 for name in on256 on1024 student; do cp "$work/$name/metrics.jsonl" "$out/$name.jsonl"; done
 echo "Done."

@@ -4,7 +4,7 @@ A block keeps the neurons without which it can say least of what it said, and it
 says again, with those that stay, what the others said. It also makes up for what the blocks before
 it lost: it answers with what the whole network has there.
 
-Shapes: M neurons of a block, D hidden, N rows looked at.
+Shapes: B sequences, L positions, D hidden, M neurons of a block.
 
 Sources: Optimal Brain Surgeon (Hassibi and Stork, 1993) for choosing and making up;
 arXiv 2407.14679 for fewer neurons instead of fewer layers.
@@ -13,7 +13,7 @@ arXiv 2407.14679 for fewer neurons instead of fewer layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,52 +98,72 @@ def pruned(
     small = CausalNetwork(replace(model.config, mlp_size=mlp_size)).eval()
     rest = {name: w for name, w in model.state_dict().items() if not _of_an_mlp(name)}
     small.load_state_dict(rest, strict=False)
+    behind = [_Behind.none(model, example) for example in examples]
     products = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    tables = [model.rotary_emb.tables(model.shifted(e.x_t).shape[1]) for e in examples]
-    conditions = [model.condition(e.t, torch.full_like(e.t, SMALLEST_STEP)) for e in examples]
-    exact = [model.vocab_embed(model.shifted(e.x_t)) for e in examples]
-    ours = list(exact)
     for number, (whole, narrow) in enumerate(zip(model.blocks, small.blocks, strict=True)):
         assert isinstance(whole, CausalBlock) and isinstance(narrow, CausalBlock)
-        seen = _Seen(whole)
         with products:
-            for i, args in enumerate(zip(conditions, tables, strict=True)):
-                exact[i] = whole(exact[i], args[0], *args[1])
-                seen.add(ours[i], args, exact[i])
-        if not (seen.gram.isfinite().all() and seen.missing.isfinite().all()):
+            gram, missing = _read_and_missing(whole, behind)
+        if not (gram.isfinite().all() and missing.isfinite().all()):
             raise ConfigError(f"Pruning met inputs of block {number} that are not finite.")
-        kept, weight = fewest_lost(whole.mlp_out.weight, seen.gram, seen.missing, mlp_size)
-        narrow.mlp_out.weight.copy_(weight)
+        kept, weight = fewest_lost(whole.mlp_out.weight, gram, missing, mlp_size)
         gate, up = whole.mlp_in.weight.chunk(2)
         narrow.mlp_in.weight.copy_(torch.cat((gate[kept], up[kept])))
+        narrow.mlp_out.weight.copy_(weight)
         with products:
-            for i, args in enumerate(zip(conditions, tables, strict=True)):
-                ours[i] = narrow(ours[i], args[0], *args[1])
+            for each in behind:
+                each.ours = each.through(narrow, each.ours)
         if progress is not None:
             progress("pruning blocks", number + 1, len(model.blocks))
     return small
 
 
-class _Seen:
-    """What a block's output matrix reads behind pruned blocks, and what is missing there."""
+@dataclass(slots=True)
+class _Behind:
+    """What an example is behind some of the blocks."""
 
-    def __init__(self, block: CausalBlock) -> None:
-        self.block = block
-        size, width = block.mlp_out.in_features, block.mlp_out.out_features
-        self.gram, self.missing = torch.zeros(size, size), torch.zeros(width, size)
+    exact: Tensor
+    """Of the whole network, (B, L, D)."""
+    ours: Tensor
+    """Of the pruned one, (B, L, D)."""
+    condition: Tensor
+    tables: tuple[Tensor, Tensor]
+    """Of the rotary positions."""
 
-    def add(self, x: Tensor, args: tuple[Tensor, tuple[Tensor, Tensor]], wanted: Tensor) -> None:
-        """Rows x behind pruned blocks, and what the whole network has after this block."""
-        found: list[Tensor] = []
-        handle = self.block.mlp_out.register_forward_pre_hook(lambda _, a: found.append(a[0]))
-        try:
-            y = self.block(x, args[0], *args[1])
-        finally:
-            handle.remove()
-        a, m = found[0].float().flatten(0, -2), (wanted - y).float().flatten(0, -2)
-        with torch.autocast("cpu", enabled=False):
-            self.gram.addmm_(a.T, a)
-            self.missing.addmm_(m.T, a)
+    @classmethod
+    def none(cls, model: CausalNetwork, example: Example) -> _Behind:
+        """Before the first block."""
+        tokens = model.shifted(example.x_t)
+        x, h = model.vocab_embed(tokens), torch.full_like(example.t, SMALLEST_STEP)
+        return cls(x, x, model.condition(example.t, h), model.rotary_emb.tables(tokens.shape[1]))
+
+    def through(self, block: CausalBlock, x: Tensor) -> Tensor:
+        """x behind one block more."""
+        y: Tensor = block(x, self.condition, *self.tables)
+        return y
+
+
+def _read_and_missing(block: CausalBlock, behind: Sequence[_Behind]) -> tuple[Tensor, Tensor]:
+    """Sums of a a^T and of m a^T, where a is what the last matrix of a whole block reads behind
+    pruned blocks, and m is what is missing after it there.
+
+    Rows of the whole network are behind this block afterwards.
+    """
+    width, size = block.mlp_out.weight.shape
+    gram, missing, read = torch.zeros(size, size), torch.zeros(width, size), list[Tensor]()
+    handle = block.mlp_out.register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    try:
+        for each in behind:
+            each.exact = each.through(block, each.exact)
+            read.clear()
+            m = (each.exact - each.through(block, each.ours)).float().flatten(0, -2)
+            a = read.pop().float().flatten(0, -2)
+            with torch.autocast("cpu", enabled=False):
+                gram.addmm_(a.T, a)
+                missing.addmm_(m.T, a)
+    finally:
+        handle.remove()
+    return gram, missing
 
 
 def _of_an_mlp(name: str) -> bool:

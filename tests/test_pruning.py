@@ -1,4 +1,4 @@
-"""Fewer neurons: those that others can stand in for go, and what is lost is made up for."""
+"""Fewer layers and neurons: what others can stand in for goes, and what is lost is made up for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.pruning import fewest_lost, pruned
 from fsdfm.model.rounding import Example
-from fsdfm.recipes.calibration import prune
+from fsdfm.recipes.depth import Probe, left_out
+from fsdfm.recipes.pruning import prune
 from fsdfm.text.store import TokenStore
 
 SIZE = 64
@@ -39,6 +40,11 @@ def distance(one: CausalNetwork, other: CausalNetwork, batches: list[Example]) -
         float((one(e.x_t, e.t, e.t) - other(e.x_t, e.t, e.t)).flatten(0, 1)[e.rows].square().sum())
         for e in batches
     )
+
+
+def alone(weight: Tensor, gram: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """As `fewest_lost`, but nothing of other blocks is made up for."""
+    return fewest_lost(weight, gram, torch.zeros_like(missing), count)
 
 
 def test_what_stays_is_the_least_squares_answer() -> None:
@@ -89,9 +95,10 @@ def test_neurons_that_say_nothing_are_not_missed(changes: dict[str, Any], data: 
         with torch.no_grad():
             block.mlp_in.weight[TWIN.mlp_size + dead] = 0.0
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    batches, told = few(data, TWIN), []
-    small = pruned(model, batches, SIZE, progress=lambda *each: told.append(each))
-    assert told == [("pruning blocks", 1, 2), ("pruning blocks", 2, 2)]
+    batches = few(data, TWIN)
+    told: list[tuple[str, int, int]] = []
+    small = pruned(model, batches, mlp_size=SIZE, progress=lambda *each: told.append(each))
+    assert told == [("pruning", 1, 2), ("pruning", 2, 2)]
     assert small.config == replace(model.config, mlp_size=SIZE) and not small.training
     weights = small.state_dict()
     for name, weight in model.state_dict().items():
@@ -112,29 +119,58 @@ def test_later_blocks_make_up_for_what_earlier_ones_lost(
 ) -> None:
     model = twin(blocks=4)
     batches, others = few(data, TWIN)[:6], few(data, TWIN)[6:]
-    ours = pruned(model, batches, SIZE)
-
-    def alone(weight: Tensor, gram: Tensor, missing: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        return fewest_lost(weight, gram, torch.zeros_like(missing), count)
+    ours = pruned(model, batches, mlp_size=SIZE)
 
     monkeypatch.setattr(pruning, "fewest_lost", alone)
-    each = pruned(model, batches, SIZE)
+    each = pruned(model, batches, mlp_size=SIZE)
     assert distance(ours, model, others) < 0.97 * distance(each, model, others)
+
+
+@pytest.mark.parametrize("stay", [(0, 2, 4), (0, 1), (1, 4)])
+def test_layers_that_add_nothing_are_not_missed(stay: tuple[int, ...], data: Path) -> None:
+    model = twin(blocks=5)
+    with torch.no_grad():
+        for number in {*range(5)} - {*stay}:
+            model.blocks[number].attn_out.weight.zero_()
+            model.blocks[number].mlp_out.weight.zero_()
+    small, e = pruned(model, few(data, TWIN)[:4], layers=stay), few(data, TWIN)[5]
+    assert small.config == replace(model.config, blocks=len(stay))
+    weights = small.state_dict()
+    for place, number in enumerate(stay):
+        for name, weight in model.blocks[number].state_dict().items():
+            torch.testing.assert_close(weights[f"blocks.{place}.{name}"], weight)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            small(e.x_t, e.t, e.t), model(e.x_t, e.t, e.t), atol=1e-3, rtol=1e-3
+        )
+
+
+@pytest.mark.parametrize("mlp_size", [None, SIZE])
+def test_layers_that_stay_make_up_for_those_that_do_not(
+    mlp_size: int | None, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, stay = twin(blocks=4), (0, 2)
+    batches, others = few(data, TWIN)[:6], few(data, TWIN)[6:]
+    ours = pruned(model, batches, layers=stay, mlp_size=mlp_size)
+    monkeypatch.setattr(pruning, "fewest_lost", alone)
+    assert distance(ours, model, others) < 0.9 * distance(
+        pruned(model, batches, layers=stay, mlp_size=mlp_size), model, others
+    )
 
 
 def test_networks_and_sizes_that_cannot_be_are_one_line(data: Path) -> None:
     model, batches = twin(), few(data, TWIN)
     with pytest.raises(ConfigError, match="only networks from fsdfm adapt"):
-        pruned(network(PUBLISHED), batches, SIZE)
+        pruned(network(PUBLISHED), batches)
     with pytest.raises(ConfigError, match="at least one example"):
-        pruned(model, [], SIZE)
-    for size in (0, TWIN.mlp_size, 1000):
-        with pytest.raises(ConfigError, match=f"mlp_size must be less than the 128 .* got {size}"):
-            pruned(model, batches, size)
+        pruned(model, [])
+    for size in (0, 129, 1000):
+        with pytest.raises(ConfigError, match=f"mlp_size must be from 1 to 128, .* got {size}"):
+            pruned(model, batches, mlp_size=size)
     with torch.no_grad():
         model.blocks[1].norm2.weight[3] = torch.nan
-    with pytest.raises(ConfigError, match="inputs of block 1 that are not finite"):
-        pruned(model, batches, SIZE)
+    with pytest.raises(ConfigError, match="inputs of layer 1 that are not finite"):
+        pruned(model, batches, mlp_size=SIZE)
 
 
 # `fsdfm prune`.
@@ -177,7 +213,11 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
     published = saved(tmp_path / "published", PUBLISHED)
     for argv, what in (
         ((model, model, "--mlp-size", SIZE), "is the model itself"),
-        ((model, out, "--mlp-size", 128), "--mlp-size must be less than the 128"),
+        ((model, out, "--mlp-size", 129), "--mlp-size must be from 1 to 128"),
+        ((model, out, "--mlp-size", 128), "ask for fewer layers or neurons"),
+        ((model, out), "Nothing to prune"),
+        ((model, out, "--layers", "0,1"), "Nothing to prune"),
+        ((model, out, "--layers", "3"), "--layers must be from 1 to 2"),
         ((model, out, "--mlp-size", 0), "--mlp-size must be a whole number >= 1"),
         ((left, out, "--mlp-size", SIZE), "predicts the next token alone"),
         ((published, out, "--mlp-size", SIZE), "only networks from fsdfm adapt"),
@@ -190,7 +230,26 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
     assert load_pretrained(model).model.config == TWIN
 
 
+def test_a_number_of_layers_keeps_those_that_are_missed_most(
+    data: Path, tmp_path: Path, run: Run
+) -> None:
+    model = twin(blocks=4)
+    with torch.no_grad():
+        model.blocks[2].attn_out.weight.zero_()
+        model.blocks[2].mlp_out.weight.zero_()
+    split = TokenStore.open(data).train
+    x_1 = split.batch(0, batch_size=16, length=32, seed=0)
+    *_, last = left_out(Probe(model, x_1), 2)
+    where, out = tmp_path / "model", tmp_path / "out"
+    save_pretrained(where, model, tokenizer_json=TOKENIZER.to_json())
+    code, _, err = run("prune", where, out, "--data", data, "--layers", 2)
+    assert code == 0 and "choosing layers  2/2" in err and "pruning  2/2" in err
+    blocks = load_pretrained(out).model.blocks
+    for block, number in zip(blocks, last.kept, strict=True):
+        assert torch.equal(block.qkv.weight, model.blocks[number].qkv.weight)
+
+
 def test_it_is_what_the_library_does(data: Path, tmp_path: Path) -> None:
-    small = prune(saved(tmp_path / "model"), tmp_path / "small", data, SIZE)
+    small = prune(saved(tmp_path / "model"), tmp_path / "small", data, layers="1,", mlp_size=SIZE)
     written = load_pretrained(tmp_path / "small").model.state_dict()
     assert all(torch.equal(w, written[name]) for name, w in small.state_dict().items())

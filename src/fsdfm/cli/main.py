@@ -55,8 +55,8 @@ Long text from a handful of model calls: few-step discrete flow matching.
                                                texts of a plain language model, to compare with
   fsdfm convert FILE DIR --tokenizer FILE      a published checkpoint -> model directory
   fsdfm merge MODEL ADAPTER DIR                a model and what --lora trained -> model directory
-  fsdfm prune MODEL DIR --data DATA --mlp-size N
-                                               fewer neurons, with little lost
+  fsdfm prune MODEL DIR --data DATA --layers 20 --mlp-size 960
+                                               a smaller model, with little lost
   fsdfm serve --model STUDENT                  an API that OpenAI's clients speak, and a page
   fsdfm bench                                  speed and memory here, beside references
 

@@ -1,13 +1,13 @@
-"""Fewer neurons in the gated MLPs of a network, chosen and made up for by what they are used for.
+"""Fewer layers and neurons in a network, with what they said made up for by those that stay.
 
-A block keeps the neurons without which it can say least of what it said, and its output matrix
-says again, with those that stay, what the others said. It also makes up for what the blocks before
-it lost: it answers with what the whole network has there.
+Each block that stays keeps the neurons without which it can say least. Its last matrix is solved
+anew, by least squares: it says again what the other neurons said, what the layers said that are
+left out behind it, and what blocks before it lost. It aims at what the whole network has there.
 
 Shapes: B sequences, L positions, D hidden, M neurons of a block.
 
 Sources: Optimal Brain Surgeon (Hassibi and Stork, 1993) for choosing and making up;
-arXiv 2407.14679 for fewer neurons instead of fewer layers.
+arXiv 2407.14679 for layers and neurons together.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Progress
@@ -63,50 +63,65 @@ def fewest_lost(weight: Tensor, gram: Tensor, missing: Tensor, count: int) -> tu
     return kept, (left + missing.double()[:, kept] @ inverse).to(weight.dtype)
 
 
+def prunable(model: FlowNetwork, mlp_size: int | None) -> CausalNetwork:
+    """The network, if it can be pruned to so many neurons a block.
+
+    Raises:
+        ConfigError: another kind of network, or more neurons than it has.
+    """
+    if not isinstance(model, CausalNetwork):
+        raise ConfigError("Its MLPs are not gated: only networks from fsdfm adapt can be pruned.")
+    size = model.config.mlp_size
+    if mlp_size is not None and not 1 <= mlp_size <= size:
+        raise ConfigError(
+            f"mlp_size must be from 1 to {size}, which the model has, got {mlp_size}.", "mlp_size"
+        )
+    return model
+
+
 @torch.no_grad()
 def pruned(
     model: FlowNetwork,
     examples: Sequence[Example],
-    mlp_size: int,
     *,
+    layers: Sequence[int] | None = None,
+    mlp_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> CausalNetwork:
-    """The network with fewer neurons in each block; all else is as it was.
+    """The network with fewer layers, fewer neurons in each, or both; all else is as it was.
 
     Args:
         model: a network that `fsdfm adapt` made, which stays as it is.
-        examples: batches to look at, at least some thousand rows.
-        mlp_size: neurons that each block keeps.
+        examples: batches to look at: some ten thousand rows, or they are learned by heart.
+        layers: those that stay, ascending; None: all.
+        mlp_size: neurons that each block keeps; None: all.
         dtype: of the matrix products that lead to the inputs.
-        progress: told ("pruning blocks", blocks done, blocks in all).
+        progress: told ("pruning", blocks done, blocks that stay).
 
     Raises:
-        ConfigError: another kind of network, no examples, not fewer neurons than it has, or inputs
-            that are not finite.
+        ConfigError: another kind of network, no examples, more neurons than it has, or inputs that
+            are not finite.
     """
-    if not isinstance(model, CausalNetwork):
-        raise ConfigError("Its MLPs are not gated: only networks from fsdfm adapt can be pruned.")
+    model = prunable(model, mlp_size)
     if not examples:
         raise ConfigError("Pruning needs at least one example.")
-    if not 1 <= mlp_size < model.config.mlp_size:
-        raise ConfigError(
-            f"mlp_size must be less than the {model.config.mlp_size} that the model has, "
-            f"and at least 1, got {mlp_size}.",
-            "mlp_size",
-        )
-    small = CausalNetwork(replace(model.config, mlp_size=mlp_size)).eval()
-    rest = {name: w for name, w in model.state_dict().items() if not _of_an_mlp(name)}
-    small.load_state_dict(rest, strict=False)
+    count = model.config.blocks
+    stay = tuple(range(count)) if layers is None else tuple(layers)
+    size = mlp_size or model.config.mlp_size
+    small = CausalNetwork(replace(model.config, blocks=len(stay), mlp_size=size)).eval()
+    small.load_state_dict(_kept_as_they_are(model, stay), strict=False)
     behind = [_Behind.none(model, example) for example in examples]
     products = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    for number, (whole, narrow) in enumerate(zip(model.blocks, small.blocks, strict=True)):
+    for place, (number, until) in enumerate(zip(stay, (*stay[1:], count), strict=True)):
+        whole, narrow = model.blocks[number], small.blocks[place]
         assert isinstance(whole, CausalBlock) and isinstance(narrow, CausalBlock)
         with products:
-            gram, missing = _read_and_missing(whole, behind)
+            before = model.blocks[:number] if place == 0 else ()
+            gram, missing = _read_and_missing(whole, [*before, *model.blocks[number:until]], behind)
         if not (gram.isfinite().all() and missing.isfinite().all()):
-            raise ConfigError(f"Pruning met inputs of block {number} that are not finite.")
-        kept, weight = fewest_lost(whole.mlp_out.weight, gram, missing, mlp_size)
+            raise ConfigError(f"Pruning met inputs of layer {number} that are not finite.")
+        kept, weight = fewest_lost(whole.mlp_out.weight, gram, missing, size)
         gate, up = whole.mlp_in.weight.chunk(2)
         narrow.mlp_in.weight.copy_(torch.cat((gate[kept], up[kept])))
         narrow.mlp_out.weight.copy_(weight)
@@ -114,7 +129,7 @@ def pruned(
             for each in behind:
                 each.ours = each.through(narrow, each.ours)
         if progress is not None:
-            progress("pruning blocks", number + 1, len(model.blocks))
+            progress("pruning", place + 1, len(stay))
     return small
 
 
@@ -137,24 +152,31 @@ class _Behind:
         x, h = model.vocab_embed(tokens), torch.full_like(example.t, SMALLEST_STEP)
         return cls(x, x, model.condition(example.t, h), model.rotary_emb.tables(tokens.shape[1]))
 
-    def through(self, block: CausalBlock, x: Tensor) -> Tensor:
+    def through(self, block: nn.Module, x: Tensor) -> Tensor:
         """x behind one block more."""
         y: Tensor = block(x, self.condition, *self.tables)
         return y
 
 
-def _read_and_missing(block: CausalBlock, behind: Sequence[_Behind]) -> tuple[Tensor, Tensor]:
-    """Sums of a a^T and of m a^T, where a is what the last matrix of a whole block reads behind
-    pruned blocks, and m is what is missing after it there.
+def _read_and_missing(
+    block: CausalBlock, whole: Sequence[nn.Module], behind: Sequence[_Behind]
+) -> tuple[Tensor, Tensor]:
+    """Sums of a a^T and of m a^T, where a is what the last matrix of a block reads behind pruned
+    blocks, and m is what is missing after it there.
 
-    Rows of the whole network are behind this block afterwards.
+    Args:
+        block: as it is in the whole network.
+        whole: blocks of the whole network that its rows pass meanwhile, `block` among them; they
+            are behind these afterwards.
+        behind: the examples.
     """
     width, size = block.mlp_out.weight.shape
     gram, missing, read = torch.zeros(size, size), torch.zeros(width, size), list[Tensor]()
     handle = block.mlp_out.register_forward_pre_hook(lambda _, args: read.append(args[0]))
     try:
         for each in behind:
-            each.exact = each.through(block, each.exact)
+            for one in whole:
+                each.exact = each.through(one, each.exact)
             read.clear()
             m = (each.exact - each.through(block, each.ours)).float().flatten(0, -2)
             a = read.pop().float().flatten(0, -2)
@@ -166,5 +188,15 @@ def _read_and_missing(block: CausalBlock, behind: Sequence[_Behind]) -> tuple[Te
     return gram, missing
 
 
-def _of_an_mlp(name: str) -> bool:
-    return name.startswith("blocks.") and name.split(".")[2] in ("mlp_in", "mlp_out")
+def _kept_as_they_are(model: CausalNetwork, stay: Sequence[int]) -> dict[str, Tensor]:
+    """Tensors that pruning leaves alone, by their new names."""
+    found = {}
+    for name, weight in model.state_dict().items():
+        room, _, rest = name.partition(".")
+        if room == "blocks":
+            number, _, part = rest.partition(".")
+            if int(number) not in stay or part.startswith(("mlp_in.", "mlp_out.")):
+                continue
+            name = f"blocks.{stay.index(int(number))}.{part}"
+        found[name] = weight
+    return found

@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 
 from fsdfm.core.device import preferred_dtype
-from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.progress import Progress
-from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.config import ModelConfig
-from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
+from fsdfm.model.io.pretrained import Pretrained
 from fsdfm.model.packed import Packed
-from fsdfm.model.pruning import pruned
 from fsdfm.model.rounding import Example, calibrated
 from fsdfm.recipes.training import objective_parts, same_tokenizer
 from fsdfm.text.store import TokenSplit, TokenStore
@@ -49,46 +46,6 @@ def rounded_on(
     batches = examples(store.train, trained.model.config)
     dtype = preferred_dtype(torch.device("cpu"))
     return calibrated(trained.model, batches, bits, dtype=dtype, progress=progress)
-
-
-def prune(
-    model: str | Path, out: Path, data: Path, mlp_size: int, progress: Progress | None = None
-) -> CausalNetwork:
-    """Write a model directory with fewer neurons in each MLP; the model is left as it is.
-
-    Args:
-        model: model or run directory of a flow model from `fsdfm adapt`.
-        out: model directory to write.
-        data: directory of `fsdfm prepare` with its tokenizer; its training split is looked at.
-        mlp_size: neurons that each block keeps.
-        progress: as of `pruned`.
-
-    Returns:
-        The network that was written.
-
-    Raises:
-        DataError: data that is missing, damaged, or too short.
-        ConfigError: data of another tokenizer, or a model or size that cannot be; see `pruned`.
-        CheckpointError: no such model, or `out` is the model or cannot be written.
-    """
-    if out.resolve() == Path(model).resolve():
-        raise CheckpointError(f"{out} is the model itself: choose another place.")
-    whole = load_pretrained(model)
-    store = TokenStore.open(data)
-    same_tokenizer(whole, Path(model), store, data)
-    if whole.model.config.left_to_right:
-        raise ConfigError(f"{model} predicts the next token alone: only flow models are pruned.")
-    batches = examples(store.train, whole.model.config)
-    dtype = preferred_dtype(torch.device("cpu"))
-    small = pruned(whole.model, batches, mlp_size, dtype=dtype, progress=progress)
-    save_pretrained(
-        out,
-        small,
-        tokenizer_json=whole.tokenizer_json,
-        generation=whole.generation,
-        ancestors=whole.ancestors,
-    )
-    return small
 
 
 def examples(split: TokenSplit, config: ModelConfig, sequences: int = SEQUENCES) -> list[Example]:

@@ -1,0 +1,94 @@
+"""Pruning a trained model by what training text asks of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fsdfm.core.device import preferred_dtype
+from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.progress import Work, untold
+from fsdfm.model.causal import CausalNetwork
+from fsdfm.model.io.causal_lm import asked_layers
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.pruning import prunable, pruned
+from fsdfm.recipes.calibration import LENGTH, examples
+from fsdfm.recipes.depth import Probe, left_out
+from fsdfm.recipes.training import same_tokenizer
+from fsdfm.text.store import TokenSplit, TokenStore
+
+SEQUENCES, CHOOSING = 192, 16
+"""Sequences to prune by, and to choose layers by."""
+
+
+def prune(
+    model: str | Path,
+    out: Path,
+    data: Path,
+    *,
+    layers: str | None = None,
+    mlp_size: int | None = None,
+    work: Work = untold,
+) -> CausalNetwork:
+    """Write a model directory with fewer layers or neurons; the model is left as it is.
+
+    Args:
+        model: model or run directory of a flow model from `fsdfm adapt`.
+        out: model directory to write.
+        data: directory of `fsdfm prepare` with its tokenizer; its training split is looked at.
+        layers: how many stay, which are then those that are missed most (`fsdfm.recipes.depth`),
+            or their list; None: all.
+        mlp_size: neurons that each block keeps; None: all.
+        work: told of the choice of layers, and of the pruning.
+
+    Returns:
+        The network that was written.
+
+    Raises:
+        DataError: data that is missing, damaged, or too short.
+        ConfigError: data of another tokenizer, nothing to prune, or a model, layers or size that
+            cannot be.
+        CheckpointError: no such model, or `out` is the model or cannot be written.
+    """
+    if out.resolve() == Path(model).resolve():
+        raise CheckpointError(f"{out} is the model itself: choose another place.")
+    whole = load_pretrained(model)
+    network = prunable(whole.model, mlp_size)
+    config = network.config
+    store = TokenStore.open(data)
+    same_tokenizer(whole, Path(model), store, data)
+    if config.left_to_right:
+        raise ConfigError(f"{model} predicts the next token alone: only flow models are pruned.")
+    stay = asked_layers(config.blocks, layers)
+    if stay == tuple(range(config.blocks)) and mlp_size in (None, config.mlp_size):
+        raise ConfigError(f"Nothing to prune in {model}: ask for fewer layers or neurons.")
+    dtype = preferred_dtype(torch.device("cpu"))
+    if isinstance(stay, int):
+        stay = _missed_most(network, store.train, stay, dtype, work)
+    batches = examples(store.train, config, SEQUENCES)
+    with work("pruning") as progress:
+        small = pruned(
+            network, batches, layers=stay, mlp_size=mlp_size, dtype=dtype, progress=progress
+        )
+    save_pretrained(
+        out,
+        small,
+        tokenizer_json=whole.tokenizer_json,
+        generation=whole.generation,
+        ancestors=whole.ancestors,
+    )
+    return small
+
+
+@torch.no_grad()
+def _missed_most(
+    model: CausalNetwork, split: TokenSplit, keep: int, dtype: torch.dtype, work: Work
+) -> tuple[int, ...]:
+    """Layers of a network that stay if `keep` of them do."""
+    length = min(LENGTH, model.config.context_length)
+    x_1 = split.batch(0, batch_size=CHOOSING, length=length, seed=0)
+    products = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+    with work("choosing layers") as progress, products:
+        *_, last = left_out(Probe(model, x_1), keep, progress)
+    return last.kept

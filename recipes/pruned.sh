@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The next bundled model: all 30 layers of SmolLM2-135M-Instruct with 448 of their 1,536 neurons each, instead of 12 whole ones.
+# The next bundled model: 20 of the 30 layers of SmolLM2-135M-Instruct with 960 of their 1,536 neurons each, instead of 12 whole ones.
 # Each step resumes if it is interrupted; run the script again.
 #
-#     recipes/narrow.sh WORK_DIR PACKED.jsonl.gz [PACKED.jsonl.gz ...]
+#     recipes/pruned.sh WORK_DIR PACKED.jsonl.gz [PACKED.jsonl.gz ...]
 #
 # recipes/README.md says what PACKED holds. STEPS (default 4000) is the length of the training in updates of 4,096 tokens: some
 # 6 s each on two quiet cores of an EPYC (Zen 4).
@@ -24,9 +24,9 @@ cd "$work"
 fsdfm adapt smollm2 --lora 16 --data data --out whole --context-length 256 --batch-size 8 --steps 125 --warmup-steps 13 \
   --learning-rate 2e-3 --ema-decay 0.8 --sample-every 0
 [ -d merged ] || fsdfm merge whole/base whole merged
-[ -d small ] || fsdfm prune merged small --data data --mlp-size 448
-fsdfm pretrain --init small --frozen-share 0.33 --data data --out teacher --seed 8 --context-length 1024 --short-share 0.9 \
-  --batch-size 4 --steps "$steps" --learning-rate 5e-4 --warmup-steps 20 --final-fraction 0.05 --ema-decay 0.99 --no-ema-warmup \
+[ -d small ] || fsdfm prune merged small --data data --layers 20 --mlp-size 960
+fsdfm pretrain --init small --frozen-share 0.33 --data data --out teacher --seed 9 --context-length 1024 --short-share 0.9 \
+  --batch-size 4 --steps "$steps" --learning-rate 5e-4 --warmup-steps 40 --final-fraction 0.05 --ema-decay 0.99 --no-ema-warmup \
   --evaluate-every 400 --sample-every 0 --checkpoint-every 50 --validation-sequences 16
 fsdfm distill --teacher teacher --data data --out student --context-length 256 --batch-size 8 --steps 120 \
   --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 120 --sample-every 0 --checkpoint-every 50

@@ -27,8 +27,8 @@ from bound import held_out, nats_by_sequence
 from torch import Tensor
 
 from fsdfm.flow.grid import SMALLEST_STEP
-from fsdfm.flow.loss import LATEST_TIME, open_positions
-from fsdfm.flow.path import make_source, mixture_state
+from fsdfm.flow.loss import LATEST_TIME, hidden_rows
+from fsdfm.flow.path import Batch, make_source, on_the_path
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load_with_network
@@ -99,22 +99,20 @@ def divergences(exact: Loaded, rounded: Loaded, args: argparse.Namespace) -> lis
         for k in range(args.times):
             u = torch.rand(1, dtype=torch.float64, generator=noise)
             t = ((k + u) / args.times).clamp_max(LATEST_TIME)
-            x_t = mixture_state(source.draw(tuple(x_1.shape), noise), x_1, t, schedule, noise)
-            rows = open_positions(x_t, source)
-            h = torch.full((1,), SMALLEST_STEP)
-            p, q = (log_posterior(each, x_t, t.float(), h, rows) for each in (exact, rounded))
+            h = torch.full_like(t, SMALLEST_STEP)
+            batch = on_the_path(x_1, t, h, source, schedule, noise)
+            p, q = (log_posterior(each, batch) for each in (exact, rounded))
             nats = (p.exp() * (p - q)).sum()
             total += float(schedule.rate(t) * nats) / len(ids) / args.times
         found.append(total)
     return found
 
 
-def log_posterior(loaded: Loaded, x_t: Tensor, t: Tensor, h: Tensor, rows: Tensor | None) -> Tensor:
+def log_posterior(loaded: Loaded, batch: Batch) -> Tensor:
     """Of the rows that count, float32."""
     generator, network = loaded[0], loaded[1].model
     with generator.autocast():
-        hidden = network.body(x_t, t, h).flatten(0, 1)
-        logits = network.head(hidden if rows is None else hidden[rows])
+        logits = network.head(hidden_rows(network, batch)[batch.places])
     return logits[..., : generator.config.vocab_size].float().log_softmax(-1)
 
 

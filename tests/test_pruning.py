@@ -20,7 +20,7 @@ from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.pruning import fewest_lost, pruned
 from fsdfm.model.rounding import Example
-from fsdfm.recipes.depth import Probe, left_out
+from fsdfm.recipes.depth import missed_most
 from fsdfm.recipes.pruning import prune
 from fsdfm.text.store import TokenStore
 
@@ -197,9 +197,6 @@ def test_the_command_writes_a_model_that_remembers_and_goes_on(
     assert found.generation == {"steps": 4, "temperature": 0.7}
     assert found.ancestors == ("SmolLM2-135M",) and found.model.config.neighbours == 2
     assert f"{sum(p.numel() for p in found.model.parameters()):,} parameters" in said
-    batches = few(data, TWIN)
-    split = TokenStore.open(data).train
-    assert torch.equal(batches[0].x_1, split.batch(0, batch_size=8, length=32, seed=0))
     assert run("generate", "--model", small, "--length", 16)[0] == 0
     numbers = ("--steps", 1, "--batch-size", 2, "--context-length", 16, "--sample-every", 0)
     more = ("--data", data, "--out", out, "--validation-sequences", 2, "--device", "cpu")
@@ -239,17 +236,18 @@ def test_a_number_of_layers_keeps_those_that_are_missed_most(
         model.blocks[2].mlp_out.weight.zero_()
     split = TokenStore.open(data).train
     x_1 = split.batch(0, batch_size=16, length=32, seed=0)
-    *_, last = left_out(Probe(model, x_1), 2)
+    kept = missed_most(model, x_1, 2)
+    assert 2 not in kept
     where, out = tmp_path / "model", tmp_path / "out"
     save_pretrained(where, model, tokenizer_json=TOKENIZER.to_json())
     code, _, err = run("prune", where, out, "--data", data, "--layers", 2)
     assert code == 0 and "choosing layers  2/2" in err and "pruning  2/2" in err
     blocks = load_pretrained(out).model.blocks
-    for block, number in zip(blocks, last.kept, strict=True):
+    for block, number in zip(blocks, kept, strict=True):
         assert torch.equal(block.qkv.weight, model.blocks[number].qkv.weight)
 
 
-def test_it_is_what_the_library_does(data: Path, tmp_path: Path) -> None:
+def test_what_is_returned_is_what_is_written(data: Path, tmp_path: Path) -> None:
     small = prune(saved(tmp_path / "model"), tmp_path / "small", data, layers="1,", mlp_size=SIZE)
     written = load_pretrained(tmp_path / "small").model.state_dict()
     assert all(torch.equal(w, written[name]) for name, w in small.state_dict().items())

@@ -12,7 +12,7 @@ arXiv 2407.14679 for layers and neurons together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,7 +22,7 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Progress
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.causal import CausalBlock, CausalNetwork
-from fsdfm.model.rounding import Example
+from fsdfm.model.rounding import Example, add_products
 from fsdfm.model.transformer import FlowNetwork
 
 DAMPING = 1e-3
@@ -116,9 +116,9 @@ def pruned(
     for place, (number, until) in enumerate(zip(stay, (*stay[1:], count), strict=True)):
         whole, narrow = model.blocks[number], small.blocks[place]
         assert isinstance(whole, CausalBlock) and isinstance(narrow, CausalBlock)
+        start = number if place else 0
         with products:
-            before = model.blocks[:number] if place == 0 else ()
-            gram, missing = _read_and_missing(whole, [*before, *model.blocks[number:until]], behind)
+            gram, missing = _read_and_missing(whole, model.blocks[start:until], behind)
         if not (gram.isfinite().all() and missing.isfinite().all()):
             raise ConfigError(f"Pruning met inputs of layer {number} that are not finite.")
         kept, weight = fewest_lost(whole.mlp_out.weight, gram, missing, size)
@@ -149,8 +149,9 @@ class _Behind:
     def none(cls, model: CausalNetwork, example: Example) -> _Behind:
         """Before the first block."""
         tokens = model.shifted(example.x_t)
-        x, h = model.vocab_embed(tokens), torch.full_like(example.t, SMALLEST_STEP)
-        return cls(x, x, model.condition(example.t, h), model.rotary_emb.tables(tokens.shape[1]))
+        x, t = model.vocab_embed(tokens), example.t.float()
+        c = model.condition(t, torch.full_like(t, SMALLEST_STEP))
+        return cls(x, x, c, model.rotary_emb.tables(tokens.shape[1]))
 
     def through(self, block: nn.Module, x: Tensor) -> Tensor:
         """x behind one block more."""
@@ -159,7 +160,7 @@ class _Behind:
 
 
 def _read_and_missing(
-    block: CausalBlock, whole: Sequence[nn.Module], behind: Sequence[_Behind]
+    block: CausalBlock, whole: Iterable[nn.Module], behind: Sequence[_Behind]
 ) -> tuple[Tensor, Tensor]:
     """Sums of a a^T and of m a^T, where a is what the last matrix of a block reads behind pruned
     blocks, and m is what is missing after it there.
@@ -178,11 +179,9 @@ def _read_and_missing(
             for one in whole:
                 each.exact = each.through(one, each.exact)
             read.clear()
-            m = (each.exact - each.through(block, each.ours)).float().flatten(0, -2)
-            a = read.pop().float().flatten(0, -2)
-            with torch.autocast("cpu", enabled=False):
-                gram.addmm_(a.T, a)
-                missing.addmm_(m.T, a)
+            m, a = each.exact - each.through(block, each.ours), read.pop()
+            add_products(gram, a, a)
+            add_products(missing, m, a)
     finally:
         handle.remove()
     return gram, missing

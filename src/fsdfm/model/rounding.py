@@ -210,7 +210,7 @@ def _round_head(work: _Work, name: str, examples: Sequence[Example]) -> None:
     for example in examples:
         with work.products():
             rows = _hidden(work.model, example)
-        _add(gram, rows)
+        add_products(gram, rows, rows)
     work.round(name, gram)
 
 
@@ -260,14 +260,15 @@ def _unknown(example: Example) -> Tensor:
 def _inputs(linear: nn.Linear) -> Iterator[Tensor]:
     """The sum of x x^T over what a layer reads meanwhile, (C, C)."""
     gram = torch.zeros(linear.in_features, linear.in_features)
-    handle = linear.register_forward_pre_hook(lambda _, args: _add(gram, args[0]))
+    handle = linear.register_forward_pre_hook(lambda _, args: add_products(gram, args[0], args[0]))
     try:
         yield gram
     finally:
         handle.remove()
 
 
-def _add(gram: Tensor, x: Tensor) -> None:
-    rows = x.detach().float().flatten(0, -2)
+def add_products(total: Tensor, y: Tensor, x: Tensor) -> None:
+    """Add the sum of y x^T over rows, in float32, whatever the format of the products."""
+    left, right = (each.detach().float().flatten(0, -2) for each in (y, x))
     with torch.autocast("cpu", enabled=False):
-        gram.addmm_(rows.T, rows)
+        total.addmm_(left.T, right)

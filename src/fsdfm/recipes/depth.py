@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fsdfm.core.device import pick_device, preferred_dtype
-from fsdfm.core.progress import Progress, Work
+from fsdfm.core.progress import Progress, Work, untold
 from fsdfm.core.workers import own_device
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.causal import CausalNetwork
@@ -119,6 +119,26 @@ def left_out(
         yield Depth(kept, without, missed[without])
 
 
+@torch.no_grad()
+def missed_most(
+    model: CausalNetwork, x_1: Tensor, keep: int, work: Work = untold
+) -> tuple[int, ...]:
+    """Numbers of the layers that stay if `keep` of them do, ascending.
+
+    Args:
+        model: a network with all its layers.
+        x_1: data to choose by, int64, (B, L), on its device.
+        keep: how many stay, at least one.
+        work: told of the work that it is.
+    """
+    device = x_1.device.type
+    dtype = preferred_dtype(x_1.device)
+    products = torch.autocast(device, dtype, enabled=dtype != torch.float32)
+    with work("choosing layers") as progress, products:
+        *_, last = left_out(Probe(model, x_1), keep, progress)
+    return last.kept
+
+
 def chosen_layers(
     settings: AdaptSettings,
     lm: CausalLm,
@@ -169,13 +189,5 @@ def chosen_layers(
             ).to(device)
             length = min(ADAPT_LENGTH, data.tokens)
             x_1 = data.batch(0, batch_size=SEQUENCES, length=length, seed=settings.seed)
-            dtype = preferred_dtype(device)
-            off = dtype == torch.float32
-            with (
-                work("choosing layers") as progress,
-                torch.no_grad(),
-                torch.autocast(device.type, dtype, enabled=not off),
-            ):
-                *_, last = left_out(Probe(network, x_1.to(device)), asked, progress)
-            kept = last.kept
+            kept = missed_most(network, x_1.to(device), asked, work)
     return tuple(world.totals(*kept))

@@ -14,9 +14,9 @@ from fsdfm.model.io.causal_lm import asked_layers
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.pruning import prunable, pruned
 from fsdfm.recipes.calibration import LENGTH, examples
-from fsdfm.recipes.depth import Probe, left_out
+from fsdfm.recipes.depth import missed_most
 from fsdfm.recipes.training import same_tokenizer
-from fsdfm.text.store import TokenSplit, TokenStore
+from fsdfm.text.store import TokenStore
 
 SEQUENCES, CHOOSING = 192, 16
 """Sequences to prune by, and to choose layers by."""
@@ -63,10 +63,12 @@ def prune(
     stay = asked_layers(config.blocks, layers)
     if stay == tuple(range(config.blocks)) and mlp_size in (None, config.mlp_size):
         raise ConfigError(f"Nothing to prune in {model}: ask for fewer layers or neurons.")
-    dtype = preferred_dtype(torch.device("cpu"))
     if isinstance(stay, int):
-        stay = _missed_most(network, store.train, stay, dtype, work)
+        length = min(LENGTH, config.context_length)
+        x_1 = store.train.batch(0, batch_size=CHOOSING, length=length, seed=0)
+        stay = missed_most(network, x_1, stay, work)
     batches = examples(store.train, config, SEQUENCES)
+    dtype = preferred_dtype(torch.device("cpu"))
     with work("pruning") as progress:
         small = pruned(
             network, batches, layers=stay, mlp_size=mlp_size, dtype=dtype, progress=progress
@@ -79,16 +81,3 @@ def prune(
         ancestors=whole.ancestors,
     )
     return small
-
-
-@torch.no_grad()
-def _missed_most(
-    model: CausalNetwork, split: TokenSplit, keep: int, dtype: torch.dtype, work: Work
-) -> tuple[int, ...]:
-    """Layers of a network that stay if `keep` of them do."""
-    length = min(LENGTH, model.config.context_length)
-    x_1 = split.batch(0, batch_size=CHOOSING, length=length, seed=0)
-    products = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
-    with work("choosing layers") as progress, products:
-        *_, last = left_out(Probe(model, x_1), keep, progress)
-    return last.kept

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
-from fsdfm.model.packed import GROUP, Packed, pack, packable, unpack
+from fsdfm.model.packed import GROUP, Packed, nearest, pack, packable, unpack
 from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import train_bpe
 
@@ -46,6 +46,14 @@ def test_what_is_on_the_grid_is_kept_exactly(bits: int) -> None:
     codes[:, 0] = top  # the largest of its group, so that the scale is found
     weight = codes.float() * 0.25
     assert torch.equal(unpack(pack(weight, bits), bits, (64, GROUP)), weight)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_nearest_is_what_a_file_gives_back_and_its_own_nearest(bits: int) -> None:
+    weight = normal(4200, 128)  # more groups than are rounded at once
+    back = nearest(weight, bits)
+    assert torch.equal(back, unpack(pack(weight, bits), bits, (4200, 128)))
+    assert torch.equal(nearest(back, bits), back)
 
 
 def test_zeros_and_outliers_stay_finite() -> None:

@@ -32,6 +32,7 @@ from fsdfm.generate.loading import load
 from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io import directory as directory_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.packed import GROUP, bits_of
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.cost import sequence_flops, work
@@ -881,7 +882,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_model_and_checkpoint(
     assert pretrain(args)
 
 
-@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2}])
+@pytest.mark.parametrize("changes", [{"optimizer": "muon"}, {"lora": 2}, {"block_bits": 4}])
 def test_what_sharding_would_cut_and_must_be_whole_is_refused_in_a_line(
     changes: dict[str, Any], data: Path, teacher: Path, tmp_path: Path
 ) -> None:
@@ -889,3 +890,34 @@ def test_what_sharding_would_cut_and_must_be_whole_is_refused_in_a_line(
     message = refusal(ConfigError, pretrain, args)
     assert next(iter(changes)) in message and "sharding=none" in message
     assert not args.out.exists()
+
+
+def test_few_bits_beside_an_adapter_are_refused_in_a_line(
+    data: Path, teacher: Path, tmp_path: Path
+) -> None:
+    args = pretrain_args(data, tmp_path / "run", init=teacher, lora=2, block_bits=4)
+    assert "merge the adapter first" in refusal(ConfigError, pretrain, args)
+    assert not args.out.exists()
+
+
+def test_a_model_trained_in_few_bits_is_stored_in_them_without_loss(
+    data: Path, tmp_path: Path
+) -> None:
+    start = make_model(data, tmp_path / "start", hidden_size=64)
+    args = pretrain_args(data, tmp_path / "run", init=start, block_bits=3)
+    assert pretrain(args)
+    trained = load_pretrained(args.out)
+    save_pretrained(
+        tmp_path / "small",
+        trained.model,
+        tokenizer_json=trained.tokenizer_json,
+        bits={"blocks": 3},
+    )
+    small = dict(load_pretrained(tmp_path / "small").model.named_parameters())
+    rounded = 0
+    for name, weight in trained.model.named_parameters():
+        if bits_of(name, weight, {"blocks": 3}) is not None:
+            assert torch.equal(weight, small[name]), name
+            assert len(weight.view(-1, GROUP)[0].unique()) <= 7, name
+            rounded += 1
+    assert rounded

@@ -7,7 +7,7 @@ makes float32 of them: this is for files, not for products.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -22,7 +22,8 @@ SMALLEST = 4096
 """Tensors with fewer numbers stay in float16."""
 SHRINKINGS = tuple(1.0 - 0.04 * k for k in range(9))
 """Scales to try, as parts of the one that reaches a group's largest number."""
-GROUPS_AT_ONCE = 1 << 14
+GROUPS_AT_ONCE = 1 << 12
+"""Small enough for a cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +55,28 @@ def pack(tensor: Tensor, bits: int) -> Packed:
         tensor: `packable`.
         bits: of a code, from 3 to 8.
     """
+    codes, scales = zip(*_coded(tensor, bits), strict=True)
+    return join(torch.cat(codes), torch.cat(scales), bits)
+
+
+def nearest(tensor: Tensor, bits: int) -> Tensor:
+    """What a tensor is after `pack` and `unpack`, to the last bit.
+
+    Args:
+        tensor: `packable`.
+        bits: of a code, from 3 to 8.
+    """
+    parts = [codes.mul_(scale.float()) for codes, scale in _coded(tensor, bits)]
+    return torch.cat(parts).view(tensor.shape)
+
+
+def _coded(tensor: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Codes of some groups, as float32, and their scales, float16."""
     top = 2 ** (bits - 1) - 1
     groups = tensor.detach().float().reshape(-1, GROUP)
-    codes, scales = [], []
     for some in groups.split(GROUPS_AT_ONCE):  # type: ignore[no-untyped-call]
         scale = best_scales(some, top)
-        scales.append(scale)
-        codes.append(rounded(some, scale.float(), top))
-    return join(torch.cat(codes), torch.cat(scales), bits)
+        yield rounded(some, scale.float(), top), scale
 
 
 def join(codes: Tensor, scales: Tensor, bits: int) -> Packed:

@@ -62,24 +62,30 @@ class FlowSettings(RunSettings):
     in its blocks (LoRA), which is saved on its own."""
 
 
-def refuse_sharded(settings: RunSettings) -> None:
-    """Raises ConfigError where something that sharding would cut needs to be whole."""
+def refuse_together(settings: RunSettings) -> None:
+    """Raises ConfigError for two options that cannot be had together."""
+    lora = isinstance(settings, FlowSettings) and settings.lora is not None
+    if lora and settings.block_bits is not None:
+        raise ConfigError(
+            "lora leaves the matrices as they are, and block_bits rounds them: merge the adapter "
+            "first, then train with block_bits.",
+            "lora",
+            "block_bits",
+        )
     if settings.sharding == "none":
         return
-    if settings.optimizer == "muon":
-        raise ConfigError(
-            "optimizer=muon needs whole matrices, which sharding=fsdp cuts: choose "
-            "optimizer=adamw or sharding=none.",
-            "optimizer",
-            "sharding",
-        )
-    if isinstance(settings, FlowSettings) and settings.lora is not None:
-        raise ConfigError(
-            "lora trains so little that there is nothing to shard, and its pairs are not: choose "
-            "sharding=none.",
-            "lora",
-            "sharding",
-        )
+    for field, asked, why in (
+        ("optimizer", settings.optimizer == "muon", "optimizer=muon needs whole matrices"),
+        ("block_bits", settings.block_bits is not None, "block_bits rounds whole matrices"),
+        ("lora", lora, "lora trains little, so that there is nothing to share out"),
+    ):
+        if asked:
+            raise ConfigError(
+                f"{why}, and sharding=fsdp holds parts of them: choose sharding=none, or change "
+                f"{field}.",
+                field,
+                "sharding",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

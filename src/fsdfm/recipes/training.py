@@ -43,7 +43,7 @@ from fsdfm.recipes.settings import (
     FlowSettings,
     PretrainSettings,
     RunSettings,
-    refuse_sharded,
+    refuse_together,
 )
 from fsdfm.recipes.watch import Exporting, Plan, Watch, unwatched
 from fsdfm.text.store import TokenStore
@@ -268,7 +268,7 @@ def _train(
     watch: Watch,
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
-    refuse_sharded(settings)
+    refuse_together(settings)
     check_length(store, settings, length)
     device = pick_device(own_device(settings.device))
     with started(device) as world:

@@ -1,7 +1,7 @@
 """What few bits a weight cost: size, and the bound on the same text under the same noise.
 
     python benchmarks/bits.py MODEL --text DATA --rules =8 =6 =5 vocab_embed=5 blocks=5 \
-        vocab_embed=6,joint=4,blocks=5 [--calibrate DATA]
+        vocab_embed=6,joint=4,blocks=5 [--calibrate DATA] [--beside MODEL ...]
 
 A rule says how many bits the tensors get whose names begin so, as recipes/bundle.py takes it; =5 is
 all of them. What is not named is float16. The loss is the difference of the bound to that of the
@@ -10,7 +10,9 @@ weighted as the bound; both with the deviation of their means over sequences. A 
 of its training can lose less than nothing; the divergence tells what rounding changed.
 
 With --calibrate, every rule is measured once more, rounded with a view to the training text of
-DATA, as recipes/bundle.py does it. Neither figure asks a joint head: what its bits cost is in none.
+DATA, as recipes/bundle.py does it. The models of --beside are measured as they are against MODEL,
+such as one that was trained in few bits (`--block-bits`) from the same start, as long. Neither
+figure asks a joint head: what its bits cost is in none.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--rules", nargs="+", required=True)
     parser.add_argument("--calibrate", type=Path, metavar="DATA")
+    parser.add_argument("--beside", nargs="*", default=[], metavar="MODEL")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--sequences", type=int, default=24)
@@ -66,20 +69,33 @@ def main() -> None:
                     bits=bits,
                     packed=packed,
                 )
-                size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
-                rounded, _ = nats_by_sequence(str(out), args)
-                apart = divergences(as_it_is, load_with_network(out), args)
-            lost = [b - a for a, b in zip(exact, rounded, strict=True)]
-            row = {
-                "rule": rule,
-                "rounding": "nearest" if data is None else "calibrated",
-                "mebibytes": round(size, 1),
-                "nats_per_token_lost": round(statistics.fmean(lost), 4),
-                "deviation": of_mean(lost),
-                "divergence": round(statistics.fmean(apart), 4),
-                "divergence_deviation": of_mean(apart),
-            }
-            print(json.dumps(row), flush=True)
+                tell(args, exact, as_it_is, out, rule, "nearest" if data is None else "calibrated")
+    for other in args.beside:
+        tell(args, exact, as_it_is, Path(other), "none", other)
+
+
+def tell(
+    args: argparse.Namespace,
+    exact: list[float],
+    as_it_is: Loaded,
+    other: Path,
+    rule: str,
+    rounding: str,
+) -> None:
+    """What another model loses, as a line."""
+    nats, _ = nats_by_sequence(str(other), args)
+    apart = divergences(as_it_is, load_with_network(other), args)
+    lost = [b - a for a, b in zip(exact, nats, strict=True)]
+    row = {
+        "rule": rule,
+        "rounding": rounding,
+        "mebibytes": round(sum(path.stat().st_size for path in other.iterdir()) / 2**20, 1),
+        "nats_per_token_lost": round(statistics.fmean(lost), 4),
+        "deviation": of_mean(lost),
+        "divergence": round(statistics.fmean(apart), 4),
+        "divergence_deviation": of_mean(apart),
+    }
+    print(json.dumps(row), flush=True)
 
 
 @torch.no_grad()

@@ -16,7 +16,8 @@ class BenchSettings:
     """What is measured."""
 
     shape: str = option("tiny", choices=SHAPES)
-    """Network: a preset of the published kind, or adapted: that of the bundled model."""
+    """Network: a preset of the published kind, or adapted: 12 layers of SmolLM2 and a cut
+    vocabulary."""
     model: Path | None = option(None, form="DIR", unset="none")
     """Model or run whose shape is taken instead of a preset's; its weights are not read."""
     steps: int = option(8, within=AT_LEAST_1)

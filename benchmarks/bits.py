@@ -23,6 +23,7 @@ import math
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from bound import held_out, nats_by_sequence
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--times", type=int, default=8)
     args = parser.parse_args()
     exact, _ = nats_by_sequence(str(args.model), args)
-    as_it_is = load_with_network(args.model)
+    as_it_is = load_with_network(args.model, device="cpu")
     model = as_it_is[1]
     for rule in args.rules:
         pairs = (part.partition("=") for part in rule.split(","))
@@ -69,9 +70,15 @@ def main() -> None:
                     bits=bits,
                     packed=packed,
                 )
-                tell(args, exact, as_it_is, out, rule, "nearest" if data is None else "calibrated")
+                size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
+                said = {
+                    "rule": rule,
+                    "rounding": "nearest" if data is None else "calibrated",
+                    "mebibytes": round(size, 1),
+                }
+                tell(args, exact, as_it_is, out, said)
     for other in args.beside:
-        tell(args, exact, as_it_is, Path(other), "none", other)
+        tell(args, exact, as_it_is, Path(other), {"beside": other})
 
 
 def tell(
@@ -79,17 +86,14 @@ def tell(
     exact: list[float],
     as_it_is: Loaded,
     other: Path,
-    rule: str,
-    rounding: str,
+    said: dict[str, Any],
 ) -> None:
     """What another model loses, as a line."""
     nats, _ = nats_by_sequence(str(other), args)
-    apart = divergences(as_it_is, load_with_network(other), args)
+    apart = divergences(as_it_is, load_with_network(other, device="cpu"), args)
     lost = [b - a for a, b in zip(exact, nats, strict=True)]
     row = {
-        "rule": rule,
-        "rounding": rounding,
-        "mebibytes": round(sum(path.stat().st_size for path in other.iterdir()) / 2**20, 1),
+        **said,
         "nats_per_token_lost": round(statistics.fmean(lost), 4),
         "deviation": of_mean(lost),
         "divergence": round(statistics.fmean(apart), 4),

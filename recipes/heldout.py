@@ -2,7 +2,8 @@
 
     python recipes/heldout.py DATA heldout.jsonl.gz
 
-The bundled held-out text is the validation split of the bundled model's own data.
+The held-out text that ships is the validation split of the first text that SmolLM2 was adapted on
+here. What was trained later does without it (`corpus.py --without`).
 """
 
 from __future__ import annotations

@@ -48,10 +48,12 @@ def test_what_is_on_the_grid_is_kept_exactly(bits: int) -> None:
     assert torch.equal(unpack(pack(weight, bits), bits, (64, GROUP)), weight)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3])
 @pytest.mark.parametrize("bits", [3, 4, 8])
-def test_the_nearest_is_what_a_file_gives_back_and_its_own_nearest(bits: int) -> None:
-    weight = normal(4200, 128)  # more groups than are rounded at once
+def test_the_nearest_is_what_a_file_gives_back_and_its_own_nearest(bits: int, size: float) -> None:
+    weight = size * normal(4200, 128)  # more groups than are rounded at once
     back = nearest(weight, bits)
+    assert float((back - weight).norm() / weight.norm()) < 1.4 * 0.1 * 2.0 ** (4 - bits)
     assert torch.equal(back, unpack(pack(weight, bits), bits, (4200, 128)))
     assert torch.equal(nearest(back, bits), back)
 

@@ -167,6 +167,9 @@ def test_networks_and_sizes_that_cannot_be_are_one_line(data: Path) -> None:
     for size in (0, 129, 1000):
         with pytest.raises(ConfigError, match=f"mlp_size must be from 1 to 128, .* got {size}"):
             pruned(model, batches, mlp_size=size)
+    for layers in ((), (1, 0), (0, 0), (-1,), (0, 2)):
+        with pytest.raises(ConfigError, match=r"layers must be some of 0 to 1, ascending, got"):
+            pruned(model, batches, layers=layers)
     with torch.no_grad():
         model.blocks[1].norm2.weight[3] = torch.nan
     with pytest.raises(ConfigError, match="inputs of layer 1 that are not finite"):
@@ -208,6 +211,9 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
     model, out = saved(tmp_path / "model"), tmp_path / "out"
     left = saved(tmp_path / "left", replace(TWIN, attention="causal", neighbours=0))
     published = saved(tmp_path / "published", PUBLISHED)
+    (taken := tmp_path / "file").write_text("")
+    (going := tmp_path / "run").mkdir()
+    (going / "run.json").write_text("{}")
     for argv, what in (
         ((model, model, "--mlp-size", SIZE), "is the model itself"),
         ((model, out, "--mlp-size", 129), "--mlp-size must be from 1 to 128"),
@@ -219,6 +225,8 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
         ((left, out, "--mlp-size", SIZE), "predicts the next token alone"),
         ((published, out, "--mlp-size", SIZE), "only networks from fsdfm adapt"),
         ((tmp_path / "none", out, "--mlp-size", SIZE), str(tmp_path / "none")),
+        ((model, taken, "--layers", 1), f"Cannot write {taken} "),
+        ((model, going, "--layers", 1), "is the directory of a run"),
     ):
         code, said, err = run("prune", *argv, "--data", data)
         assert (code, said) == (2, "") and what in err and err.count("\n") == 1
@@ -227,10 +235,11 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
     assert load_pretrained(model).model.config == TWIN
 
 
+@pytest.mark.parametrize("source", ["mask", "uniform"])
 def test_a_number_of_layers_keeps_those_that_are_missed_most(
-    data: Path, tmp_path: Path, run: Run
+    source: str, data: Path, tmp_path: Path, run: Run
 ) -> None:
-    model = twin(blocks=4)
+    model = twin(blocks=4, source=source)
     with torch.no_grad():
         model.blocks[2].attn_out.weight.zero_()
         model.blocks[2].mlp_out.weight.zero_()

@@ -106,6 +106,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_a_language_model_is_not_shown_masks(data: Path) -> None:
+    with pytest.raises(ConfigError, match="only flow models are pruned or calibrated"):
+        examples(TokenStore.open(data).train, replace(TWIN, attention="causal", neighbours=0))
+
+
 def few(data: Path, config: ModelConfig) -> list[Example]:
     return examples(TokenStore.open(data).train, replace(config, context_length=32), 64)
 

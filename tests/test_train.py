@@ -98,6 +98,7 @@ class Recorder:
     losses: list[float] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
     exported: dict[str, Tensor] = field(default_factory=dict)
+    judged: dict[str, Tensor] = field(default_factory=dict)
 
     def advanced(self, step: int, steps: int, loss: float | None) -> None:
         self.steps.append(step)
@@ -107,6 +108,7 @@ class Recorder:
 
     def evaluated(self, record: dict[str, Any], ema: nn.Module) -> None:
         self.evaluations.append(record["step"])
+        self.judged.update({k: v.clone() for k, v in ema.state_dict().items()})
 
     def saved(self, ema: nn.Module) -> None:
         self.exported.update({k: v.clone() for k, v in ema.state_dict().items()})
@@ -633,16 +635,17 @@ def test_blocks_that_run_otherwise_give_the_same_losses(
 
 
 def test_a_pass_reads_few_bits_and_its_gradient_moves_the_exact_weights() -> None:
-    """An update of one pass; by hand, the gradient of a rounded copy goes to the exact network."""
-    settings = replace(SETTINGS, block_bits=3, accumulate=1)
+    """By hand, the gradients of a rounded copy in two passes go to the exact network."""
+    settings = replace(SETTINGS, block_bits=3)
     task = make_task()
     model, by_hand, rounded = (network(hidden_size=64) for _ in range(3))
     state = TrainState(model, Ema(model, 0.5), make_optimizer(model, settings.weight_decay))
     with in_few_bits(rounded, 3):
         seen = {name: p.detach().clone() for name, p in rounded.named_parameters()}
-        x_1 = task.batch(0)
-        draws = Draws(settings.seed, 0, range(len(x_1)), len(x_1))
-        task.objective.loss(rounded, rounded, x_1, draws)["loss"].backward()
+        for number in range(2):
+            x_1 = task.batch(number)
+            draws = Draws(settings.seed, number, range(len(x_1)), len(x_1))
+            (task.objective.loss(rounded, rounded, x_1, draws)["loss"] / 2).backward()
     changed = 0
     named = by_hand.named_parameters()
     for (name, exact), other in zip(named, rounded.parameters(), strict=True):
@@ -658,6 +661,27 @@ def test_a_pass_reads_few_bits_and_its_gradient_moves_the_exact_weights() -> Non
     optimizer.step()
     for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_few_bits_are_judged_and_exported_and_a_run_goes_on_from_exact_weights(
+    tmp_path: Path,
+) -> None:
+    found: dict[str, Recorder] = {}
+    for name, stops in (("whole", (7,)), ("in parts", (3, 7))):
+        (out := tmp_path / name).mkdir()
+        for steps in stops:
+            settings = replace(SETTINGS, block_bits=3, steps=steps, decay_steps=7)
+            run: Run[Any] = Run(out, settings, make_task(), watcher := Recorder())
+            assert run.train(network(hidden_size=64))
+        found[name] = watcher
+    assert_same_tensors(found["whole"].exported, found["in parts"].exported)
+    load_average(tmp_path / "whole" / "checkpoint.safetensors", average := network(hidden_size=64))
+    exact = {name: weight.clone() for name, weight in average.state_dict().items()}
+    with in_few_bits(average, 3):
+        assert_same_tensors(dict(average.state_dict()), found["whole"].exported)
+        assert_same_tensors(dict(average.state_dict()), found["whole"].judged)
+    rounded = [name for name in exact if not torch.equal(exact[name], found["whole"].judged[name])]
+    assert rounded and all(name.startswith("blocks.") for name in rounded)
 
 
 def test_blocks_that_cannot_be_compiled_are_told_in_a_line(

@@ -14,7 +14,8 @@ ABOUT = """\
 Write a model with fewer layers, or fewer neurons in each, or both; the model is left as it is.
 What stays makes up for the rest, as far as it can.
 
-Train the result afterwards: fsdfm pretrain --init OUT_DIR --data DATA --out RUN."""
+Train the result afterwards: fsdfm pretrain --init OUT_DIR --frozen-share 0.33 --data DATA
+--out RUN."""
 POSITIONAL = ("model", "out")
 
 
@@ -31,7 +32,7 @@ class _Own:
     layers: str | None = option(None, form="K|LIST", unset="all of them")
     """Layers that stay: the K that are missed most, or a list like 0,1,5."""
     mlp_size: int | None = option(None, within=AT_LEAST_1, form="N", unset="all of them")
-    """Neurons that each layer keeps (a multiple of 64 can be saved in few bits)."""
+    """Neurons that each layer keeps; a multiple of 64 loses least where it is saved in few bits."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -49,5 +50,5 @@ def run(argv: Sequence[str]) -> None:
     count = sum(parameter.numel() for parameter in small.parameters())
     write(
         f"{args.out}: {count:,} parameters; go on with  "
-        f"fsdfm pretrain --init {args.out} --data {args.data} --out RUN\n"
+        f"fsdfm pretrain --init {args.out} --frozen-share 0.33 --data {args.data} --out RUN\n"
     )

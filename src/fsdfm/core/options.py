@@ -216,6 +216,12 @@ def check(settings: Any) -> None:
             object.__setattr__(settings, name, checked)
 
 
+def defaults(settings: type[Any]) -> dict[str, Any]:
+    """What the options of a dataclass are where nothing is said, of those that need not be said."""
+    found = options(settings).items()
+    return {name: each.default for name, each in found if each.default is not MISSING}
+
+
 def known(settings: type[Any]) -> frozenset[str]:
     """Names of the options of a dataclass."""
     return frozenset(options(settings))

@@ -203,15 +203,16 @@ class CausalNetwork(FlowNetwork):
 
     def body(self, x_t: Tensor, t: Tensor, h: Tensor) -> Tensor:
         """See `FlowNetwork`."""
-        tokens = self.shifted(x_t)
-        cos, sin = self.rotary_emb.tables(tokens.shape[1])
-        c = self.condition(t, h)
-        x = self.vocab_embed(tokens)
+        x, c, cos, sin = self.entered(x_t, t, h)
         for block in self.blocks:
             x = block(x, c, cos, sin)
-        if tokens is not x_t:
-            x = x[:, :-1]
-        return self.output_layer.final(x, c)
+        return self.output_layer.final(x[:, : x_t.shape[1]], c)
+
+    def entered(self, x_t: Tensor, t: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the blocks are given: rows of `shifted` tokens, the condition, rotary tables."""
+        tokens = self.shifted(x_t)
+        tables = self.rotary_emb.tables(tokens.shape[1])
+        return self.vocab_embed(tokens), self.condition(t, h), *tables
 
     def shifted(self, x_t: Tensor) -> Tensor:
         """What passes the blocks: (B, L), or (B, L + 1) with the start token; row i predicts i."""

@@ -23,7 +23,9 @@ SMALLEST = 4096
 SHRINKINGS = tuple(1.0 - 0.04 * k for k in range(9))
 """Scales to try, as parts of the one that reaches a group's largest number."""
 GROUPS_AT_ONCE = 1 << 12
-"""Small enough for a cache."""
+"""Small enough for a CPU's cache."""
+SMALLEST_SCALE = 2.0**-17
+"""A smaller float16 has too few digits for a largest code of 127 to come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,8 @@ def _coded(tensor: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Codes of some groups, as float32, and their scales, float16."""
     top = 2 ** (bits - 1) - 1
     groups = tensor.detach().float().reshape(-1, GROUP)
-    for some in groups.split(GROUPS_AT_ONCE):  # type: ignore[no-untyped-call]
+    at_once = GROUPS_AT_ONCE if groups.device.type == "cpu" else len(groups)
+    for some in groups.split(at_once):  # type: ignore[no-untyped-call]
         scale = best_scales(some, top)
         yield rounded(some, scale.float(), top), scale
 
@@ -115,7 +118,7 @@ def best_scales(groups: Tensor, top: int, cost: Tensor | None = None) -> Tensor:
     best = torch.full_like(largest, torch.inf)
     scales = torch.zeros_like(largest, dtype=torch.float16)
     for part in SHRINKINGS:
-        scale = (largest * part).to(torch.float16)
+        scale = (largest * part).to(torch.float16).clamp_min(SMALLEST_SCALE)
         kept = rounded(groups, scale.float(), top).mul_(scale.float())
         errors = kept.sub_(groups).square_()
         lost = errors.sum(1, keepdim=True) if cost is None else errors @ cost[:, None]
@@ -126,8 +129,7 @@ def best_scales(groups: Tensor, top: int, cost: Tensor | None = None) -> Tensor:
 
 def rounded(groups: Tensor, scale: Tensor, top: int) -> Tensor:
     """Codes of numbers under their scales, as float32."""
-    tiny = torch.finfo(torch.float16).tiny
-    return (groups / scale.clamp_min(tiny)).round_().clamp_(-top, top)
+    return (groups / scale).round_().clamp_(-top, top)
 
 
 def _squeeze(codes: Tensor, bits: int) -> Tensor:

@@ -63,11 +63,13 @@ def fewest_lost(weight: Tensor, gram: Tensor, missing: Tensor, count: int) -> tu
     return kept, (left + missing.double()[:, kept] @ inverse).to(weight.dtype)
 
 
-def prunable(model: FlowNetwork, mlp_size: int | None) -> CausalNetwork:
-    """The network, if it can be pruned to so many neurons a block.
+def prunable(
+    model: FlowNetwork, mlp_size: int | None, layers: Sequence[int] | None = None
+) -> CausalNetwork:
+    """The network, if it can be pruned to these layers and so many neurons in each.
 
     Raises:
-        ConfigError: another kind of network, or more neurons than it has.
+        ConfigError: another kind of network, or layers or neurons that it does not have.
     """
     if not isinstance(model, CausalNetwork):
         raise ConfigError("Its MLPs are not gated: only networks from fsdfm adapt can be pruned.")
@@ -75,6 +77,11 @@ def prunable(model: FlowNetwork, mlp_size: int | None) -> CausalNetwork:
     if mlp_size is not None and not 1 <= mlp_size <= size:
         raise ConfigError(
             f"mlp_size must be from 1 to {size}, which the model has, got {mlp_size}.", "mlp_size"
+        )
+    count = model.config.blocks
+    if layers is not None and (not layers or [*layers] != sorted({*layers} & {*range(count)})):
+        raise ConfigError(
+            f"layers must be some of 0 to {count - 1}, ascending, got {list(layers)}.", "layers"
         )
     return model
 
@@ -100,10 +107,10 @@ def pruned(
         progress: told ("pruning", blocks done, blocks that stay).
 
     Raises:
-        ConfigError: another kind of network, no examples, more neurons than it has, or inputs that
-            are not finite.
+        ConfigError: another kind of network, no examples, layers or neurons that it does not have,
+            or inputs that are not finite.
     """
-    model = prunable(model, mlp_size)
+    model = prunable(model, mlp_size, layers)
     if not examples:
         raise ConfigError("Pruning needs at least one example.")
     count = model.config.blocks
@@ -148,10 +155,9 @@ class _Behind:
     @classmethod
     def none(cls, model: CausalNetwork, example: Example) -> _Behind:
         """Before the first block."""
-        tokens = model.shifted(example.x_t)
-        x, t = model.vocab_embed(tokens), example.t.float()
-        c = model.condition(t, torch.full_like(t, SMALLEST_STEP))
-        return cls(x, x, c, model.rotary_emb.tables(tokens.shape[1]))
+        t = example.t.float()
+        x, c, cos, sin = model.entered(example.x_t, t, torch.full_like(t, SMALLEST_STEP))
+        return cls(x, x, c, (cos, sin))
 
     def through(self, block: nn.Module, x: Tensor) -> Tensor:
         """x behind one block more."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from fsdfm.core.device import preferred_dtype
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Progress
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import Pretrained
@@ -39,7 +40,7 @@ def rounded_on(
 
     Raises:
         DataError: data that is missing, damaged, or too short.
-        ConfigError: data of another tokenizer, or inputs that are not finite.
+        ConfigError: data of another tokenizer, inputs that are not finite, or a language model.
     """
     store = TokenStore.open(data)
     same_tokenizer(trained, where, store, data)
@@ -49,7 +50,17 @@ def rounded_on(
 
 
 def examples(split: TokenSplit, config: ModelConfig, sequences: int = SEQUENCES) -> list[Example]:
-    """Batches of BATCH sequences, at times uniform over [0, 1), a third with frozen parts."""
+    """Batches of BATCH sequences, at times uniform over [0, 1), a third with frozen parts.
+
+    Raises:
+        ConfigError: a network that never meets a mask.
+        DataError: data that is too short.
+    """
+    if config.left_to_right:
+        raise ConfigError(
+            "The model predicts the next token alone (attention=causal): only flow models are "
+            "pruned or calibrated."
+        )
     source, schedule = objective_parts(config)
     objective = Pretrain(source, schedule, frozen_share=FROZEN_SHARE)
     generator, found = torch.Generator().manual_seed(0), []

@@ -20,6 +20,7 @@ from fsdfm.core.device import pick_device, preferred_dtype
 from fsdfm.core.progress import Progress, Work, untold
 from fsdfm.core.workers import own_device
 from fsdfm.flow.grid import SMALLEST_STEP
+from fsdfm.flow.path import make_source
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import CausalLm, asked_layers
 from fsdfm.model.io.causal_lm import adapt as network_of
@@ -38,6 +39,8 @@ LOOKED_AT = 8
 class Probe:
     """Sequences of data in which some tokens are hidden, and what a network says of these.
 
+    They are hidden by what its source draws in their place.
+
     Args:
         model: a language model's network; of one that is left to right nothing is hidden. Of any
             other, sequence k is at time (k + 1/2) / B.
@@ -51,13 +54,14 @@ class Probe:
         self.hidden = torch.ones_like(x_1, dtype=torch.bool)
         if not model.config.left_to_right:
             t = (torch.arange(count, device=x_1.device) + 0.5) / count
-            u = torch.rand(x_1.shape, generator=torch.Generator().manual_seed(0)).to(x_1.device)
+            noise = torch.Generator().manual_seed(0)
+            u = torch.rand(x_1.shape, generator=noise).to(x_1.device)
             self.hidden = u >= t[:, None]
-            shown = x_1.masked_fill(self.hidden, model.config.vocab_size)
-        tokens = model.shifted(shown)
-        self.condition = model.condition(t, torch.full_like(t, SMALLEST_STEP))
-        self.tables = model.rotary_emb.tables(tokens.shape[1])
-        self.start = model.vocab_embed(tokens)
+            source = make_source(model.config.source, model.config.vocab_size)
+            x_0 = source.draw(tuple(x_1.shape), noise).to(x_1.device)
+            shown = torch.where(self.hidden, x_0, x_1)
+        h = torch.full_like(t, SMALLEST_STEP)
+        self.start, self.condition, *self.tables = model.entered(shown, t, h)
 
     def through(self, x: Tensor, blocks: Sequence[int]) -> Iterator[Tensor]:
         """x, and what follows each of some blocks."""

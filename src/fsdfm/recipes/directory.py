@@ -69,8 +69,13 @@ def refuse_taken(out: Path) -> None:
 
 
 @contextmanager
-def claimed(out: Path, facts: dict[str, Any]) -> Iterator[None]:
+def claimed(out: Path, facts: dict[str, Any], defaults: dict[str, Any]) -> Iterator[None]:
     """Hold the run directory for this process alone.
+
+    Args:
+        out: the directory.
+        facts: what run.json says.
+        defaults: of its settings: what a run did whose fsdfm had fewer.
 
     Raises:
         ConfigError: it holds another run, or another process trains in it.
@@ -85,11 +90,11 @@ def claimed(out: Path, facts: dict[str, Any]) -> Iterator[None]:
                 f"Cannot write run directory {out} ({one_line(error)}): choose another out.",
                 "out",
             ) from None
-        _claim(out, facts)
+        _claim(out, facts, defaults)
         yield
 
 
-def _claim(out: Path, facts: dict[str, Any]) -> None:
+def _claim(out: Path, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
     """Write what the run is, or check that the directory holds this very run.
 
     Raises:
@@ -97,10 +102,10 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         CheckpointError: it cannot be written, or holds something else.
     """
     path = out / "run.json"
-    facts = json.loads(json.dumps(facts, default=str))
+    facts, defaults = (json.loads(json.dumps(each, default=str)) for each in (facts, defaults))
     try:
         if path.exists():
-            _same_run(out, json.loads(path.read_text()), facts)
+            _same_run(out, json.loads(path.read_text()), facts, defaults)
         refuse_taken(out)
         settings = facts["settings"] | facts.pop("places", {})
         for name, text in (
@@ -123,13 +128,13 @@ def _claim(out: Path, facts: dict[str, Any]) -> None:
         ) from None
 
 
-def _same_run(out: Path, old: Any, new: dict[str, Any]) -> None:
+def _same_run(out: Path, old: Any, new: dict[str, Any], defaults: dict[str, Any]) -> None:
     if not isinstance(old, dict) or old.get("format") != "fsdfm-run":
         raise ValueError("foreign")
     # Settings last: their context_length is not the network's, and must not hide behind it.
     # An older fsdfm had fewer settings, and did what is the default of those that came later.
-    settings = {k: v for k, v in new["settings"].items() if k in {*old["settings"], "decay_steps"}}
-    before, after = (_without_free(found) for found in (dict(old["settings"]), settings))
+    came = {name: defaults[name] for name in new["settings"].keys() & defaults.keys()}
+    before, after = map(_without_free, (came | old["settings"], new["settings"]))
     differences = {
         key: f"{key} {was.get(key)} -> {now.get(key)}"
         for was, now in ((dict(old["model"]), new["model"]), (before, after))

@@ -8,6 +8,7 @@ import torch
 
 from fsdfm.core.device import preferred_dtype
 from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.files import one_line
 from fsdfm.core.progress import Work, untold
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import asked_layers
@@ -33,6 +34,8 @@ def prune(
 ) -> CausalNetwork:
     """Write a model directory with fewer layers or neurons; the model is left as it is.
 
+    A student that is told its step size is looked at with the smallest alone: prune its teacher.
+
     Args:
         model: model or run directory of a flow model from `fsdfm adapt`.
         out: model directory to write.
@@ -49,7 +52,7 @@ def prune(
         DataError: data that is missing, damaged, or too short.
         ConfigError: data of another tokenizer, nothing to prune, or a model, layers or size that
             cannot be.
-        CheckpointError: no such model, or `out` is the model or cannot be written.
+        CheckpointError: no such model, or `out` is the model, a run, or cannot be written.
     """
     if out.resolve() == Path(model).resolve():
         raise CheckpointError(f"{out} is the model itself: choose another place.")
@@ -58,16 +61,15 @@ def prune(
     config = network.config
     store = TokenStore.open(data)
     same_tokenizer(whole, Path(model), store, data)
-    if config.left_to_right:
-        raise ConfigError(f"{model} predicts the next token alone: only flow models are pruned.")
     stay = asked_layers(config.blocks, layers)
     if stay == tuple(range(config.blocks)) and mlp_size in (None, config.mlp_size):
         raise ConfigError(f"Nothing to prune in {model}: ask for fewer layers or neurons.")
+    batches = examples(store.train, config, SEQUENCES)
+    _make(out)
     if isinstance(stay, int):
         length = min(LENGTH, config.context_length)
         x_1 = store.train.batch(0, batch_size=CHOOSING, length=length, seed=0)
         stay = missed_most(network, x_1, stay, work)
-    batches = examples(store.train, config, SEQUENCES)
     dtype = preferred_dtype(torch.device("cpu"))
     with work("pruning") as progress:
         small = pruned(
@@ -81,3 +83,17 @@ def prune(
         ancestors=whole.ancestors,
     )
     return small
+
+
+def _make(out: Path) -> None:
+    """The directory, before the long work.
+
+    Raises:
+        CheckpointError: it is a run's, or cannot be made.
+    """
+    if (out / "run.json").exists():
+        raise CheckpointError(f"{out} is the directory of a run: choose another place.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {out} ({one_line(error)}).") from None

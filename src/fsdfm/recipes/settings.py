@@ -45,6 +45,10 @@ class RunSettings(TrainSettings):
     track: str | None = option(None, choices=TRACKERS, unset="none")
     """Who else is told the lines of metrics.jsonl; its package must be installed."""
 
+    def __post_init__(self) -> None:
+        check(self)
+        _refuse_together(self)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FlowSettings(RunSettings):
@@ -62,7 +66,7 @@ class FlowSettings(RunSettings):
     in its blocks (LoRA), which is saved on its own."""
 
 
-def refuse_together(settings: RunSettings) -> None:
+def _refuse_together(settings: RunSettings) -> None:
     """Raises ConfigError for two options that cannot be had together."""
     lora = isinstance(settings, FlowSettings) and settings.lora is not None
     if lora and settings.block_bits is not None:
@@ -103,7 +107,7 @@ class PretrainSettings(FlowSettings):
     frozen_share: float = option(0.0, within=Range(0, 1))
 
     def __post_init__(self) -> None:
-        check(self)
+        RunSettings.__post_init__(self)
         if self.lora is not None and self.init is None:
             raise ConfigError("lora changes a model that there is: give init too.", "lora", "init")
 
@@ -202,7 +206,7 @@ class DistillSettings(RunSettings):
     """Groups in which a student with a joint head draws where nothing else is said."""
 
     def __post_init__(self) -> None:
-        check(self)
+        RunSettings.__post_init__(self)
         if self.target == "semigroup" and self.target_rule != "exact":
             raise ConfigError(
                 "The semigroup target presumes the exact rule: add target_rule=exact.",

@@ -15,6 +15,7 @@ import torch
 from fsdfm.core.device import peak_tflops, pick_device, preferred_dtype
 from fsdfm.core.errors import ConfigError, FsdfmError, WorkerError
 from fsdfm.core.files import digest
+from fsdfm.core.options import defaults
 from fsdfm.core.progress import Work, untold
 from fsdfm.core.workers import own_device
 from fsdfm.flow.loss import POSITION_LOSSES
@@ -43,7 +44,6 @@ from fsdfm.recipes.settings import (
     FlowSettings,
     PretrainSettings,
     RunSettings,
-    refuse_together,
 )
 from fsdfm.recipes.watch import Exporting, Plan, Watch, unwatched
 from fsdfm.text.store import TokenStore
@@ -268,7 +268,6 @@ def _train(
     watch: Watch,
 ) -> bool:
     """Claim the run directory, then run the loop; the model is exported before every checkpoint."""
-    refuse_together(settings)
     check_length(store, settings, length)
     device = pick_device(own_device(settings.device))
     with started(device) as world:
@@ -303,7 +302,7 @@ def _train(
 
         rank = settings.lora if isinstance(settings, FlowSettings) else None
         told = watch if world.first else unwatched
-        with _claimed(world, settings.out, facts), told(plan) as watcher:
+        with _claimed(world, settings, facts), told(plan) as watcher:
             if not world.shards(settings.sharding):  # else it goes there in parts
                 model = model.to(device)
             if rank is not None:
@@ -352,13 +351,13 @@ def _task(
 
 
 @contextmanager
-def _claimed(world: World, out: Path, facts: dict[str, Any]) -> Iterator[None]:
+def _claimed(world: World, settings: RunSettings, facts: dict[str, Any]) -> Iterator[None]:
     """Hold the run directory: the first process does, and all go on only if it can."""
     with ExitStack() as stack:
         refusal = None
         if world.first:
             try:
-                stack.enter_context(claimed(out, facts))
+                stack.enter_context(claimed(settings.out, facts, defaults(type(settings))))
             except FsdfmError as error:
                 refusal = error
         (refused,) = world.totals(refusal is not None)

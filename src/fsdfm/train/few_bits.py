@@ -1,8 +1,10 @@
-"""Training matrices as they will be stored: every pass reads them rounded to few bits.
+"""Training matrices as they will be stored: passes that learn read them rounded to few bits.
 
     gradient at round(W), applied to W
 
 The weights that are kept between updates stay exact, so that small steps add up (straight-through).
+So does their average, which is rounded where it is judged and exported; the targets of a student
+come from it as it is.
 
 Source: arXiv 1308.3432, 1712.05877.
 """

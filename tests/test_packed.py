@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.packed import GROUP, Packed, nearest, pack, packable, unpack
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
-from fsdfm.model.packed import GROUP, Packed, nearest, pack, packable, unpack
 from fsdfm.model.transformer import Transformer
 from fsdfm.text.tokenizer import train_bpe
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.core.packed import GROUP, bits_of, pack, unpack
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
-from fsdfm.model.packed import GROUP, bits_of, pack, unpack
 from fsdfm.model.rounding import Example, calibrated, compensated
 from fsdfm.model.transformer import FlowNetwork, Transformer
 from fsdfm.recipes.calibration import examples, rounded_on

@@ -25,6 +25,7 @@ from torch import Tensor
 from fsdfm.cli import main as cli
 from fsdfm.cli.training import TrainingConsole
 from fsdfm.core.errors import CheckpointError, ConfigError, DataError, FsdfmError, TrainingError
+from fsdfm.core.packed import GROUP, bits_of
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import MaskSource
 from fsdfm.flow.schedule import Polynomial
@@ -32,7 +33,6 @@ from fsdfm.generate.loading import load
 from fsdfm.model.config import PRESETS, ModelConfig
 from fsdfm.model.io import directory as directory_module
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
-from fsdfm.model.packed import GROUP, bits_of
 from fsdfm.model.transformer import Transformer
 from fsdfm.recipes import training
 from fsdfm.recipes.cost import sequence_flops, work

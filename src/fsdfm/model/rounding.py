@@ -1,6 +1,6 @@
 """Rounding to few bits with a view to what a matrix is multiplied with.
 
-`fsdfm.model.packed` takes each weight to the nearest code. Here a matrix is rounded column by
+`fsdfm.core.packed` takes each weight to the nearest code. Here a matrix is rounded column by
 column, and what a column loses in the products is made up for by the columns after it. The codes
 are the same ones: a reader cannot tell.
 
@@ -22,9 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.core.packed import GROUP, Packed, best_scales, bits_of, join, pack, rounded, unpack
 from fsdfm.core.progress import Progress
 from fsdfm.flow.grid import SMALLEST_STEP
-from fsdfm.model.packed import GROUP, Packed, best_scales, bits_of, join, pack, rounded, unpack
 from fsdfm.model.transformer import FlowNetwork
 
 DAMPING = 0.01

@@ -9,10 +9,10 @@ import torch
 
 from fsdfm.core.device import preferred_dtype
 from fsdfm.core.errors import ConfigError
+from fsdfm.core.packed import Packed
 from fsdfm.core.progress import Progress
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import Pretrained
-from fsdfm.model.packed import Packed
 from fsdfm.model.rounding import Example, calibrated
 from fsdfm.recipes.training import objective_parts, same_tokenizer
 from fsdfm.text.store import TokenSplit, TokenStore

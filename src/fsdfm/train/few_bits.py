@@ -17,7 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fsdfm.model.packed import bits_of, nearest
+from fsdfm.core.packed import bits_of, nearest
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def in_few_bits(model: nn.Module, bits: int | None) -> Iterator[None]:
     """The matrices of the blocks are rounded while this lasts, in place; then exact again.
 
     Args:
-        model: its `blocks` as `fsdfm.model.packed` would store them; what they do not have in their
+        model: its `blocks` as `fsdfm.core.packed` would store them; what they do not have in their
             name, and what is small, stays exact.
         bits: of a weight, from 3 to 8; None: nothing is rounded.
     """

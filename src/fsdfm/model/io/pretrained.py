@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
+from fsdfm.core.packed import Packed, bits_of, pack, unpack
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.directory import (
     CONFIG,
@@ -32,7 +33,6 @@ from fsdfm.model.io.directory import (
     resolve,
 )
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
-from fsdfm.model.packed import Packed, bits_of, pack, unpack
 from fsdfm.model.transformer import FlowNetwork
 
 FORMAT = "fsdfm"
@@ -79,7 +79,7 @@ def save_pretrained(
         tokenizer_json: text of the tokenizer that goes with it.
         generation: defaults for generating, e.g. {"step": "exact", "steps": 8}.
         dtype: number format of the saved weights; None keeps the model's own.
-        bits: of a weight in the large matrices (`fsdfm.model.packed`), from 3 to 8, by the
+        bits: of a weight in the large matrices (`fsdfm.core.packed`), from 3 to 8, by the
             beginning of the tensor's name; all that is not named, or small, is saved in float16.
         packed: matrices that were rounded already (`fsdfm.model.rounding`), with these very bits.
         ancestors: names of the models that it descends from, such as SmolLM2-135M; those that its

@@ -1,16 +1,16 @@
 """What few bits a weight cost: size, and the bound on the same text under the same noise.
 
-    python benchmarks/bits.py MODEL --text DATA --rules =8 =6 =5 vocab_embed=5 blocks=5 \
-        vocab_embed=6,joint=4,blocks=5 [--calibrate DATA] [--beside MODEL ...]
+    python benchmarks/bits.py MODEL --text DATA --rules 8 6 5 vocab_embed=5 blocks=5 \
+        vocab_embed=6,joint=4,blocks=5 [--data DATA] [--beside MODEL ...]
 
-A rule says how many bits the tensors get whose names begin so, as recipes/bundle.py takes it; =5 is
+A rule says how many bits the tensors get whose names begin so, as `fsdfm quantize` takes it; 5 is
 all of them. What is not named is float16. The loss is the difference of the bound to that of the
 model as it is, in nats a token, and the divergence is KL(as it is || rounded) of what they predict,
 weighted as the bound; both with the deviation of their means over sequences. A model in the middle
 of its training can lose less than nothing; the divergence tells what rounding changed.
 
-With --calibrate, every rule is measured once more, rounded with a view to the training text of
-DATA, as recipes/bundle.py does it. The models of --beside are measured as they are against MODEL,
+With --data, every rule is measured once more, rounded with a view to the training text of
+DATA, as `fsdfm quantize` does it. The models of --beside are measured as they are against MODEL,
 such as one that was trained in few bits (`--block-bits`) from the same start, as long. Neither
 figure asks a joint head: what its bits cost is in none.
 """
@@ -35,8 +35,8 @@ from fsdfm.flow.path import Batch, make_source, on_the_path
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load_with_network
-from fsdfm.model.io.pretrained import Pretrained, save_pretrained
-from fsdfm.recipes.calibration import rounded_on
+from fsdfm.model.io.pretrained import Pretrained
+from fsdfm.recipes.quantizing import quantize
 
 Loaded = tuple[Generator, Pretrained]
 
@@ -45,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--rules", nargs="+", required=True)
-    parser.add_argument("--calibrate", type=Path, metavar="DATA")
+    parser.add_argument("--data", type=Path, metavar="DATA")
     parser.add_argument("--beside", nargs="*", default=[], metavar="MODEL")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--length", type=int, default=256)
@@ -54,22 +54,11 @@ def main() -> None:
     args = parser.parse_args()
     exact, _ = nats_by_sequence(str(args.model), args)
     as_it_is = load_with_network(args.model, device="cpu")
-    model = as_it_is[1]
     for rule in args.rules:
-        pairs = (part.partition("=") for part in rule.split(","))
-        bits = {prefix: int(count) for prefix, _, count in pairs}
-        for data in dict.fromkeys((None, args.calibrate)):
-            packed = None if data is None else rounded_on(model, args.model, data, bits)
+        for data in dict.fromkeys((None, args.data)):
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "few"
-                save_pretrained(
-                    out,
-                    model.model,
-                    tokenizer_json=model.tokenizer_json,
-                    generation=model.generation,
-                    bits=bits,
-                    packed=packed,
-                )
+                quantize(args.model, out, rule.split(","), data=data)
                 size = sum(path.stat().st_size for path in out.iterdir()) / 2**20
                 said = {
                     "rule": rule,

@@ -2,7 +2,7 @@
 # Train a model on: at 256 tokens, then at 1,024, then its joint head, then pack it. Resumable: call it again on the
 # same machine until it says it is done. START is the model, by default the bundled one; best is what `fsdfm prune` wrote in
 # recipes/bundled.sh, or what was trained from it since. Needs data prepared with its tokenizer in runs/gpu/data. Where
-# both are too large to be carried, save START in few bits first (recipes/bundle.py) and leave the bundled model behind.
+# both are too large to be carried, save START in few bits first (`fsdfm quantize`) and leave the bundled model behind.
 #
 #     OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh
 #     DEVICE=cpu STEPS=2 BATCH=2 OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh      # rehearsal
@@ -34,8 +34,8 @@ run "${flow[@]}" --init "$work/on256" --out "$work/on1024" --context-length 1024
 run distill --data "$work/data" --teacher "$work/on1024" --out "$work/student" \
   --context-length 256 --batch-size "$batch" --steps $((steps / 8 + 1)) \
   --warmup-steps $((steps / 100)) --ema-decay 0.99
-python3 recipes/bundle.py "$work/student" "$work/packed" --bits vocab_embed=6 joint=4 blocks="$blocks" \
-  --calibrate "$work/data" --temperature 0.7
+python3 -m fsdfm quantize "$work/student" "$work/packed" --bits blocks="$blocks" vocab_embed=6 joint=4 --data "$work/data"
+sed -i 's/"draws": 8/&, "temperature": 0.7/' "$work/packed/generation.json"
 cp -r "$work/packed" "$out"
 for name in on256 on1024 student; do cp "$work/$name/metrics.jsonl" "$out/$name.jsonl"; done
 echo "Done."

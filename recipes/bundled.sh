@@ -34,8 +34,9 @@ train() { # START OUT UPDATES RATE SEED AVERAGE, and what else there is to say
 train small long "$steps" 5e-4 9 0.99 --decay-steps 4000 --warmup-steps 40 --final-fraction 0.05 --evaluate-every 400
 train long calm 150 2.5e-4 13 0.95 --warmup-steps 5 --final-fraction 0.02 --evaluate-every 150
 # In few bits, and some more updates that know of them.
-[ -d rounded ] || python "$here/bundle.py" calm rounded --bits vocab_embed=6 blocks=4 --calibrate data
+[ -d rounded ] || fsdfm quantize calm rounded --data data
 train rounded teacher 50 1e-4 14 0.95 --block-bits 4 --warmup-steps 5 --final-fraction 0.02 --evaluate-every 50
 fsdfm distill --teacher teacher --data data --out student --context-length 256 --batch-size 8 --steps 120 \
   --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 120 --sample-every 0 --checkpoint-every 50
-[ -d bundled ] || python "$here/bundle.py" student bundled --bits vocab_embed=6 joint=4 blocks=4 --calibrate data --temperature 0.7
+[ -d bundled ] || fsdfm quantize student bundled --data data
+grep -q temperature bundled/generation.json || sed -i 's/"draws": 8/&, "temperature": 0.7/' bundled/generation.json

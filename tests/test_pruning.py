@@ -9,14 +9,22 @@ from typing import Any
 import pytest
 import torch
 from conftest import Run
-from test_rounding import PUBLISHED, TOKENIZER, TWIN, correlated, few, network, random_weight
+from test_rounding import (
+    PUBLISHED,
+    TOKENIZER,
+    TWIN,
+    correlated,
+    few,
+    network,
+    random_weight,
+    saved,
+)
 from test_rounding import data as data
 from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
 from fsdfm.model import pruning
 from fsdfm.model.causal import CausalNetwork
-from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.pruning import fewest_lost, pruned
 from fsdfm.model.rounding import Example
@@ -177,17 +185,6 @@ def test_networks_and_sizes_that_cannot_be_are_one_line(data: Path) -> None:
 
 
 # `fsdfm prune`.
-
-
-def saved(where: Path, config: ModelConfig = TWIN) -> Path:
-    save_pretrained(
-        where,
-        network(config),
-        tokenizer_json=TOKENIZER.to_json(),
-        generation={"steps": 4, "temperature": 0.7},
-        ancestors=["SmolLM2-135M"],
-    )
-    return where
 
 
 def test_the_command_writes_a_model_that_remembers_and_goes_on(

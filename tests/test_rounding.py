@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from conftest import Run
 from torch import Tensor
 
-from fsdfm.core.errors import ConfigError, DataError
-from fsdfm.core.packed import GROUP, bits_of, pack, unpack
+from fsdfm.core.errors import ConfigError
+from fsdfm.core.packed import GROUP, bits_of, nearest, pack, unpack
 from fsdfm.model.causal import CausalConfig, CausalNetwork
 from fsdfm.model.config import ModelConfig
-from fsdfm.model.io.pretrained import Pretrained, load_pretrained, save_pretrained
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.rounding import Example, calibrated, compensated
 from fsdfm.model.transformer import FlowNetwork, Transformer
-from fsdfm.recipes.calibration import examples, rounded_on
+from fsdfm.recipes.calibration import examples
+from fsdfm.recipes.quantizing import parsed_bits
 from fsdfm.text.packing import prepare
 from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import train_bpe
 
-ROOT = Path(__file__).parents[1]
 TOKENIZER = train_bpe(["a few words, and a few more"], 300)
 TWIN = CausalConfig(
     vocab_size=TOKENIZER.vocab_size,
@@ -195,33 +194,61 @@ def test_inputs_that_are_not_finite_and_no_examples_are_one_line(data: Path) -> 
         calibrated(model, batches, BITS)
 
 
-def test_data_that_is_missing_or_of_another_tokenizer_is_one_line(
-    data: Path, tmp_path: Path
-) -> None:
-    model = network(TWIN)
-    trained = Pretrained(model, TOKENIZER.to_json(), {})
-    with pytest.raises(DataError, match=r"manifest.json is missing: make it with fsdfm prepare"):
-        rounded_on(trained, Path("m"), tmp_path / "none", BITS)
-    other = Pretrained(model, train_bpe(["other words"], 290).to_json(), {})
-    with pytest.raises(ConfigError, match=r"m and .* have different tokenizers"):
-        rounded_on(other, Path("m"), data, BITS)
+def saved(where: Path, config: ModelConfig = TWIN) -> Path:
+    save_pretrained(
+        where,
+        network(config),
+        tokenizer_json=TOKENIZER.to_json(),
+        generation={"steps": 4, "temperature": 0.7},
+        ancestors=["SmolLM2-135M"],
+    )
+    return where
 
 
-def test_the_recipe_saves_a_calibrated_model_and_refuses_in_one_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import bundle  # type: ignore[import-not-found]
+def test_the_command_saves_a_calibrated_model(data: Path, tmp_path: Path, run: Run) -> None:
+    model, out = saved(tmp_path / "model"), tmp_path / "out"
+    code, said, err = run("quantize", model, out, "--bits", "blocks=4", "--data", data)
+    assert code == 0 and "parameters in 0." in said and "ETA" in err
+    found = load_pretrained(out)
+    assert found.generation == {"steps": 4, "temperature": 0.7}
+    assert found.ancestors == ("SmolLM2-135M",)
+    ours, exact = found.model.blocks[1].mlp_in.weight, network(TWIN).blocks[1].mlp_in.weight
+    assert not torch.equal(ours, nearest(exact, 4))
+    assert float((ours - exact).norm() / exact.norm()) < 0.3
+    assert run("quantize", model, tmp_path / "plain", "--bits", "blocks=4")[0] == 0
+    plain = load_pretrained(tmp_path / "plain").model
+    assert torch.equal(plain.blocks[1].mlp_in.weight, nearest(exact, 4))
+    assert run("generate", "--model", out, "--length", 8)[0] == 0
 
-    save_pretrained(tmp_path / "run", network(TWIN), tokenizer_json=TOKENIZER.to_json())
-    argv = ["bundle.py", str(tmp_path / "run"), str(tmp_path / "out"), "--bits", "blocks=4"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--calibrate", str(data)])
-    bundle.main()
-    assert "MiB, descends from nothing" in capsys.readouterr().out
-    ours = load_pretrained(tmp_path / "out").model
-    exact = network(TWIN).blocks[1].mlp_in.weight
-    nearest = unpack(pack(exact, 4), 4, tuple(exact.shape))
-    assert not torch.equal(ours.blocks[1].mlp_in.weight, nearest)
+
+def test_bits_are_by_the_longest_name_and_a_number_alone_is_for_the_rest() -> None:
+    assert list(parsed_bits(["6", "blocks=4", "blocks.1.=8"]).items()) == [
+        ("blocks.1.", 8),
+        ("blocks", 4),
+        ("", 6),
+    ]
+
+
+def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -> None:
+    model, out = saved(tmp_path / "model"), tmp_path / "out"
+    other = tmp_path / "other"
+    text = train_bpe(["other words"], 290).to_json()
+    save_pretrained(other, network(replace(TWIN, vocab_size=290)), tokenizer_json=text)
+    (going := tmp_path / "run").mkdir()
+    (going / "run.json").write_text("{}")
+    for argv, what in (
+        ((model, model), "is the model itself"),
+        ((model, out, "--bits", "blocks"), "--bits must be like blocks=4, from 3 to 8"),
+        ((model, out, "--bits", "blocks=9"), "got 'blocks=9'"),
+        ((model, out, "--bits", "bricks=4"), "No matrix of"),
+        ((model, out, "--data", tmp_path / "none"), "manifest.json is missing"),
+        ((other, out, "--data", data), "have different tokenizers"),
+        ((model, going, "--data", data), "is the directory of a run"),
+        ((tmp_path / "none", out), str(tmp_path / "none")),
+    ):
+        code, said, err = run("quantize", *argv)
+        assert (code, said) == (2, "") and what in err and err.count("\n") == 1, err
+    assert not out.exists()
 
 
 def test_groups_do_not_span_rows_that_are_looked_at() -> None:

@@ -32,6 +32,7 @@ COMMANDS = (
     "convert",
     "merge",
     "prune",
+    "quantize",
     "bench",
     "serve",
 )
@@ -57,6 +58,7 @@ Long text from a handful of model calls: few-step discrete flow matching.
   fsdfm merge MODEL ADAPTER DIR                a model and what --lora trained -> model directory
   fsdfm prune MODEL DIR --data DATA --layers 20 --mlp-size 960
                                                a smaller model, with little lost
+  fsdfm quantize MODEL DIR --data DATA         a smaller file: weights in few bits
   fsdfm serve --model STUDENT                  an API that OpenAI's clients speak, and a page
   fsdfm bench                                  speed and memory here, beside references
 

@@ -2,51 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
 
-from fsdfm.core.device import preferred_dtype
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.packed import Packed
-from fsdfm.core.progress import Progress
 from fsdfm.model.config import ModelConfig
-from fsdfm.model.io.pretrained import Pretrained
-from fsdfm.model.rounding import Example, calibrated
-from fsdfm.recipes.training import objective_parts, same_tokenizer
-from fsdfm.text.store import TokenSplit, TokenStore
+from fsdfm.model.rounding import Example
+from fsdfm.recipes.training import objective_parts
+from fsdfm.text.store import TokenSplit
 from fsdfm.train.objective import Pretrain, known_at_random
 
 SEQUENCES, LENGTH, BATCH = 96, 256, 8
 FROZEN_SHARE = 1 / 3
-
-
-def rounded_on(
-    trained: Pretrained,
-    where: Path,
-    data: Path,
-    bits: Mapping[str, int],
-    progress: Progress | None = None,
-) -> dict[str, Packed]:
-    """A model's matrices in few bits, rounded by the inputs that training text gives them.
-
-    Args:
-        trained: the model, which stays as it is.
-        where: what to call it in an error.
-        data: directory of `fsdfm prepare`; its training split is read.
-        bits: as `save_pretrained` takes them.
-        progress: as of `calibrated`.
-
-    Raises:
-        DataError: data that is missing, damaged, or too short.
-        ConfigError: data of another tokenizer, inputs that are not finite, or a language model.
-    """
-    store = TokenStore.open(data)
-    same_tokenizer(trained, where, store, data)
-    batches = examples(store.train, trained.model.config)
-    dtype = preferred_dtype(torch.device("cpu"))
-    return calibrated(trained.model, batches, bits, dtype=dtype, progress=progress)
 
 
 def examples(split: TokenSplit, config: ModelConfig, sequences: int = SEQUENCES) -> list[Example]:

@@ -68,6 +68,20 @@ def refuse_taken(out: Path) -> None:
         raise ConfigError(f"out={out} is not empty and holds no run: choose another.", "out")
 
 
+def made(out: Path) -> None:
+    """Make the directory of a model, before the long work.
+
+    Raises:
+        CheckpointError: it is a run's, or cannot be made.
+    """
+    if (out / "run.json").exists():
+        raise CheckpointError(f"{out} is the directory of a run: choose another place.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"Cannot write {out} ({one_line(error)}).") from None
+
+
 @contextmanager
 def claimed(out: Path, facts: dict[str, Any], defaults: dict[str, Any]) -> Iterator[None]:
     """Hold the run directory for this process alone.

@@ -8,7 +8,6 @@ import torch
 
 from fsdfm.core.device import preferred_dtype
 from fsdfm.core.errors import CheckpointError, ConfigError
-from fsdfm.core.files import one_line
 from fsdfm.core.progress import Work, untold
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import asked_layers
@@ -16,6 +15,7 @@ from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.pruning import prunable, pruned
 from fsdfm.recipes.calibration import LENGTH, examples
 from fsdfm.recipes.depth import missed_most
+from fsdfm.recipes.directory import made
 from fsdfm.recipes.training import same_tokenizer
 from fsdfm.text.store import TokenStore
 
@@ -65,7 +65,7 @@ def prune(
     if stay == tuple(range(config.blocks)) and mlp_size in (None, config.mlp_size):
         raise ConfigError(f"Nothing to prune in {model}: ask for fewer layers or neurons.")
     batches = examples(store.train, config, SEQUENCES)
-    _make(out)
+    made(out)
     if isinstance(stay, int):
         length = min(LENGTH, config.context_length)
         x_1 = store.train.batch(0, batch_size=CHOOSING, length=length, seed=0)
@@ -83,17 +83,3 @@ def prune(
         ancestors=whole.ancestors,
     )
     return small
-
-
-def _make(out: Path) -> None:
-    """The directory, before the long work.
-
-    Raises:
-        CheckpointError: it is a run's, or cannot be made.
-    """
-    if (out / "run.json").exists():
-        raise CheckpointError(f"{out} is the directory of a run: choose another place.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"Cannot write {out} ({one_line(error)}).") from None

@@ -1,0 +1,98 @@
+"""Quantizing a trained model: its weights in few bits, in a model directory of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fsdfm.core.device import preferred_dtype
+from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.packed import bits_of
+from fsdfm.core.progress import Work, untold
+from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
+from fsdfm.model.rounding import calibrated
+from fsdfm.model.transformer import FlowNetwork
+from fsdfm.recipes.calibration import examples
+from fsdfm.recipes.directory import made
+from fsdfm.recipes.training import same_tokenizer
+from fsdfm.text.store import TokenStore
+
+
+def quantize(
+    model: str | Path,
+    out: Path,
+    bits: Sequence[str],
+    *,
+    data: Path | None = None,
+    work: Work = untold,
+) -> FlowNetwork:
+    """Write a model directory whose weights are stored in few bits; the model is left as it is.
+
+    Args:
+        model: model or run directory.
+        out: model directory to write.
+        bits: what `parsed_bits` takes; all that is not named, or small, is stored in float16.
+        data: directory of `fsdfm prepare` with its tokenizer. Its training split is looked at, so
+            that products lose little (`fsdfm.model.rounding`); None: weights go to their nearest
+            codes, which loses far more.
+        work: told of the matrices that are rounded.
+
+    Returns:
+        The network as it was.
+
+    Raises:
+        DataError: data that is missing, damaged, or too short.
+        ConfigError: bits that cannot be, or that no matrix has; data of another tokenizer; weights
+            whose inputs are not finite.
+        CheckpointError: no such model, or `out` is the model, a run, or cannot be written.
+    """
+    if out.resolve() == Path(model).resolve():
+        raise CheckpointError(f"{out} is the model itself: choose another place.")
+    counts = parsed_bits(bits)
+    whole = load_pretrained(model)
+    network = whole.model
+    if all(bits_of(name, weight, counts) is None for name, weight in network.named_parameters()):
+        raise ConfigError(
+            f"No matrix of {model} is as large and begins so as bits={' '.join(bits)} asks.", "bits"
+        )
+    packed = None
+    if data is not None:
+        store = TokenStore.open(data)
+        same_tokenizer(whole, Path(model), store, data)
+        batches = examples(store.train, network.config)
+        made(out)
+        dtype = preferred_dtype(torch.device("cpu"))
+        with work("rounding") as progress:
+            packed = calibrated(network, batches, counts, dtype=dtype, progress=progress)
+    save_pretrained(
+        out,
+        network,
+        tokenizer_json=whole.tokenizer_json,
+        generation=whole.generation,
+        bits=counts,
+        packed=packed,
+        ancestors=whole.ancestors,
+    )
+    return network
+
+
+def parsed_bits(bits: Sequence[str]) -> dict[str, int]:
+    """`PREFIX=N` as bits by the beginning of a tensor's name; N alone is for all that is left.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    found: dict[str, int] = {}
+    for each in bits:
+        match = re.fullmatch(r"(?:([\w.]+)=)?([3-8])", each)
+        if match is None:
+            raise ConfigError(
+                f"bits must be like blocks=4, from 3 to 8, or a number for all that is left, "
+                f"got {each!r}.",
+                "bits",
+            )
+        found[match[1] or ""] = int(match[2])
+    return dict(sorted(found.items(), key=lambda pair: -len(pair[0])))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train a model on: at 256 tokens, then at 1,024, then its joint head, then pack it. Resumable: call it again on the
 # same machine until it says it is done. START is the model, by default the bundled one; best is what `fsdfm prune` wrote in
-# recipes/bundled.sh, or what was trained from it since. Needs data prepared with its tokenizer in runs/gpu/data. Where
+# recipes/pruned.sh, or what was trained from it since. Needs data prepared with its tokenizer in runs/gpu/data. Where
 # both are too large to be carried, save START in few bits first (`fsdfm quantize`) and leave the bundled model behind.
 #
 #     OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import tomllib
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from fsdfm.core.options import options
 from fsdfm.recipes import training
 from fsdfm.recipes.config import read_config, toml
 from fsdfm.recipes.settings import AdaptSettings, DistillSettings, PretrainSettings
+from fsdfm.recipes.watch import Nobody
 from fsdfm.train.settings import TrainSettings
 
 __all__ = ["data", "teacher"]
@@ -42,6 +46,17 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
 def losses(directory: Path) -> dict[int, float]:
     lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def stopped_after(updates: int, settings: PretrainSettings) -> None:
+    """A run that was told to stop after so many updates."""
+
+    class Stops(Nobody):
+        def advanced(self, step: int, steps: int, loss: float | None) -> None:
+            if step == updates - 1:  # it ends after the update in progress
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not training.pretrain(settings, lambda plan: nullcontext(Stops()))
 
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
@@ -144,6 +159,36 @@ def test_a_run_goes_on_with_more_steps_as_its_config_repeats_it(
     assert json.loads((tmp_path / "a/run.json").read_text())["settings"]["decay_steps"] == 5
     with pytest.raises(ConfigError, match=r"learning_rate 0.0003 -> 0.5"):
         training.pretrain(replace(longer, learning_rate=0.5))
+
+
+def test_a_run_may_cool_down_at_any_time_as_its_config_repeats_it(
+    run: Run, data: Path, tmp_path: Path
+) -> None:
+    planned = pretrain_args(data, tmp_path / "a", steps=20, checkpoint_every=4)
+    stopped_after(4, planned)
+    ends = replace(planned, steps=7, cooldown_steps=3)
+    assert training.pretrain(ends)
+    code, _, err = run("pretrain", "--config", tmp_path / "a/config.toml", "--out", tmp_path / "b")
+    assert code == 0, err
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    kept = tomllib.loads((tmp_path / "a/config.toml").read_text())
+    assert (kept["steps"], kept["decay_steps"], kept["cooldown_steps"]) == (7, 20, 3)
+    assert training.pretrain(ends)
+    for changes in ({"steps": 9}, {"cooldown_steps": 0}, {"steps": 9, "cooldown_steps": 5}):
+        with pytest.raises(ConfigError, match=r"has begun to cool down: go on with steps=7 and"):
+            training.pretrain(replace(ends, **changes))
+
+
+def test_what_has_not_begun_to_cool_down_may_do_so_elsewhere(data: Path, tmp_path: Path) -> None:
+    planned = pretrain_args(data, tmp_path / "a", steps=9, cooldown_steps=5, checkpoint_every=2)
+    stopped_after(4, planned)
+    assert training.pretrain(replace(planned, steps=6, cooldown_steps=2))
+
+
+def test_the_learning_rate_falls_linearly_over_the_last_updates() -> None:
+    cooled = replace(SETTINGS, cooldown_steps=4)
+    found = [cooled.learning_rate_at(step) / SETTINGS.learning_rate_at(step) for step in range(10)]
+    assert found == pytest.approx([1.0] * 6 + [0.8, 0.6, 0.4, 0.2])
 
 
 def test_a_run_of_an_older_fsdfm_goes_on_longer(data: Path, tmp_path: Path) -> None:

@@ -14,12 +14,21 @@ from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import one_line, write_whole
 from fsdfm.core.lock import locked
 from fsdfm.recipes.config import CONFIG, toml
+from fsdfm.train.checkpoint import steps_done
 from fsdfm.train.settings import TrainSettings
 
 LOG = logging.getLogger(__name__)
 LOCK = ".lock"
-FREE = ("steps", "log_every", "evaluate_every", "checkpoint_every", "sample_every")
-"""Settings that may change when a run goes on: no update that is done would have been another."""
+FREE = (
+    "steps",
+    "cooldown_steps",
+    "log_every",
+    "evaluate_every",
+    "checkpoint_every",
+    "sample_every",
+)
+"""Settings that may change when a run goes on: no update that is done would have been another,
+unless the run has begun to cool down."""
 UNBORN = (".run.json.partial", f".{CONFIG}.partial", CONFIG)
 """What a run that was killed before it began leaves behind."""
 Settings = TypeVar("Settings", bound=TrainSettings)
@@ -54,7 +63,7 @@ def going_on(settings: Settings, speaks: bool = True) -> Settings:
             rate = settings.final_fraction * settings.learning_rate
             LOG.warning(
                 f"steps {before} -> {settings.steps}: the learning rate keeps its cosine over "
-                f"{began} updates, and is {rate:g} after them."
+                f"{began} updates, and is {rate:g} after them; cooldown_steps lets it fall."
             )
         return replace(settings, decay_steps=began)
     return settings
@@ -148,12 +157,13 @@ def _same_run(out: Path, old: Any, new: dict[str, Any], defaults: dict[str, Any]
     # Settings last: their context_length is not the network's, and must not hide behind it.
     # An older fsdfm had fewer settings, and did what is the default of those that came later.
     came = {name: defaults[name] for name in new["settings"].keys() & defaults.keys()}
-    before, after = map(_without_free, (came | old["settings"], new["settings"]))
+    was = came | old["settings"]
+    before, after = map(_without_free, (was, new["settings"]))
     differences = {
-        key: f"{key} {was.get(key)} -> {now.get(key)}"
-        for was, now in ((dict(old["model"]), new["model"]), (before, after))
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key)
+        key: f"{key} {one.get(key)} -> {other.get(key)}"
+        for one, other in ((dict(old["model"]), new["model"]), (before, after))
+        for key in sorted(one.keys() | other.keys())
+        if one.get(key) != other.get(key)
     }
     for key, what in (
         ("command", "command"),
@@ -167,6 +177,23 @@ def _same_run(out: Path, old: Any, new: dict[str, Any], defaults: dict[str, Any]
             f"out={out} holds another run ({'; '.join(differences.values())}): "
             f"give the same settings to go on with it, or choose another out.",
             "out",
+        )
+
+    _refuse_to_warm_up(out, was, new["settings"])
+
+
+def _refuse_to_warm_up(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises ConfigError where a run whose rate has begun to fall is to end elsewhere."""
+    end, length = (old[name] for name in ("steps", "cooldown_steps"))
+    if (end, length) == tuple(new[name] for name in ("steps", "cooldown_steps")):
+        return
+    if length and steps_done(out / "checkpoint.safetensors") > end - length:
+        raise ConfigError(
+            f"out={out} has begun to cool down: go on with steps={end} and "
+            f"cooldown_steps={length}, or start another run from its model.",
+            "out",
+            "steps",
+            "cooldown_steps",
         )
 
 

@@ -92,6 +92,19 @@ def save_checkpoint(path: Path | None, state: TrainState[Module]) -> None:
         ) from None
 
 
+def steps_done(path: Path) -> int:
+    """Updates behind a checkpoint; 0 where there is none that can be read."""
+    try:
+        return _steps_done(path)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _steps_done(path: Path) -> int:
+    with safe_open(path, framework="pt") as file:
+        return int(json.loads(file.metadata()["state"])["step"])
+
+
 def set_aside(path: Path, keep: int) -> None:
     """Let a checkpoint stay when the next one takes its place, beside `keep - 1` older ones.
 
@@ -104,9 +117,7 @@ def set_aside(path: Path, keep: int) -> None:
     """
     try:
         if keep and path.exists():
-            with safe_open(path, framework="pt") as file:
-                step = int(json.loads(file.metadata()["state"])["step"])
-            older = path.with_name(f"{path.stem}-{step}{path.suffix}")
+            older = path.with_name(f"{path.stem}-{_steps_done(path)}{path.suffix}")
             with replacing(older) as partial:
                 try:
                     os.link(real(path), partial)

@@ -21,3 +21,18 @@ def learning_rate(
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return peak * (final_fraction + (1.0 - final_fraction) * 0.5 * (1.0 + math.cos(math.pi * done)))
+
+
+def cooled(step: int, *, steps: int, cooldown_steps: int) -> float:
+    """What a linear fall over the last updates leaves of the rate.
+
+        min(1, (steps - step) / (cooldown_steps + 1))
+
+    Args:
+        step: updates done so far.
+        steps: updates of the whole run.
+        cooldown_steps: length of the fall.
+
+    Source: MiniCPM, arXiv 2404.06395, for a fall that may begin at any time.
+    """
+    return min(1.0, (steps - step) / (cooldown_steps + 1))

@@ -15,7 +15,7 @@ from fsdfm.core.options import (
     option,
 )
 from fsdfm.core.registry import Names
-from fsdfm.train.rate import learning_rate
+from fsdfm.train.rate import cooled, learning_rate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,9 @@ class TrainSettings:
     """Learning rate at the end, as a fraction of the peak."""
     decay_steps: int | None = option(None, within=AT_LEAST_1, unset="steps")
     """Updates of the warm-up and the cosine; after them the learning rate stays where it is."""
+    cooldown_steps: int = option(0, within=AT_LEAST_0)
+    """Last updates of the run, over which the learning rate falls to nothing besides, linearly: so
+    that a run can end well at any time (docs/runs.md)."""
     optimizer: str = option("adamw", choices=Names("fsdfm.train.optim.OPTIMIZERS"))
     """muon: on the matrices of the blocks, AdamW on the rest; pays with many tokens an update."""
     weight_decay: float = option(0.03, within=NOT_NEGATIVE)
@@ -79,10 +82,11 @@ class TrainSettings:
 
     def learning_rate_at(self, step: int) -> float:
         """Of the update after so many."""
-        return learning_rate(
+        rate = learning_rate(
             min(step, self.decay_steps or self.steps),
             peak=self.learning_rate,
             warmup_steps=self.warmup_steps,
             steps=self.decay_steps or self.steps,
             final_fraction=self.final_fraction,
         )
+        return rate * cooled(step, steps=self.steps, cooldown_steps=self.cooldown_steps)

@@ -137,7 +137,7 @@ def _ends(request: Request, tokenizer: Tokenizer, context: int) -> Layout:
         )
     if length > context and given >= context // 2:
         raise ConfigError(
-            f"length={length} is made in blocks of this model's context of {context} tokens, and "
+            f"length={length} is made in windows of this model's context of {context} tokens, and "
             f"the prompt and suffix have {given}: half of the context is the most.",
             "length",
         )

@@ -44,7 +44,7 @@ class Request:
     strength: float = option(1.0, within=Range(0, 1, above=True))
     """Share of the text's tokens that is written anew: 1 all, below 1 a rewrite of a draft."""
     length: int | None = option(None, within=AT_LEAST_1, unset="1024, or the context")
-    """Tokens of the text, with what is given of it; more than the context is made in blocks."""
+    """Tokens of the text, with what is given of it; more than the context is made in windows."""
     seed: int = option(0, within=Range(0, LARGEST_SEED))
     """Of its random numbers: the same request and seed give the same text."""
     end: str | None = option(

@@ -9,10 +9,10 @@ model as it is, in nats a token, and the divergence is KL(as it is || rounded) o
 weighted as the bound; both with the deviation of their means over sequences. A model in the middle
 of its training can lose less than nothing; the divergence tells what rounding changed.
 
-With --data, every rule is measured once more, rounded with a view to the training text of
-DATA, as `fsdfm quantize` does it. The models of --beside are measured as they are against MODEL,
-such as one that was trained in few bits (`--block-bits`) from the same start, as long. Neither
-figure asks a joint head: what its bits cost is in none.
+With --data, every rule is measured once more, rounded with a view to the training text of DATA, as
+`fsdfm quantize` does it. The models of --beside are measured against MODEL as they are, such as one
+that was trained on after it was rounded. Neither figure asks a joint head: what its bits cost is in
+none.
 """
 
 from __future__ import annotations

@@ -24,7 +24,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fsdfm.core.errors import CheckpointError, ConfigError, TrainingError
-from fsdfm.flow.host import Draws
 from fsdfm.flow.loss import LATEST_TIME, POSITION_LOSSES, PositionLoss, path_loss
 from fsdfm.flow.path import SOURCES, Batch, MaskSource, Source, UniformSource, make_source
 from fsdfm.flow.schedule import Polynomial
@@ -41,8 +40,7 @@ from fsdfm.train.blocks import run_blocks
 from fsdfm.train.buckets import is_bucket
 from fsdfm.train.checkpoint import TrainState, load_average, load_checkpoint, save_checkpoint
 from fsdfm.train.ema import Ema, within
-from fsdfm.train.few_bits import in_few_bits
-from fsdfm.train.loop import Run, Task, update
+from fsdfm.train.loop import Run, Task
 from fsdfm.train.objective import (
     Distill,
     Pretrain,
@@ -98,7 +96,6 @@ class Recorder:
     losses: list[float] = field(default_factory=list)
     evaluations: list[int] = field(default_factory=list)
     exported: dict[str, Tensor] = field(default_factory=dict)
-    judged: dict[str, Tensor] = field(default_factory=dict)
 
     def advanced(self, step: int, steps: int, loss: float | None) -> None:
         self.steps.append(step)
@@ -108,7 +105,6 @@ class Recorder:
 
     def evaluated(self, record: dict[str, Any], ema: nn.Module) -> None:
         self.evaluations.append(record["step"])
-        self.judged.update({k: v.clone() for k, v in ema.state_dict().items()})
 
     def saved(self, ema: nn.Module) -> None:
         self.exported.update({k: v.clone() for k, v in ema.state_dict().items()})
@@ -435,12 +431,10 @@ def test_objectives_draw_from_their_generator_alone() -> None:
         assert torch.equal(*values)
 
 
-def network(
-    step_embedding: str = "none", source: str = "uniform", hidden_size: int = 16
-) -> Transformer:
+def network(step_embedding: str = "none", source: str = "uniform") -> Transformer:
     """A tiny published network whose zero-initialised parts are filled, as after training."""
     torch.manual_seed(0)
-    config = {"vocab_size": V, "hidden_size": hidden_size, "blocks": 1, "heads": 2, "cond_size": 8}
+    config = {"vocab_size": V, "hidden_size": 16, "blocks": 1, "heads": 2, "cond_size": 8}
     model = Transformer(ModelConfig.from_dict({**config, "source": source, "context_length": L}))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -632,56 +626,6 @@ def test_blocks_that_run_otherwise_give_the_same_losses(
         assert ("forward" in vars(model.blocks[0])) == asked
     assert len(found[True]) == SETTINGS.steps
     assert found[True] == pytest.approx(found[False], rel=1e-5)
-
-
-def test_a_pass_reads_few_bits_and_its_gradient_moves_the_exact_weights() -> None:
-    """By hand, the gradients of a rounded copy in two passes go to the exact network."""
-    settings = replace(SETTINGS, block_bits=3)
-    task = make_task()
-    model, by_hand, rounded = (network(hidden_size=64) for _ in range(3))
-    state = TrainState(model, Ema(model, 0.5), make_optimizer(model, settings.weight_decay))
-    with in_few_bits(rounded, 3):
-        seen = {name: p.detach().clone() for name, p in rounded.named_parameters()}
-        for number in range(2):
-            x_1 = task.batch(number)
-            draws = Draws(settings.seed, number, range(len(x_1)), len(x_1))
-            (task.objective.loss(rounded, rounded, x_1, draws)["loss"] / 2).backward()
-    changed = 0
-    named = by_hand.named_parameters()
-    for (name, exact), other in zip(named, rounded.parameters(), strict=True):
-        assert torch.equal(exact, other)  # exact again
-        changed += not torch.equal(seen[name], exact)
-        assert torch.equal(seen[name], exact) or "blocks." in name
-        exact.grad = other.grad
-    assert changed
-    update(state, settings, task)
-    nn.utils.clip_grad_norm_(by_hand.parameters(), settings.clip_norm)
-    optimizer = make_optimizer(by_hand, settings.weight_decay)
-    optimizer.set_learning_rate(settings.learning_rate_at(0))
-    optimizer.step()
-    for ours, theirs in zip(model.parameters(), by_hand.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_few_bits_are_judged_and_exported_and_a_run_goes_on_from_exact_weights(
-    tmp_path: Path,
-) -> None:
-    found: dict[str, Recorder] = {}
-    for name, stops in (("whole", (7,)), ("in parts", (3, 7))):
-        (out := tmp_path / name).mkdir()
-        for steps in stops:
-            settings = replace(SETTINGS, block_bits=3, steps=steps, decay_steps=7)
-            run: Run[Any] = Run(out, settings, make_task(), watcher := Recorder())
-            assert run.train(network(hidden_size=64))
-        found[name] = watcher
-    assert_same_tensors(found["whole"].exported, found["in parts"].exported)
-    load_average(tmp_path / "whole" / "checkpoint.safetensors", average := network(hidden_size=64))
-    exact = {name: weight.clone() for name, weight in average.state_dict().items()}
-    with in_few_bits(average, 3):
-        assert_same_tensors(dict(average.state_dict()), found["whole"].exported)
-        assert_same_tensors(dict(average.state_dict()), found["whole"].judged)
-    rounded = [name for name in exact if not torch.equal(exact[name], found["whole"].judged[name])]
-    assert rounded and all(name.startswith("blocks.") for name in rounded)
 
 
 def test_blocks_that_cannot_be_compiled_are_told_in_a_line(

@@ -7,7 +7,7 @@ makes float32 of them: this is for files, not for products.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -57,29 +57,14 @@ def pack(tensor: Tensor, bits: int) -> Packed:
         tensor: `packable`.
         bits: of a code, from 3 to 8.
     """
-    codes, scales = zip(*_coded(tensor, bits), strict=True)
-    return join(torch.cat(codes), torch.cat(scales), bits)
-
-
-def nearest(tensor: Tensor, bits: int) -> Tensor:
-    """What a tensor is after `pack` and `unpack`, to the last bit.
-
-    Args:
-        tensor: `packable`.
-        bits: of a code, from 3 to 8.
-    """
-    parts = [codes.mul_(scale.float()) for codes, scale in _coded(tensor, bits)]
-    return torch.cat(parts).view(tensor.shape)
-
-
-def _coded(tensor: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Codes of some groups, as float32, and their scales, float16."""
     top = 2 ** (bits - 1) - 1
     groups = tensor.detach().float().reshape(-1, GROUP)
-    at_once = GROUPS_AT_ONCE if groups.device.type == "cpu" else len(groups)
-    for some in groups.split(at_once):  # type: ignore[no-untyped-call]
+    codes, scales = [], []
+    for some in groups.split(GROUPS_AT_ONCE):  # type: ignore[no-untyped-call]
         scale = best_scales(some, top)
-        yield rounded(some, scale.float(), top), scale
+        scales.append(scale)
+        codes.append(rounded(some, scale.float(), top))
+    return join(torch.cat(codes), torch.cat(scales), bits)
 
 
 def join(codes: Tensor, scales: Tensor, bits: int) -> Packed:

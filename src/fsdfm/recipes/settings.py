@@ -68,19 +68,11 @@ class FlowSettings(RunSettings):
 
 def _refuse_together(settings: RunSettings) -> None:
     """Raises ConfigError for two options that cannot be had together."""
-    lora = isinstance(settings, FlowSettings) and settings.lora is not None
-    if lora and settings.block_bits is not None:
-        raise ConfigError(
-            "lora leaves the matrices as they are, and block_bits rounds them: merge the adapter "
-            "first, then train with block_bits.",
-            "lora",
-            "block_bits",
-        )
     if settings.sharding == "none":
         return
+    lora = isinstance(settings, FlowSettings) and settings.lora is not None
     for field, asked, why in (
         ("optimizer", settings.optimizer == "muon", "optimizer=muon needs whole matrices"),
-        ("block_bits", settings.block_bits is not None, "block_bits rounds whole matrices"),
         ("lora", lora, "lora trains little, so that there is nothing to share out"),
     ):
         if asked:

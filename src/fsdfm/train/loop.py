@@ -23,7 +23,6 @@ from fsdfm.train import buckets
 from fsdfm.train.blocks import compiling, run_blocks
 from fsdfm.train.checkpoint import TrainState, load_checkpoint, save_checkpoint, set_aside
 from fsdfm.train.ema import Ema, Module, within
-from fsdfm.train.few_bits import in_few_bits
 from fsdfm.train.objective import Objective
 from fsdfm.train.optim import make_optimizer
 from fsdfm.train.outside import Clock, graceful_stop
@@ -209,11 +208,10 @@ class Run(Generic[Module]):
         """The model, then the checkpoint."""
         self._check_weights(state)
         state.elapsed_seconds = clock.total()
-        first, bits = self.task.world.first, self.settings.block_bits
+        first = self.task.world.first
         with state.ema.whole(torch.device("cpu"), first) as network:
             if first:
-                with in_few_bits(network, bits):
-                    self.watcher.saved(network)
+                self.watcher.saved(network)
         if first:
             set_aside(self.checkpoint, self.settings.keep_checkpoints - 1)
         save_checkpoint(self.checkpoint if first else None, state)
@@ -258,8 +256,7 @@ class Run(Generic[Module]):
         """Validation ELBO of the average, to metrics.jsonl and the watcher."""
         rows, total, world = self.task.validation, 0.0, self.task.world
         starts = range(0, len(rows), self.settings.batch_size)
-        bits = self.settings.block_bits
-        with state.ema.whole(self.task.device) as network, in_few_bits(network, bits):
+        with state.ema.whole(self.task.device) as network:
             for first in starts[world.rank :: world.size]:
                 x_1 = rows[first : first + self.settings.batch_size]
                 estimates = self._nats(network, x_1.to(self.task.device), first)
@@ -342,24 +339,6 @@ def update(
     """
     state.model.train()
     through = through or Pass(task.objective, state.model)
-    with in_few_bits(state.model, settings.block_bits):
-        healthy = _add_gradients(state, settings, task, through)
-    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm).detach())
-    healthy &= norm.isfinite()
-    state.pending.setdefault("gradient_norm", []).append(norm)
-    state.optimizer.set_learning_rate(settings.learning_rate_at(state.step))
-    state.pending.setdefault("skipped", []).append((~healthy).float())
-    state.optimizer.step(healthy)
-    state.optimizer.zero_grad()
-    state.ema.update(state.model)
-    state.step += 1
-    return healthy
-
-
-def _add_gradients(
-    state: TrainState[Module], settings: TrainSettings, task: Task, through: nn.Module
-) -> Tensor:
-    """Those of all passes of an update; whether their losses were finite: scalar, bool."""
     healthy = torch.ones((), dtype=torch.bool, device=task.device)
     for micro in range(settings.accumulate):
         number = state.step * settings.accumulate + micro
@@ -374,6 +353,15 @@ def _add_gradients(
         for name, value in zip(parts, values, strict=True):
             state.pending.setdefault(name, []).append(value)
         healthy &= values[0].isfinite()
+    norm = whole(nn.utils.clip_grad_norm_(state.model.parameters(), settings.clip_norm).detach())
+    healthy &= norm.isfinite()
+    state.pending.setdefault("gradient_norm", []).append(norm)
+    state.optimizer.set_learning_rate(settings.learning_rate_at(state.step))
+    state.pending.setdefault("skipped", []).append((~healthy).float())
+    state.optimizer.step(healthy)
+    state.optimizer.zero_grad()
+    state.ema.update(state.model)
+    state.step += 1
     return healthy
 
 

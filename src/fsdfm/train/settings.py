@@ -51,9 +51,6 @@ class TrainSettings:
     recompute: bool = False
     """Compute the activations of the blocks again for their gradients instead of keeping them: a
     fraction of the memory, for a third more work in the blocks."""
-    block_bits: int | None = option(None, within=Range(3, 8), unset="exact")
-    """Train the matrices of the blocks as they will be stored, in so many bits: every pass that
-    learns reads rounded ones, and the model that is saved has them (docs/adapting.md)."""
     compile: bool = False
     """Compile the blocks (torch.compile), which takes a C++ compiler or a GPU, and a while."""
     ema_decay: float = option(0.9995, within=Range(0, 1, below=True))

@@ -54,9 +54,13 @@ def quantize(
     counts = parsed_bits(bits)
     whole = load_pretrained(model)
     network = whole.model
-    if all(bits_of(name, weight, counts) is None for name, weight in network.named_parameters()):
+    named = network.named_parameters()
+    if all(bits_of(name, weight, counts) is None for name, weight in named):
+        rooms = dict.fromkeys(name.partition(".")[0] for name in network.state_dict())
         raise ConfigError(
-            f"No matrix of {model} is as large and begins so as bits={' '.join(bits)} asks.", "bits"
+            f"bits={' '.join(bits)} means no matrix of {model}: names begin with "
+            f"{', '.join(rooms)}.",
+            "bits",
         )
     packed = None
     if data is not None:

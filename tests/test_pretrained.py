@@ -323,8 +323,8 @@ def test_foreign_model_is_called_so(tmp_path: Path) -> None:
 
 
 def test_newer_format_asks_for_an_upgrade(saved: Path) -> None:
-    edit_config(saved, format_version=3, new_field=True)
-    refused(saved, "format version 3", "upgrade fsdfm")
+    edit_config(saved, format_version=4, new_field=True)
+    refused(saved, "format version 4", "upgrade fsdfm")
 
 
 @pytest.mark.parametrize("version", [None, "1", 0, 1.5])

@@ -1,12 +1,16 @@
 """Weights at rest in few bits: codes in groups, each group with its own scale.
 
-A weight of 3 to 8 bits is scale times a whole number, from -(2 ** (bits - 1)) + 1 up; the scale of
-each GROUP numbers is the one of a few that loses least. Eight codes fill `bits` bytes. Loading
-makes float32 of them: this is for files, not for products.
+A weight of 3 to 8 bits is a scale times the level that its code stands for. Levels lie between -1
+and 1, denser near 0, where weights are; the scale of each GROUP numbers, of either sign, is the one
+of a few that loses least. Eight codes fill `bits` bytes. Loading makes float32 of them: this is for
+files, not for products.
+
+Source: arXiv 2305.14314 (NF4) for levels by the law of the weights; Lloyd, 1982, for placing them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -20,12 +24,14 @@ TOGETHER = 8
 """Codes that are packed together."""
 SMALLEST = 4096
 """Tensors with fewer numbers stay in float16."""
-SHRINKINGS = tuple(1.0 - 0.04 * k for k in range(9))
-"""Scales to try, as parts of the one that reaches a group's largest number."""
+SHRINKINGS = tuple(sign * (1.0 - 0.04 * k) for k in range(9) for sign in (1.0, -1.0))
+"""Scales to try, as parts of a group's largest number."""
 GROUPS_AT_ONCE = 1 << 12
 """Small enough for a CPU's cache."""
 SMALLEST_SCALE = 2.0**-17
-"""A smaller float16 has too few digits for a largest code of 127 to come back."""
+"""A smaller float16 has too few digits to come back."""
+PLACING = 1000
+"""Times that levels are moved to the means of what is nearest to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,8 @@ class Packed:
     """uint8, shape (numbers / 8 * bits,)."""
     scales: Tensor
     """float16, shape (numbers / GROUP,)."""
+    levels: Tensor
+    """What a code stands for, in scales: float32, shape (2 ** bits,)."""
 
 
 def packable(tensor: Tensor) -> bool:
@@ -57,54 +65,82 @@ def pack(tensor: Tensor, bits: int) -> Packed:
         tensor: `packable`.
         bits: of a code, from 3 to 8.
     """
-    top = 2 ** (bits - 1) - 1
-    groups = tensor.detach().float().reshape(-1, GROUP)
+    groups, levels = tensor.detach().float().reshape(-1, GROUP), best_levels(bits)
     codes, scales = [], []
     for some in groups.split(GROUPS_AT_ONCE):  # type: ignore[no-untyped-call]
-        scale = best_scales(some, top)
+        scale = best_scales(some, levels)
         scales.append(scale)
-        codes.append(rounded(some, scale.float(), top))
-    return join(torch.cat(codes), torch.cat(scales), bits)
+        codes.append(coded(some, scale.float(), levels))
+    return join(torch.cat(codes), torch.cat(scales), levels)
 
 
-def join(codes: Tensor, scales: Tensor, bits: int) -> Packed:
-    """Whole numbers from -(2 ** (bits - 1)) + 1 up, and the float16 scales of their groups."""
-    codes = codes.flatten().add(2 ** (bits - 1) - 1).to(torch.uint8)
-    return Packed(_squeeze(codes, bits), scales.flatten())
+def join(codes: Tensor, scales: Tensor, levels: Tensor) -> Packed:
+    """Numbers of levels, the float16 scales of their groups, and the levels."""
+    bits = (len(levels) - 1).bit_length()
+    return Packed(_squeeze(codes.flatten(), bits), scales.flatten(), levels)
 
 
 def unpack(packed: Packed, bits: int, shape: tuple[int, ...]) -> Tensor:
     """The tensor again, float32, to rounding.
 
     Raises:
-        ValueError: codes or scales that do not fill the shape.
+        ValueError: codes, scales or levels that do not fill the shape.
     """
     numbers = prod(shape)
     if (
         numbers % GROUP
         or packed.codes.shape != (numbers // TOGETHER * bits,)
         or packed.scales.shape != (numbers // GROUP,)
+        or packed.levels.shape != (2**bits,)
     ):
         raise ValueError(f"{len(packed.codes)} bytes do not fill {list(shape)} at {bits} bits")
+    weights = packed.levels[_spread(packed.codes, bits).to(torch.int32)].view(-1, GROUP)
+    return weights.mul_(packed.scales.float()[:, None]).view(shape)
+
+
+@functools.cache
+def best_levels(bits: int) -> Tensor:
+    """Where rounding loses least of normal numbers over the largest of their group: (2 ** bits,).
+
+    Ascending from -1 to 1; one of them is 0, so that zeros stay.
+    """
+    groups = torch.randn(1 << 13, GROUP, generator=torch.Generator().manual_seed(0)).double()
+    x = (groups / groups.abs().amax(1, keepdim=True)).flatten().sort().values
+    sums = torch.cat((x.new_zeros(1), x.cumsum(0)))
+    levels = torch.linspace(-1.0, 1.0, 2**bits, dtype=torch.float64)
+    zero = (len(levels) - 1) // 2
+    levels[1:-1] -= levels[zero].clone()
+    for _ in range(PLACING):
+        ends = torch.searchsorted(x, (levels[1:] + levels[:-1]) / 2)
+        ends = torch.cat((ends.new_zeros(1), ends, ends.new_full((1,), len(x))))
+        counts = ends.diff()
+        means = torch.where(counts > 0, sums[ends].diff() / counts.clamp_min(1), levels)
+        levels[1:-1] = means[1:-1]
+        levels[zero] = 0.0
+    return levels.float()
+
+
+def even_levels(bits: int) -> Tensor:
+    """Those of files of format version 2: whole numbers, (2 ** bits,)."""
     top = 2 ** (bits - 1) - 1
-    codes = _spread(packed.codes, bits).view(-1, GROUP).to(torch.float32).sub_(top)
-    return codes.mul_(packed.scales.float()[:, None]).view(shape)
+    return torch.arange(-top, top + 2, dtype=torch.float32)
 
 
-def best_scales(groups: Tensor, top: int, cost: Tensor | None = None) -> Tensor:
+def best_scales(groups: Tensor, levels: Tensor, cost: Tensor | None = None) -> Tensor:
     """The scale of each group that loses least, float16, (groups, 1).
 
     Args:
         groups: numbers, (groups, GROUP).
-        top: largest code.
+        levels: what codes stand for, from -1 to 1.
         cost: of a squared error, by place in the group, (GROUP,); None: the same everywhere.
     """
-    largest = groups.abs().amax(1, keepdim=True) / top
+    largest = groups.abs().amax(1, keepdim=True)
     best = torch.full_like(largest, torch.inf)
     scales = torch.zeros_like(largest, dtype=torch.float16)
     for part in SHRINKINGS:
-        scale = (largest * part).to(torch.float16).clamp_min(SMALLEST_SCALE)
-        kept = rounded(groups, scale.float(), top).mul_(scale.float())
+        scale = (largest * part).to(torch.float16)
+        scale = torch.where(scale.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scale).to(torch.float16)
+        kept = levels[coded(groups, scale.float(), levels)].mul_(scale.float())
         errors = kept.sub_(groups).square_()
         lost = errors.sum(1, keepdim=True) if cost is None else errors @ cost[:, None]
         better = lost < best
@@ -112,9 +148,10 @@ def best_scales(groups: Tensor, top: int, cost: Tensor | None = None) -> Tensor:
     return scales
 
 
-def rounded(groups: Tensor, scale: Tensor, top: int) -> Tensor:
-    """Codes of numbers under their scales, as float32."""
-    return (groups / scale).round_().clamp_(-top, top)
+def coded(groups: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """The numbers of the levels that are nearest to some numbers, int32."""
+    between = (levels[1:] + levels[:-1]) / 2
+    return torch.bucketize(groups / scale, between, out_int32=True)
 
 
 def _squeeze(codes: Tensor, bits: int) -> Tensor:

@@ -22,7 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.packed import GROUP, Packed, best_scales, bits_of, join, pack, rounded, unpack
+from fsdfm.core.packed import (
+    GROUP,
+    Packed,
+    best_levels,
+    best_scales,
+    bits_of,
+    coded,
+    join,
+    pack,
+    unpack,
+)
 from fsdfm.core.progress import Progress
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.model.transformer import FlowNetwork
@@ -57,7 +67,7 @@ def compensated(weight: Tensor, gram: Tensor, bits: int) -> Packed:
         gram: sum or mean of x x^T over inputs, (C, C).
         bits: of a code, from 3 to 8.
     """
-    top = 2 ** (bits - 1) - 1
+    levels = best_levels(bits)
     gram = gram.double()
     mean = gram.diagonal().mean()
     if not mean > 0.0:  # no input ever came: nothing to look at
@@ -71,17 +81,17 @@ def compensated(weight: Tensor, gram: Tensor, bits: int) -> Packed:
     codes, scales = [], []
     for start in range(0, left.shape[1], GROUP):
         stop = start + GROUP
-        scale = best_scales(left[:, start:stop], top, cost[start:stop])
+        scale = best_scales(left[:, start:stop], levels, cost[start:stop])
         errors = []
         for j in range(start, stop):
-            code = rounded(left[:, j, None], scale.float(), top)
-            error = (left[:, j, None] - code * scale.float()) / pull[j, j]
+            code = coded(left[:, j, None], scale.float(), levels)
+            error = (left[:, j, None] - levels[code] * scale.float()) / pull[j, j]
             left[:, j:stop].addcmul_(error, pull[j, None, j:stop], value=-1.0)
             codes.append(code)
             errors.append(error)
         left[:, stop:] -= torch.cat(errors, 1) @ pull[start:stop, stop:]
         scales.append(scale)
-    return join(torch.cat(codes, 1), torch.cat(scales, 1), bits)
+    return join(torch.cat(codes, 1), torch.cat(scales, 1), levels)
 
 
 @torch.no_grad()

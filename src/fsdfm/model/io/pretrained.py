@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.core.files import digest, one_line
-from fsdfm.core.packed import Packed, bits_of, pack, unpack
+from fsdfm.core.packed import Packed, best_levels, bits_of, even_levels, pack, unpack
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io.directory import (
     CONFIG,
@@ -36,9 +36,10 @@ from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.transformer import FlowNetwork
 
 FORMAT = "fsdfm"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PLAIN_VERSION = 1
-"""The newest that this package reads, for weights in few bits; and that of all others."""
+"""The newest that this package reads, for weights in few bits; and that of all others. In version 2
+the levels of few bits were even."""
 HEADER = ("format", "format_version", "ancestors")
 """What config.json has besides the network's own fields; ancestors only where there are some."""
 
@@ -109,6 +110,8 @@ def save_pretrained(
     }
     if bits:
         metadata["packed"] = json.dumps(_pack(tensors, model, bits, packed or {}))
+        levels = {count: best_levels(count).tolist() for count in sorted({*bits.values()})}
+        metadata["levels"] = json.dumps(levels)
     generated = json.dumps(dict(generation or {}), indent=2) + "\n"
     texts = {CONFIG: json.dumps(header, indent=2) + "\n", TOKENIZER: tokenizer_json}
     commit(directory, tensors, metadata, texts | {GENERATION: generated})
@@ -313,7 +316,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
         return _unpacked(tensors, metadata), metadata
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {one_line(error)}.") from error
 
 
@@ -338,9 +341,15 @@ def _pack(
 
 def _unpacked(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """The weights by the network's names, those in few bits as float32."""
+    levels = {
+        int(count): torch.tensor(values, dtype=torch.float32)
+        for count, values in json.loads(metadata.get("levels", "{}")).items()
+    }
     for name, facts in json.loads(metadata.get("packed", "{}")).items():
-        packed = Packed(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales"))
-        tensors[name] = unpack(packed, int(facts["bits"]), tuple(facts["shape"]))
+        bits, shape = int(facts["bits"]), tuple(facts["shape"])
+        own = levels.get(bits, even_levels(bits))
+        packed = Packed(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales"), own)
+        tensors[name] = unpack(packed, bits, shape)
     return tensors
 
 

@@ -245,6 +245,7 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
         ((model, out, "--data", tmp_path / "none"), "manifest.json is missing"),
         ((other, out, "--data", data), "have different tokenizers"),
         ((model, going, "--data", data), "is the directory of a run"),
+        ((model, going), "is the directory of a run"),
         ((tmp_path / "none", out), str(tmp_path / "none")),
     ):
         code, said, err = run("quantize", *argv)

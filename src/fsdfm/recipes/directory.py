@@ -77,12 +77,14 @@ def refuse_taken(out: Path) -> None:
         raise ConfigError(f"out={out} is not empty and holds no run: choose another.", "out")
 
 
-def made(out: Path) -> None:
-    """Make the directory of a model, before the long work.
+def made(out: Path, model: str | Path) -> None:
+    """Make the directory of what a model becomes, before the long work.
 
     Raises:
-        CheckpointError: it is a run's, or cannot be made.
+        CheckpointError: it is the model itself, or a run's, or cannot be made.
     """
+    if out.resolve() == Path(model).resolve():
+        raise CheckpointError(f"{out} is the model itself: choose another place.")
     if (out / "run.json").exists():
         raise CheckpointError(f"{out} is the directory of a run: choose another place.")
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fsdfm.core.device import preferred_dtype
-from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.progress import Work, untold
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import asked_layers
@@ -54,8 +54,6 @@ def prune(
             cannot be.
         CheckpointError: no such model, or `out` is the model, a run, or cannot be written.
     """
-    if out.resolve() == Path(model).resolve():
-        raise CheckpointError(f"{out} is the model itself: choose another place.")
     whole = load_pretrained(model)
     network = prunable(whole.model, mlp_size)
     config = network.config
@@ -65,7 +63,7 @@ def prune(
     if stay == tuple(range(config.blocks)) and mlp_size in (None, config.mlp_size):
         raise ConfigError(f"Nothing to prune in {model}: ask for fewer layers or neurons.")
     batches = examples(store.train, config, SEQUENCES)
-    made(out)
+    made(out, model)
     if isinstance(stay, int):
         length = min(LENGTH, config.context_length)
         x_1 = store.train.batch(0, batch_size=CHOOSING, length=length, seed=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fsdfm.core.device import preferred_dtype
-from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.packed import bits_of
 from fsdfm.core.progress import Work, untold
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
@@ -49,8 +49,6 @@ def quantize(
             whose inputs are not finite.
         CheckpointError: no such model, or `out` is the model, a run, or cannot be written.
     """
-    if out.resolve() == Path(model).resolve():
-        raise CheckpointError(f"{out} is the model itself: choose another place.")
     counts = parsed_bits(bits)
     whole = load_pretrained(model)
     network = whole.model
@@ -62,12 +60,13 @@ def quantize(
             f"{', '.join(rooms)}.",
             "bits",
         )
-    packed = None
+    packed = batches = None
     if data is not None:
         store = TokenStore.open(data)
         same_tokenizer(whole, Path(model), store, data)
         batches = examples(store.train, network.config)
-        made(out)
+    made(out, model)
+    if batches is not None:
         dtype = preferred_dtype(torch.device("cpu"))
         with work("rounding") as progress:
             packed = calibrated(network, batches, counts, dtype=dtype, progress=progress)

@@ -72,13 +72,16 @@ def _refuse_together(settings: RunSettings) -> None:
         return
     lora = isinstance(settings, FlowSettings) and settings.lora is not None
     for field, asked, why in (
-        ("optimizer", settings.optimizer == "muon", "optimizer=muon needs whole matrices"),
-        ("lora", lora, "lora trains little, so that there is nothing to share out"),
+        (
+            "optimizer",
+            settings.optimizer == "muon",
+            "muon needs whole matrices, which fsdp cuts",
+        ),
+        ("lora", lora, "lora trains so little that there is nothing to shard"),
     ):
         if asked:
             raise ConfigError(
-                f"{why}, and sharding=fsdp holds parts of them: choose sharding=none, or change "
-                f"{field}.",
+                f"{why}: choose sharding=none, or leave {field} out.",
                 field,
                 "sharding",
             )

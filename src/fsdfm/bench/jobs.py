@@ -83,6 +83,8 @@ ADAPTED = CausalConfig(
 )
 """12 layers of SmolLM2-135M with a vocabulary that was cut; it draws as the bundled model does."""
 
+BUNDLED = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
+
 
 def shape(name: str) -> ModelConfig:
     """The network to measure, without a joint head and told of h.
@@ -100,11 +102,11 @@ def shape(name: str) -> ModelConfig:
         vocab_size = {"tiny": 4096, "small": 8192}.get(name, 50_257)
         sizes: dict[str, Any] = PRESETS[name]
         return ModelConfig(vocab_size, **sizes, source="mask", step_embedding="log2")
-    if not Path(name).is_dir():
+    if name != "bundled" and not Path(name).is_dir():
         raise ConfigError(
             f"The shape must be one of {', '.join(SHAPES)}, or a model directory, got {name}."
         )
-    config, _ = read_config(Path(name))
+    config, _ = read_config(BUNDLED if name == "bundled" else Path(name))
     return replace(config, step_embedding="log2", neighbours=0)
 
 
@@ -124,8 +126,7 @@ def sampling(name: str) -> dict[str, Any] | None:
     """
     if name in PRESETS:
         return None
-    bundled = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
-    return read_generation(bundled if name == "adapted" else Path(name))
+    return read_generation(BUNDLED if name in ("adapted", "bundled") else Path(name))
 
 
 def random_model(config: ModelConfig) -> FlowNetwork:

@@ -8,7 +8,7 @@ from pathlib import Path
 from fsdfm.core.options import AT_LEAST_1, check, option
 from fsdfm.model.config import PRESETS
 
-SHAPES = (*PRESETS, "adapted")
+SHAPES = (*PRESETS, "adapted", "bundled")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,8 +16,8 @@ class BenchSettings:
     """What is measured."""
 
     shape: str = option("tiny", choices=SHAPES)
-    """Network: a preset of the published kind, or adapted: 12 layers of SmolLM2 and a cut
-    vocabulary."""
+    """Network: a preset of the published kind; adapted, 12 layers of SmolLM2 and a cut
+    vocabulary; or bundled, that of the model that comes with fsdfm."""
     model: Path | None = option(None, form="DIR", unset="none")
     """Model or run whose shape is taken instead of a preset's; its weights are not read."""
     steps: int = option(8, within=AT_LEAST_1)

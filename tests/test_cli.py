@@ -165,8 +165,8 @@ def test_texts_in_a_pipe_are_plain(run: Run, model: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--steps 0", "--steps must be a whole number >= 1, or auto, got 0."),
-        ("--length 0", "--length must be a whole number >= 1, got 0."),
+        ("--steps 0", "--steps must be a whole number from 1 to 1000000, or auto, got 0."),
+        ("--length 0", "--length must be a whole number from 1 to 10000000, got 0."),
         ("--num-samples 0", "--num-samples must be a whole number >= 1, got 0."),
         ("--batch-size -2", "--batch-size must be a whole number >= 1, got -2."),
         ("--seed -1", "--seed must be a whole number from 0 to 4294967295, got -1."),
@@ -174,7 +174,7 @@ def test_texts_in_a_pipe_are_plain(run: Run, model: Path) -> None:
             "--seed 4294967295 --num-samples 2",
             "--seed must be a whole number from 0 to 4294967295, got 4294967296.",
         ),
-        ("--temperature -1", "--temperature must be a finite number >= 0, got -1."),
+        ("--temperature -1", "--temperature must be in [0, 1000], got -1."),
         ("--top-p 0", "--top-p must be above 0 and at most 1, got 0."),
         ("--device tpu", "--device must be cpu, cuda, cuda:N or mps, got 'tpu'."),
         (

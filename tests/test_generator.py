@@ -216,9 +216,9 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps must be a whole number >= 1, got 0."),
-        ({"steps": 2.5}, "steps must be a whole number >= 1, got 2.5."),
-        ({"steps": True}, "steps must be a whole number >= 1, got True."),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000000, got 0."),
+        ({"steps": 2.5}, "steps must be a whole number from 1 to 1000000, got 2.5."),
+        ({"steps": True}, "steps must be a whole number from 1 to 1000000, got True."),
         ({"length": 0}, "length must be a whole number >= 1, got 0."),
         (
             {"length": 65},
@@ -233,8 +233,8 @@ def test_the_model_directory_names_the_defaults(tokenizer: Tokenizer) -> None:
             "seed must be at most 4294967295, and sample k takes seed + k: "
             "got seed=4294967295 for 2 samples.",
         ),
-        ({"temperature": -0.5}, "temperature must be a finite number >= 0, got -0.5."),
-        ({"temperature": float("nan")}, "temperature must be a finite number >= 0, got nan."),
+        ({"temperature": -0.5}, "temperature must be in [0, 1000], got -0.5."),
+        ({"temperature": float("nan")}, "temperature must be in [0, 1000], got nan."),
         ({"temperature": "hot"}, "temperature must be a number, got 'hot'."),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0."),
         ({"top_p": 1.5}, "top_p must be above 0 and at most 1, got 1.5."),

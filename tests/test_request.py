@@ -9,7 +9,7 @@ import pytest
 import torch
 from steering_fixtures import SOURCES, make_generators
 
-from fsdfm.core.errors import ConfigError, DataError
+from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import options
 from fsdfm.flow.grid import GRIDS
 from fsdfm.flow.path import make_source
@@ -20,6 +20,7 @@ from fsdfm.generate.generator import Generator
 from fsdfm.generate.options import SamplingOptions
 from fsdfm.generate.request import Request
 from fsdfm.generate.running import Running
+from fsdfm.generate.words import offenders
 
 TEXT = "the quick brown fox jumps over the lazy dog"
 MIXED = [
@@ -169,9 +170,9 @@ def test_the_options_of_sampling_are_written_once() -> None:
         ({"prompt": 4}, "prompt must be text, got 4."),
         ({"stop": "x"}, "stop must be several values, got x."),
         ({"stop": [""]}, "stop has an empty text: leave it out."),
-        ({"temperature": float("nan")}, "temperature must be a finite number >= 0, got nan."),
-        ({"steps": "many"}, "steps must be a whole number >= 1, or auto, got 'many'."),
-        ({"steps": 0}, "steps must be a whole number >= 1, or auto, got 0."),
+        ({"temperature": float("nan")}, "temperature must be in [0, 1000], got nan."),
+        ({"steps": "many"}, "steps must be a whole number from 1 to 1000000, or auto, got 'many'."),
+        ({"steps": 0}, "steps must be a whole number from 1 to 1000000, or auto, got 0."),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0."),
         ({"min_p": 2}, "min_p must be in [0, 1], got 2."),
         ({"seed": -1}, "seed must be a whole number from 0 to 4294967295, got -1."),
@@ -221,9 +222,151 @@ def test_what_a_model_cannot_do_is_refused_before_anything_is_begun(
     assert part in str(error.value)
 
 
-def test_text_that_is_no_unicode_is_refused(generators: dict[str, Generator]) -> None:
-    with pytest.raises(DataError):
-        generators["mask"].answer([Request(prompt="\ud800")])
+@pytest.mark.parametrize("name", ["prompt", "id", "stop"])
+def test_text_that_is_no_unicode_is_refused(name: str) -> None:
+    text = "a\ud800"
+    with pytest.raises(
+        ConfigError, match=f"{name} has half of a surrogate pair as its character 1"
+    ):
+        Request.from_dict({name: [text] if name == "stop" else text})
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 1e39},
+        {"repetition_penalty": 1e39},
+        {"top_k": 10**400},
+        {"steps": 10**13},
+        {"length": 10**10},
+        {"best_of": 10**10},
+        {"draws": 10**30},
+    ],
+)
+def test_numbers_that_no_machine_can_take_are_refused(values: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"{next(iter(values))} must be"):
+        Request.from_dict(values)
+
+
+def test_the_least_top_p_keeps_the_likeliest_token(generators: dict[str, Generator]) -> None:
+    for generator in generators.values():
+        least, greedy = generator.answer(
+            [Request(length=12, steps=2, seed=1, **how) for how in ({"top_p": 1e-50}, {"top_k": 1})]
+        )
+        assert least.token_ids == greedy.token_ids
+
+
+class Biased:
+    """A head that finds one token likelier than the model does."""
+
+    def __init__(self, generator: Generator, token: int, bias: float) -> None:
+        self.head, self.token, self.bias = generator.engine.head, token, bias
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.head(hidden).clone()
+        logits[:, self.token] += self.bias
+        return logits
+
+
+def ends_soon(source: str, monkeypatch: pytest.MonkeyPatch, bias: float) -> Generator:
+    """A generator that likes to end its documents."""
+    generator = make_generators()[source]
+    head = Biased(generator, generator.tokenizer.eos_id, bias)
+    monkeypatch.setattr(generator.engine, "head", head)
+    return generator
+
+
+def test_a_text_that_ends_at_once_is_not_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = ends_soon("mask", monkeypatch, 11.0)
+    how: dict[str, Any] = {"prompt": "the ", "length": 14, "steps": 2}
+    each = [generator.answer([Request(seed=seed, **how)])[0] for seed in range(8)]
+    written = [result for result in each if result.written]
+    assert 0 < len(written) < len(each)
+    (best,) = generator.answer([Request(best_of=8, **how)])
+    assert best.text == max(written, key=lambda result: result.score).text
+
+
+@pytest.mark.parametrize("given", [{"end": "never"}, {"suffix": " dog"}])
+def test_no_document_ends_behind_a_required_word_where_none_may_end(
+    given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = ends_soon("mask", monkeypatch, 8.0)
+    requests = [
+        Request(prompt="the ", length=20, steps=2, seed=seed, require=("fox",), **given)
+        for seed in range(20)
+    ]
+    for result in generator.answer(requests):
+        assert " fox" in result.text
+        assert generator.tokenizer.eos_id not in result.token_ids
+
+
+def test_a_gap_of_a_free_length_has_room_for_what_is_required(
+    generators: dict[str, Generator],
+) -> None:
+    phrase = "lazy dog quick brown fox over"
+    size = len(generators["mask"].tokenizer.encode(" " + phrase))
+    for generator in generators.values():
+        for template in (f"the [[1-{size + 1}]] fox jumps over", f"[[1-2]] dog [[1-{size}]]."):
+            request = Request(template=template, require=(phrase,), steps=2)
+            for result in generator.answer([replace(request, seed=seed) for seed in range(3)]):
+                assert phrase in result.text
+        with pytest.raises(ConfigError, match="which do not fit into the gaps"):
+            generator.answer([Request(template=f"the [[1-{size - 1}]] fox", require=(phrase,))])
+
+
+def test_what_stands_in_the_markup_of_a_gap_is_not_given(generators: dict[str, Generator]) -> None:
+    for word, template in (
+        ("12", "the [[12]] fox"),
+        ("?", "the [[?]] fox"),
+        ("a[b", "a\\[b [[9]]"),
+    ):
+        (result,) = generators["mask"].answer(
+            [Request(template=template, require=(word,), steps=2)]
+        )
+        assert word in result.text
+        given = word == "a[b"
+        assert result.text.count(word) == 1 or not given
+
+
+def test_several_free_gaps_stay_within_the_context(generators: dict[str, Generator]) -> None:
+    templates = ("the [[1-60]] fox [[1-60]] dog", "the [[1-32]] fox [[1-64]]", "[[1-999]]" * 20)
+    for generator in generators.values():
+        lengths = []
+        for template in templates:
+            running = Running(generator)
+            ticket = running.admit(Request(template=template, steps=2, end="never"))
+            while len(running):
+                for task in running.job(ticket).waiting:
+                    lengths.append(task.x.shape[-1])
+                running.step()
+        assert max(lengths) <= 64
+
+
+def test_all_requests_may_be_given_up_at_once(generators: dict[str, Generator]) -> None:
+    (result,) = generators["mask"].answer(
+        [Request(length=8)], on_step=lambda *_: None, cancelled=lambda _: True
+    )
+    assert result.finish == "cancelled"
+
+
+def test_a_word_that_cannot_be_mended_hides_no_other(generators: dict[str, Generator]) -> None:
+    generator = generators["mask"]
+    banned = ("qx", "inin", "in]", "]in")
+    requests = [
+        Request(text="xqxq " + TEXT * 2, strength=0.4, ban=banned, seed=seed, steps=2)
+        for seed in range(30)
+    ]
+    kept = written = 0
+    for result in generator.answer(requests):
+        for first, last in offenders(result.text, result.spans, banned):
+            drawn = [p is not None for p in result.logprobs]
+            ends = [len(generator.decode(result.token_ids[: n + 1])) for n in range(len(drawn))]
+            starts = [0, *ends[:-1]]
+            here = [
+                d for d, a, b in zip(drawn, starts, ends, strict=True) if a < last and b > first
+            ]
+            kept, written = kept + (not any(here)), written + any(here)
+    assert kept > 0 and written == 0
 
 
 def test_the_score_is_the_mean_log_probability(generators: dict[str, Generator]) -> None:
@@ -248,6 +391,36 @@ def test_the_best_of_several_is_the_likeliest(generators: dict[str, Generator]) 
     likeliest = max(alone, key=lambda result: result.score)
     assert (best.text, best.seed) == (likeliest.text, likeliest.seed)
     assert best.calls == sum(result.calls for result in alone)
+
+
+def test_a_banned_word_is_mended_behind_the_end_of_a_document(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator, banned = ends_soon("mask", monkeypatch, 9.0), ("]in", "in]")
+    requests = [
+        Request(prompt="the ", length=9, end="keep", ban=banned, seed=seed, steps=1)
+        for seed in range(60)
+    ]
+    texts = [result.text for result in generator.answer(requests)]
+    assert not [text for text in texts if any(word in text for word in banned)]
+
+
+def test_a_stop_string_within_another_takes_nothing_back(generators: dict[str, Generator]) -> None:
+    generator = generators["mask"]
+    one = Request(prompt="the ", length=40, steps=12, end="never")
+    seen = 0
+    for seed in range(12):
+        text = generator.answer([replace(one, seed=seed)])[0].text
+        stop = text[8:14], text[10:12]
+        running = Running(generator)
+        ticket, texts = running.admit(replace(one, seed=seed, stop=stop)), []
+        while running:
+            texts.append(running.settled(ticket))
+            for event in running.step():
+                if event.result is not None:
+                    assert all(event.result.text.startswith(each) for each in texts)
+                    seen += len(event.result.text) == 8
+    assert seen > 3
 
 
 @pytest.mark.parametrize("source", SOURCES)

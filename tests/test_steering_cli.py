@@ -98,7 +98,7 @@ def test_a_draft_is_written_anew(run: Run, model: Path, tmp_path: Path) -> None:
         ("--edit LATIN --span 1:2", "latin.txt is not UTF-8 (byte 3): convert it first."),
         ("--edit EMPTY --span 1:2", "empty.txt is empty: there is nothing to write anew."),
         ("--strength 0.5", "--strength is of a draft: give --initial or --edit too."),
-        ("--temperature nan", "--temperature must be a finite number >= 0, got nan."),
+        ("--temperature nan", "--temperature must be in [0, 1000], got nan."),
         ("--steps otto", "otto"),
         ("--logprobs --length 4", "--logprobs are told in JSON: give --json too."),
         ("--require x --ban x", "--require has 'x', which --ban excludes"),
@@ -176,7 +176,8 @@ def test_a_bad_line_is_told_with_its_number_and_loses_no_other(
     run: Run, model: Path, tmp_path: Path
 ) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    bad = ["{", "[1]", {"promt": "x"}, {"template": "[[99]]"}, {"id": "one"}, {"seed": "x"}]
+    bad: list[Any] = ["{", "[1]", {"promt": "x"}, {"template": "[[99]]"}, {"id": "one"}]
+    bad += [{"seed": "x"}, "[" * 200_000, {"id": "\ud800"}]
     write_lines(source, LINES[0], *bad, "", LINES[2])
     code, told, err = run("generate", "--model", model, "--requests", source, "--out", out)
     assert (code, told) == (2, "")
@@ -188,9 +189,11 @@ def test_a_bad_line_is_told_with_its_number_and_loses_no_other(
         5: "template has 99 tokens",
         6: "id 'one' is that of line 1 too.",
         7: "seed must be a whole number",
+        8: "no JSON (",
+        9: "id has half of a surrogate pair",
     }.items():
         assert f"in.jsonl, line {number}: {part}" in err
-    assert "6 of the lines" in err
+    assert "8 of the lines" in err
     write_lines(source, LINES[0], {"id": "new", "length": 4}, LINES[2])
     assert run("generate", "--model", model, "--requests", source, "--out", out)[0] == 0
     assert [r["id"] for r in results(out)] == ["one", "three", "new"]
@@ -226,13 +229,44 @@ def test_a_killed_batch_goes_on_without_duplicates(model: Path, tmp_path: Path) 
     assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "out.jsonl", "whole.jsonl"]
 
 
-def test_results_that_are_none_are_not_gone_on_with(run: Run, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "text", ["dear diary\n", "dear diary", '{"id": "a", "text": "b"}\nc', "{}"]
+)
+@pytest.mark.parametrize("parts", [False, True])
+def test_results_that_are_none_are_not_gone_on_with(
+    run: Run, model: Path, tmp_path: Path, text: str, parts: bool
+) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     write_lines(source, *LINES)
-    out.write_text("dear diary\n")
+    out.write_text(text)
+    if parts:
+        Path(f"{out}.parts").mkdir()
     code, _, err = run("generate", "--model", model, "--requests", source, "--out", out)
     assert code == 2 and "out.jsonl, line 1 is no result of a request" in err
-    assert out.read_text() == "dear diary\n"
+    assert out.read_text() == text
+
+
+def test_results_do_not_go_into_the_requests(run: Run, model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"id": "a", "length": 4}\n{"id": "b", "length": 4}')
+    before = source.read_text()
+    code, _, err = run("generate", "--model", model, "--requests", source, "--out", source)
+    assert code == 2 and "in.jsonl holds the requests: give another place for results." in err
+    assert source.read_text() == before
+
+
+def test_results_in_parts_stay_when_nobody_asks_for_them_any_more(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    write_lines(source, {"id": "old", "length": 4})
+    argv = "generate", "--model", model, "--requests", source, "--out", out
+    assert run(*argv)[0] == 0
+    Path(f"{out}.parts").mkdir()
+    out.rename(Path(f"{out}.parts") / "0.jsonl")  # as a kill of several processes leaves it
+    write_lines(source, {"id": "new", "length": 4})
+    assert run(*argv)[0] == 0
+    assert [r["id"] for r in results(out)] == ["new", "old"]
 
 
 def test_results_go_to_a_file_alone(run: Run, model: Path, tmp_path: Path) -> None:

@@ -151,5 +151,6 @@ def cut(p: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     # Mass before this token already suffices; all of it, rounded, may not even be 1.
     outside |= (top_p[:, None] < 1.0) & (left.cumsum(-1) - left >= top_p[:, None])
     outside |= ordered < min_p[:, None] * ordered[:, :1]
+    outside[:, 0] = False
     kept = p.masked_fill(outside.scatter(-1, order, outside), 0.0)
     return kept / kept.sum(-1, keepdim=True)

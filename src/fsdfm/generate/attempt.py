@@ -6,6 +6,7 @@ Shapes: L positions of the text, V data tokens.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.flow.controls import Bans
-from fsdfm.generate.layout import Composed, Layout
+from fsdfm.generate.layout import CONTEXT_SHOWN, Composed, Layout, piece_text
 from fsdfm.generate.template import Gap
 from fsdfm.generate.track import Track
 from fsdfm.generate.words import Place
@@ -151,19 +152,28 @@ class Attempt:
             composed: the text.
             where: the characters, from the first up to the second.
         """
-        ids, spans, found = self.x.tolist(), iter(composed.spans), None
-        for piece, (first, last) in zip(self.layout.pieces, self.layout.places(), strict=True):
-            if not isinstance(piece, Gap):
-                continue
-            begin, end = next(spans)
+        ids, found = self.x.tolist(), None
+        gaps = [
+            place
+            for piece, place in zip(self.layout.pieces, self.layout.places(), strict=True)
+            if isinstance(piece, Gap)
+        ]
+        for (first, last), (begin, end) in zip(gaps, composed.spans, strict=True):
             if not (where[0] < end and where[1] > begin):
                 continue
-            head = begin
-            for position in range(first, min(last, self.upto)):
-                tail = begin + len(generator.decode(ids[first : position + 1]))
-                if head < where[1] and tail > where[0] and self.fresh[position]:
-                    found = position
-                head = tail
+            before = ids[max(0, first - CONTEXT_SHOWN) : first]
+
+            def reach(count: int, first: int = first, before: list[int] = before) -> int:
+                """Characters of the gap's first tokens."""
+                return len(piece_text(before, ids[first : first + count], generator))
+
+            size = max(0, min(last, self.upto) - first)
+            count = bisect_left(range(size), where[1] - begin, key=reach)
+            while count > 0 and begin + reach(count) > where[0]:
+                if self.fresh[first + count - 1]:
+                    found = first + count - 1
+                    break
+                count -= 1
         return found
 
 

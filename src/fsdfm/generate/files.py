@@ -17,7 +17,7 @@ from fsdfm.core.lock import locked
 from fsdfm.core.progress import Progress
 from fsdfm.core.workers import Workers
 from fsdfm.generate.options import BATCH
-from fsdfm.generate.parts import PARQUET, Parts, check_kind
+from fsdfm.generate.parts import PARQUET, Parts, check_kind, results
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.running import Event, Running
 
@@ -125,6 +125,8 @@ def answer_file(
     """
     lines, place = _lines(source), Path(out)
     check_kind(place)
+    if place.exists() and place.samefile(source):
+        raise DataError(f"{out} holds the requests: give another place for results.")
     with Workers.joined() as workers, _writing(out), contextlib.ExitStack() as stack:
         bad: list[int] = []
 
@@ -199,7 +201,7 @@ def _shared(asked: Sequence[tuple[_Line, Request]], out: Path, workers: Workers)
     file = parts.own(workers.rank) if in_parts else out
     file.parent.mkdir(parents=True, exist_ok=True)
     with locked(Path(f"{file if workers.rank else out}.lock"), out):
-        done = parts.done() if in_parts else _finished(out)
+        done = parts.done() if in_parts else {record["id"] for record, _, _ in results(out)}
         workers.wait()  # all have seen the same, before anybody writes
         _cut(file)
         todo = [(line, request) for line, request in asked if line.id not in done]
@@ -249,7 +251,7 @@ def _requests(
             request = Request.from_dict({**defaults, **values})
         except UnicodeDecodeError as error:
             refuse(number, f"not UTF-8 (byte {error.start}).")
-        except ValueError as error:  # ours, or JSON's
+        except (ValueError, RecursionError) as error:  # ours, or JSON's
             reason = error if isinstance(error, FsdfmError) else f"no JSON ({one_line(error)})."
             refuse(number, reason)
         except DataError as error:
@@ -263,28 +265,11 @@ def _requests(
     return list(found.values())
 
 
-def _finished(out: Path) -> set[str]:
-    """Ids of the results that are there; a last line that was cut by a kill is cut off."""
-    if not out.exists():
-        return set()
-    data = _cut(out)
-    found = set()
-    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
-        try:
-            found.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError):
-            raise DataError(
-                f"{out}, line {number} is no result of a request: give another place for results."
-            ) from None
-    return found
-
-
-def _cut(file: Path) -> bytes:
-    """The whole lines of a file, if it is there; a last one that a kill has cut is cut off."""
+def _cut(file: Path) -> None:
+    """Cut off the last line of a file of results, where a kill has cut it already."""
     if not file.exists():
-        return b""
+        return
     data = file.read_bytes()
     whole = data.rfind(b"\n") + 1
     if whole < len(data):
         os.truncate(file, whole)
-    return data[:whole]

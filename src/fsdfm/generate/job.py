@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator as Asks
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,15 @@ from fsdfm.generate.lengths import choose_lengths
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.template import Gap
 from fsdfm.generate.track import Probe, Task, Track, start
-from fsdfm.generate.words import banned_tokens, bans, check_room, choose, offenders, phrases
+from fsdfm.generate.words import (
+    Place,
+    banned_tokens,
+    bans,
+    choose,
+    offenders,
+    phrases,
+    with_room,
+)
 from fsdfm.text.tokenizer import HALF
 
 if TYPE_CHECKING:
@@ -54,9 +63,10 @@ class Job:
         self.generator, self.request = generator, request
         self.sampling = request.sampling(generator.defaults)
         generator.posterior(self.sampling)
-        self.layout = lay_out(request, generator)
-        self.end = ending(request, self.layout)
-        self.phrases = phrases(request, generator)
+        layout = lay_out(request, generator)
+        self.end = ending(request, layout)
+        self.phrases = phrases(request, layout, generator)
+        self.layout = with_room(self.phrases, layout, generator.config.context_length)
         self.banned = banned_tokens(request, generator)
         self._check()
         self.began: float | None = None
@@ -73,17 +83,14 @@ class Job:
         request, layout = self.request, self.layout
         if request.stop and not layout.open:
             raise ConfigError("stop needs a text that ends in a gap: leave it out.", "stop")
-        for number, piece in enumerate(layout.pieces):
-            if isinstance(piece, Gap):
-                layout = layout.with_length(number, piece.high)
-        check_room(self.phrases, layout)
         if self.phrases and layout.shortest > self.generator.config.context_length:
             raise ConfigError(
                 "require needs a text that fits into the model's context: give a smaller length.",
                 "require",
                 "length",
             )
-        bans(self.banned, layout, self.generator, [], self.end)
+        anywhere = [Place(0, phrase) for phrase in self.phrases]
+        bans(self.banned, layout, self.generator, anywhere, self.end)
 
     def proceed(self) -> None:
         """Go on, once all that it waits for is done."""
@@ -117,7 +124,10 @@ class Job:
         attempt, mask = self.attempts[0], self.generator.config.vocab_size
         shown = attempt.kept if self.generator.config.absorbing else attempt.upto
         ids = attempt.now(mask)
-        composed = self._composed(attempt, ids[:shown] + [mask] * (len(ids) - shown))
+        ids = ids[:shown] + [mask] * (len(ids) - shown)
+        composed = self._composed(attempt, ids)
+        if composed.finish == "stop" and shown < len(ids):
+            return self._unless_longer(attempt, ids, composed)
         if composed.finish != "length":
             return composed
         gaps = (
@@ -134,6 +144,27 @@ class Job:
                 spans[-1] = first, end
                 return Composed(composed.text[:end], spans, shown, "length")
         return composed
+
+    def _unless_longer(self, attempt: Attempt, ids: list[int], stopped: Composed) -> Composed:
+        """A text up to its stop string, or to where a longer one may have begun before it."""
+        whole = self._composed(attempt, ids, stop=())
+        if whole.finish == "end":
+            return stopped
+        first, last = stopped.spans[-1]
+        longest = max(map(len, self.request.stop))
+        begun = (
+            at
+            for at in range(max(first, len(whole.text) - longest + 1), last)
+            if any(stop.startswith(whole.text[at:]) for stop in self.request.stop)
+        )
+        if (at := next(begun, None)) is None:
+            return stopped
+        return replace(
+            stopped,
+            text=stopped.text[:at],
+            spans=[*stopped.spans[:-1], (first, at)],
+            finish="length",
+        )
 
     def cancelled(self) -> Result:
         """What there is, if nobody wants more."""
@@ -165,7 +196,7 @@ class Job:
                 yield from self._repair(attempt, window)
                 attempt.ended = self._composed(attempt).finish != "length"
         results = [self._finished(attempt) for attempt in begun]
-        return max(results, key=lambda result: result.score)
+        return max(results, key=lambda result: (result.written, result.score))
 
     def _attempt(self, layout: Layout, seed: int) -> Asks[list[Task], None, Attempt]:
         """A text that has not been begun; its required phrases have their places."""
@@ -215,7 +246,8 @@ class Job:
         for round_ in range(REPAIRS * 2 if self.request.ban else 0):
             composed = self._composed(attempt)
             bad = offenders(composed.text, composed.spans, self.request.ban)
-            position = attempt.culprit(self.generator, composed, bad[0]) if bad else None
+            found = (attempt.culprit(self.generator, composed, where) for where in bad)
+            position = next((each for each in found if each is not None), None)
             if position is None:
                 return
             if round_ >= REPAIRS:  # no draw got rid of it: a blank or a full stop does
@@ -240,12 +272,14 @@ class Job:
         controls = self._controls(attempt.bans, window)
         return Track(x, free, [t, 1.0], self.sampling, controls, attempt.noise)
 
-    def _composed(self, attempt: Attempt, ids: list[int] | None = None) -> Composed:
-        """The text of an attempt as it stands, or of other tokens."""
+    def _composed(
+        self, attempt: Attempt, ids: list[int] | None = None, stop: Sequence[str] | None = None
+    ) -> Composed:
+        """The text of an attempt as it stands, or of other tokens, or with other stop strings."""
         first = attempt.layout.places()[-1][0]
         ends = (place.first + len(place.ids) for place in attempt.places)
         earliest = max(first + attempt.layout.least, *ends, 0)
-        how = (self.end, self.request.stop, earliest)
+        how = (self.end, self.request.stop if stop is None else stop, earliest)
         ids = attempt.now(self.generator.config.vocab_size) if ids is None else ids
         return compose(attempt.layout, ids, self.generator, how)
 

@@ -59,10 +59,24 @@ class Layout:
             at += size
         return edges
 
+    def most(self, number: int, context: int) -> int:
+        """Tokens that the gap that is piece `number` may have while the text fits a context."""
+        gap = self.pieces[number]
+        assert isinstance(gap, Gap)
+        return min(gap.high, gap.low + max(0, context - self.shortest))
+
     def with_length(self, number: int, length: int) -> Layout:
         """The same with the gap that is piece `number` at a length."""
         pieces = list(self.pieces)
         pieces[number] = Gap(length, length)
+        return replace(self, pieces=tuple(pieces))
+
+    def with_least(self, number: int, length: int) -> Layout:
+        """The same with the gap that is piece `number` no shorter than a length."""
+        gap = self.pieces[number]
+        assert isinstance(gap, Gap)
+        pieces = list(self.pieces)
+        pieces[number] = Gap(max(gap.low, length), gap.high)
         return replace(self, pieces=tuple(pieces))
 
     def tokens(self) -> tuple[Tensor, Tensor]:
@@ -96,12 +110,7 @@ def lay_out(request: Request, generator: Generator) -> Layout:
             "shorten it.",
             name,
         )
-    # A free gap is no longer than what the others leave.
-    room = context - layout.shortest
-    pieces: tuple[Piece, ...] = tuple(
-        Gap(p.low, min(p.high, p.low + room)) if isinstance(p, Gap) else p for p in layout.pieces
-    )
-    return replace(layout, pieces=pieces)
+    return layout
 
 
 def _encoded(pieces: Sequence[Piece], tokenizer: Tokenizer) -> Layout:

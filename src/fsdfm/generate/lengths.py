@@ -40,7 +40,7 @@ TRIED = 8
 def choose_lengths(
     generator: Generator, layout: Layout, request: Request
 ) -> Asks[list[Task], None, tuple[Layout, int]]:
-    """Lengths for the gaps that have none, from left to right.
+    """Lengths for the gaps that have none, from left to right; the text stays in the context.
 
     Gaps to the right of the one that is tried are at the middle of their range; so is one with
     nothing but gaps behind it.
@@ -48,21 +48,25 @@ def choose_lengths(
     Returns:
         A layout in which every gap has its length, and the calls that it took.
     """
-    calls = 0
+    calls, context = 0, generator.config.context_length
     for number, piece in enumerate(layout.pieces):
         if not (isinstance(piece, Gap) and piece.free):
             continue
         if number == len(layout.pieces) - 1:
-            layout = replace(layout.with_length(number, piece.high), least=piece.low)
+            most = layout.most(number, context)
+            layout = replace(layout.with_length(number, most), least=piece.low)
             continue
         if not any(isinstance(later, Fixed) for later in layout.pieces[number + 1 :]):
-            layout = layout.with_length(number, (piece.low + piece.high) // 2)
+            layout = _middle(layout, number, context)
             continue  # nothing is there to judge by
-        settled = _settled(layout, number)
+        settled = layout
+        for later, other in enumerate(layout.pieces[number + 1 :], start=number + 1):
+            if isinstance(other, Gap) and other.free:
+                settled = _middle(settled, later, context)
         scores: dict[int, float] = {}
         probes = [
             _probe(generator, settled.with_length(number, n), number, request.seed, n, scores)
-            for n in candidates(piece.low, piece.high)
+            for n in candidates(piece.low, settled.most(number, context))
         ]
         yield [*probes]
         calls += sum(probe.calls for probe in probes)
@@ -96,12 +100,9 @@ def expected(scores: Mapping[int, float]) -> int:
     return round(float((weight * lengths).sum() / weight.sum()))
 
 
-def _settled(layout: Layout, number: int) -> Layout:
-    """The same with the free gaps after a piece at the middle of their range."""
-    for later, piece in enumerate(layout.pieces[number + 1 :], start=number + 1):
-        if isinstance(piece, Gap) and piece.free:
-            layout = layout.with_length(later, (piece.low + piece.high) // 2)
-    return layout
+def _middle(layout: Layout, number: int, context: int) -> Layout:
+    """The same with a free gap at the middle of what it may have."""
+    return layout.with_length(number, (layout.sizes[number] + layout.most(number, context)) // 2)
 
 
 def _probe(

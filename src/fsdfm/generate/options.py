@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, NOT_NEGATIVE, Range, check, known, option
+from fsdfm.core.options import AT_LEAST_0, AT_LEAST_1, Range, check, known, option
 from fsdfm.core.registry import Names
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ BATCH = 8
 class SamplingOptions:
     """How a text is drawn; generation.json may name these, and a caller wins over it."""
 
-    steps: int = option(8, within=AT_LEAST_1, form="N")
+    steps: int = option(8, within=Range(1, 1_000_000), form="N")
     """The budget in model calls; any number from 1."""
     step: str = option("exact", choices=Names("fsdfm.flow.step.STEP_RULES"))
     """Step rule of the sampler."""
@@ -36,21 +36,21 @@ class SamplingOptions:
     grid: str = option("even", choices=Names("fsdfm.flow.grid.GRIDS"))
     """Times of the model calls: evenly spaced (even), long steps first (late), or nearly all in the
     first (latest, for joint heads)."""
-    draws: int = option(1, within=AT_LEAST_1, form="K")
+    draws: int = option(1, within=Range(1, 2**31 - 1), form="K")
     """Groups in which the positions of a call are drawn, each knowing the ones before: more are
     better and slower (models with a joint head)."""
     seams: str = option("fixed", choices=Names("fsdfm.flow.posterior.SEAMS"))
     """Where the blocks of K positions begin: at the multiples of K, or anywhere, another place in
     every call (random); for models that were trained so."""
-    temperature: float = option(1.0, within=NOT_NEGATIVE)
+    temperature: float = option(1.0, within=Range(0, 1000))
     """Divides the logits: below 1 safer, above 1 wilder, 0 the likeliest token."""
     top_p: float = option(1.0, within=Range(0, 1, above=True))
     """Draw only the likeliest tokens that together have this mass."""
-    top_k: int = option(0, within=AT_LEAST_0, form="K")
+    top_k: int = option(0, within=Range(0, 2**31 - 1), form="K")
     """Draw only the K likeliest tokens; 0: any."""
     min_p: float = option(0.0, within=Range(0, 1))
     """Draw only tokens at least this likely, as a share of the likeliest one's probability."""
-    repetition_penalty: float = option(1.0, within=Range(1, below=True))
+    repetition_penalty: float = option(1.0, within=Range(1, 1000))
     """Divides the odds of tokens that the text has already: 1 leaves them."""
 
     def __post_init__(self) -> None:

@@ -18,6 +18,8 @@ from fsdfm.core.errors import ConfigError, DataError
 from fsdfm.core.files import replacing
 
 PARQUET = ".parquet"
+START = b'{"id": "'
+"""How the line of a result begins."""
 ROWS = 1024
 """Rows of a parquet file that are held together."""
 
@@ -88,7 +90,7 @@ class Parts:
             yield record
         with contextlib.ExitStack() as stack:
             files = {p: stack.enter_context(p.open("rb")) for p, *_ in lines.values()}
-            for name in order:
+            for name in dict.fromkeys((*order, *lines)):  # also what is asked for no more
                 if name in there or name not in lines:
                     continue
                 path, at, size = lines[name]
@@ -102,33 +104,41 @@ class Parts:
         if self.out.suffix == PARQUET:
             yield from _read_parquet(self.out)
             return
-        with self.out.open("rb") as file:
-            for line in file:
-                if line.endswith(b"\n"):
-                    yield _record(line, self.out)
+        yield from (record for record, _, _ in results(self.out))
 
     def _lines(self) -> list[tuple[str, Path, int, int]]:
         """Id, file, first byte and size of every whole line of the parts."""
-        found = []
-        for path in sorted(self.directory.glob("*.jsonl")):
-            at = 0
-            with path.open("rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):  # else a kill has cut it
-                        found.append((_record(line, path)["id"], path, at, len(line)))
-                    at += len(line)
-        return found
+        return [
+            (record["id"], path, at, size)
+            for path in sorted(self.directory.glob("*.jsonl"))
+            for record, at, size in results(path)
+        ]
 
 
-def _record(line: bytes, path: Path) -> Mapping[str, Any]:
-    try:
-        found: Mapping[str, Any] = json.loads(line)
-        found["id"]
-    except (ValueError, KeyError, TypeError):
-        raise DataError(
-            f"{path} has a line that is no result of a request: give another place for results."
-        ) from None
-    return found
+def results(path: Path) -> Iterator[tuple[Mapping[str, Any], int, int]]:
+    """Result, first byte and size of every whole line of a file, if it is there.
+
+    Raises:
+        DataError: a line that is no result, or a last one that is not the beginning of one.
+    """
+    if not path.exists():
+        return
+    at = 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            found = None
+            if line.endswith(b"\n"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    found = json.loads(line)
+            elif START.startswith(line[: len(START)]):
+                return  # a kill has cut it
+            if not isinstance(found, dict) or not {"id", "nfe"} <= found.keys():
+                raise DataError(
+                    f"{path}, line {number} is no result of a request: give another place for "
+                    "results."
+                )
+            yield found, at, len(line)
+            at += len(line)
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.options import AT_LEAST_1, Range, check, known, option, options, said
+from fsdfm.core.options import Range, check, known, option, options, said
 from fsdfm.generate.options import SamplingOptions
 
 LARGEST_SEED = 2**32 - 1
 """The noise is seeded with 32 bits; a larger seed would repeat a smaller one."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""What no text has, and UTF-8 cannot say."""
 ENDS = ("trim", "keep", "never")
+LONGEST, MOST_TRIES = 10_000_000, 1_000
+"""Tokens of a text, and texts for one result: more are a slip, and would fill the memory."""
 OURS = "the model's own"
 """Who decides on what a request leaves open."""
 
@@ -43,7 +48,7 @@ class Request:
     """Characters of the text that are written anew, from A up to B; the rest is kept."""
     strength: float = option(1.0, within=Range(0, 1, above=True))
     """Share of the text's tokens that is written anew: 1 all, below 1 a rewrite of a draft."""
-    length: int | None = option(None, within=AT_LEAST_1, unset="1024, or the context")
+    length: int | None = option(None, within=Range(1, LONGEST), unset="1024, or the context")
     """Tokens of the text, with what is given of it; more than the context is made in windows."""
     seed: int = option(0, within=Range(0, LARGEST_SEED))
     """Of its random numbers: the same request and seed give the same text."""
@@ -59,7 +64,7 @@ class Request:
     """Token ids that are not written."""
     require: tuple[str, ...] = option((), form="TEXT")
     """Words or phrases that are written."""
-    best_of: int = option(1, within=AT_LEAST_1, form="N")
+    best_of: int = option(1, within=Range(1, MOST_TRIES), form="N")
     """Texts that are made, of seed, seed + 1, ...; the one the model finds likeliest is kept."""
     id: str | None = option(None, unset="its number", form="TEXT")
     """What the result is called."""
@@ -155,6 +160,11 @@ class Result:
     """From its first call to its end."""
 
     @property
+    def written(self) -> bool:
+        """Whether anything was, before the end."""
+        return any(x is not None for x in self.logprobs)
+
+    @property
     def score(self) -> float:
         """Mean of the log-probabilities, nats a token; 0 where nothing was written."""
         found = [x for x in self.logprobs if x is not None]
@@ -188,6 +198,12 @@ def _check_types(request: Request) -> None:
         for each in value if several else (value,):
             if found.item is str and each is not None and not isinstance(each, str):
                 raise ConfigError(f"{name} must be text, got {each!r}.", name)
+            if isinstance(each, str) and (half := SURROGATE.search(each)):
+                raise ConfigError(
+                    f"{name} has half of a surrogate pair as its character {half.start()}: use "
+                    "UTF-8.",
+                    name,
+                )
             if found.item is str and several and not each:
                 raise ConfigError(f"{name} has an empty text: leave it out.", name)
 

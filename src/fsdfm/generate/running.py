@@ -171,7 +171,7 @@ def answer(
             plans[event.ticket] = event.step, event.total
             if event.result is not None:
                 results[event.ticket] = event.result
-        if on_step is not None:
+        if on_step is not None and plans:
             texts = [results[t].text if t in results else running.draft(t) for t in tickets]
             done, planned = (sum(each) for each in zip(*plans.values(), strict=True))
             on_step(done, planned, texts)

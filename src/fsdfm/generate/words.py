@@ -13,14 +13,16 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.flow.controls import Bans
 from fsdfm.generate.layout import Layout
 from fsdfm.generate.request import Request
-from fsdfm.generate.template import Gap
+from fsdfm.generate.template import Fixed, Gap
 
 if TYPE_CHECKING:
     from fsdfm.generate.generator import Generator
 
-INNER, LAST, AFTER, ENDING = range(4)
-"""Sets of bans: in a gap with something behind it, in the last one, behind a required word, and
-before the last required word."""
+INNER, LAST, ENDING = range(3)
+"""Sets of bans: in a gap with something behind it, in the last one, and before the last required
+word or the least length."""
+BEHIND = 3
+"""So many further is each set's twin, which holds behind a required word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +65,13 @@ def bans(
         ConfigError: nothing is left to write.
     """
     eos = generator.tokenizer.eos_id
-    sets = out.repeat(4, 1)
+    sets = out.repeat(BEHIND, 1)
     sets[LAST, eos] |= end == "never"
     sets[INNER, eos] |= end != "keep"
     sets[ENDING, eos] = True
     if places:
-        sets[AFTER] |= torch.tensor([text[:1].isalnum() for text in generator.pieces()])
+        letters = torch.tensor([text[:1].isalnum() for text in generator.pieces()])
+        sets = torch.cat([sets, sets | letters])
     if bool(sets.all(1).any()):
         raise ConfigError("ban and ban_ids leave no token to write: ban less.", "ban", "ban_ids")
     at = torch.full((sum(layout.sizes),), -1, dtype=torch.int64)
@@ -79,51 +82,61 @@ def bans(
     at[: last_gap + layout.least][at[: last_gap + layout.least] == LAST] = ENDING
     for place in places:
         at[: place.first][at[: place.first] == LAST] = ENDING
-        behind = place.first + len(place.ids)
+    for behind in (place.first + len(place.ids) for place in places):
         if behind < len(at) and at[behind] >= 0:
-            at[behind] = AFTER
-    used = at[at >= 0]
+            at[behind] += BEHIND
+    used = torch.unique(at[at >= 0])
     return Bans(sets, at) if bool(sets[used].any()) else None
 
 
-def phrases(request: Request, generator: Generator) -> list[tuple[int, ...]]:
+def phrases(request: Request, layout: Layout, generator: Generator) -> list[tuple[int, ...]]:
     """Tokens of the required phrases that the given text lacks, each with a space before it.
+
+    Returns:
+        The longest first.
 
     Raises:
         ConfigError: a phrase that holds what is banned.
     """
-    given = [request.template, request.prompt, request.suffix]
-    if request.text is not None and request.span is not None:
-        given += [request.text[: request.span[0]], request.text[request.span[1] :]]
+    given = [piece.text for piece in layout.pieces if isinstance(piece, Fixed)]
     found = []
     for phrase in request.require:
         if any(word in phrase for word in request.ban):
             raise ConfigError(
                 f"require has {phrase!r}, which ban excludes: leave one out.", "require", "ban"
             )
-        if any(phrase in text for text in given if text):
+        if any(phrase in text for text in given):
             continue
         found.append(tuple(generator.tokenizer.encode(" " + phrase.removeprefix(" "))))
     return sorted(found, key=len, reverse=True)
 
 
-def check_room(phrases: Sequence[tuple[int, ...]], layout: Layout) -> None:
-    """Whether required phrases fit into the gaps.
+def with_room(phrases: Sequence[tuple[int, ...]], layout: Layout, context: int) -> Layout:
+    """The same with gaps of a free length at least as long as the required phrases need.
+
+    Args:
+        phrases: the longest first; each goes into the first gap that can take it.
+        layout: gaps may be without a length.
+        context: tokens that the text may have, if it has no more already.
 
     Raises:
-        ConfigError: they do not.
+        ConfigError: they do not fit.
     """
-    runs = [
-        (first, last)
-        for piece, (first, last) in zip(layout.pieces, layout.places(), strict=True)
-        if isinstance(piece, Gap)
-    ]
-    if not _fits(phrases, runs):
-        raise ConfigError(
-            f"require has {sum(map(len, phrases))} tokens, which do not fit into the gaps: give "
-            "them more room.",
-            "require",
-        )
+    taken = [0] * len(layout.pieces)
+    for phrase in phrases:
+        for number, piece in enumerate(layout.pieces):
+            need = taken[number] + len(phrase)
+            if isinstance(piece, Gap) and need <= layout.most(number, context):
+                taken[number] = need
+                layout = layout.with_least(number, need)
+                break
+        else:
+            raise ConfigError(
+                f"require has {sum(map(len, phrases))} tokens, which do not fit into the gaps: "
+                "give them more room.",
+                "require",
+            )
+    return layout
 
 
 def choose(

@@ -14,13 +14,21 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 from steering_fixtures import make_generators
+from test_generator import network
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
 
+from fsdfm.core.errors import ConfigError
 from fsdfm.generate.generator import Generator
+from fsdfm.generate.job import Job
 from fsdfm.generate.request import Request
 from fsdfm.serve.app import Service, create_app
-from fsdfm.serve.run import Server
-from fsdfm.serve.settings import ServeSettings
+from fsdfm.serve.logprobs import token_bytes
+from fsdfm.serve.run import Server, own_names
+from fsdfm.serve.settings import LOOPBACK, ServeSettings
+from fsdfm.text.tokenizer import EOS, HALF, Tokenizer
 
 PROMPT = "the quick brown fox"
 KEY = "s3cret"
@@ -47,11 +55,13 @@ class Up:
 
 
 @contextlib.contextmanager
-def serving(generators: dict[str, Generator], **settings: Any) -> Iterator[Up]:
+def serving(
+    generators: dict[str, Generator], *, hosts: tuple[str, ...] | None = None, **settings: Any
+) -> Iterator[Up]:
     """A server on a port of its own."""
     import uvicorn
 
-    app = create_app(generators, ServeSettings(**settings))
+    app = create_app(generators, ServeSettings(**settings), hosts=hosts)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         server = Server(uvicorn.Config(app, log_config=None, access_log=False))
@@ -229,6 +239,67 @@ def test_suffix_stop_logprobs_and_echo(up: Up, generators: dict[str, Generator])
     assert (text, reason) == (long["text"][: long["text"].index(stop)], "stop")
 
 
+@pytest.mark.parametrize("model", ["twin", "uniform"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"prompt": "über ", "max_tokens": 40, "echo": True, "end": "never"},
+        {"prompt": "über ", "suffix": "€", "max_tokens": 40},
+        {"template": "🦊 [[9]] über [[9]][[12]]"},
+        {"initial": "the — 🦊 jumps over the dog", "strength": 0.6},
+        {"max_tokens": 60, "end": "keep", "rest": ["a", "Ã", "©", "â", "Ĥ", "¬", EOS]},
+        {"max_tokens": 40, "end": "keep", "prompt": "a", "rest": ["a", "â", EOS], "echo": True},
+    ],
+)
+def test_tokens_begin_where_the_text_says_it(
+    up: Up, generators: dict[str, Generator], model: str, body: dict[str, Any]
+) -> None:
+    vocabulary = generators[model].tokenizer.vocabulary()
+    body = {"model": model, "logprobs": 1, "seed": 2, "steps": 8, "temperature": 2.0, **body}
+    if rest := body.pop("rest", None):
+        body["ban_ids"] = [i for spelling, i in vocabulary.items() if spelling not in rest]
+    (choice,) = up.post(**body).json()["choices"]
+    text, found = choice["text"], choice["logprobs"]
+    places = list(zip(found["tokens"], found["text_offset"], strict=True))
+    assert places[0][1] == (
+        len(body["prompt"]) if body.get("echo") else choice.get("spans", [[0]])[0][0]
+    )
+    assert found["text_offset"] == sorted(found["text_offset"])
+    assert any(HALF in token for token, _ in places), "the seed shows nothing"
+    for token, at in places:
+        if HALF not in token and token != "\n\n":
+            assert text[at : at + len(token)] == token
+        assert 0 <= at <= len(text)
+
+
+def test_the_bytes_of_tokens_make_the_text(up: Up, generators: dict[str, Generator]) -> None:
+    text, twin = "über € 🦊", generators["twin"]
+    ids = twin.tokenizer.encode(text)
+    assert b"".join(token_bytes(twin, i) for i in ids) == text.encode()
+    turns = [{"role": "user", "content": "a fox?"}]
+    body: Any = {"messages": turns, "max_tokens": 40, "seed": 3, "end": "never", "logprobs": True}
+    (choice,) = up.post("/v1/chat/completions", **body).json()["choices"]
+    parts = choice["logprobs"]["content"]
+    assert any(HALF in part["token"] for part in parts), "the seed shows nothing"
+    whole = b"".join(bytes(part["bytes"]) for part in parts)
+    assert whole.decode(errors="replace").lstrip() == choice["message"]["content"]
+
+
+def test_tokens_of_whole_words_begin_at_the_blank_before_them() -> None:
+    words = ("[UNK]", EOS, "the", "fox", "jumps")
+    backend = Backend(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(backend, name="words")
+    generator = Generator(network(tokenizer, source="mask"), tokenizer, device="cpu")
+    with serving({"words": generator}) as up:
+        body: Any = {"prompt": "the", "max_tokens": 5, "end": "never", "seed": 1, "logprobs": 1}
+        (choice,) = up.post(echo=True, **body).json()["choices"]
+    found = choice["logprobs"]
+    for token, at in zip(found["tokens"], found["text_offset"], strict=True):
+        assert choice["text"][at:].startswith(f" {token}")
+    assert token_bytes(generator, 3) == b"fox"
+
+
 def test_an_edit_keeps_the_rest(up: Up, generators: dict[str, Generator]) -> None:
     text = "the quick — 🦊 jumps"
     found = up.post("/v1/edit/completions", text=text, span=[4, 9], seed=5).json()
@@ -390,6 +461,30 @@ def test_a_body_that_is_none_is_told(up: Up, content: bytes, status: int) -> Non
     assert up.http.get("/v1/nothing").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("completions", {"prompt": "a", "max_tokens": 40}, "The text has"),
+        ("completions", {"template": "[[40]]"}, "template may have 40 tokens, more than 8"),
+        ("completions", {"template": "a [[?]]"}, "template may have 34 tokens, more than 8"),
+        ("completions", {"template": f"{PROMPT * 2} [[1]]"}, "template may have"),
+        ("completions", {"initial": PROMPT * 2, "strength": 0.5}, "initial may have"),
+        ("edit/completions", {"text": PROMPT * 2, "span": [4, 5]}, "text may have"),
+    ],
+)
+def test_every_kind_of_text_is_bounded(
+    generators: dict[str, Generator], path: str, body: Any, says: str
+) -> None:
+    with serving(generators, max_length=8) as up:
+        answer = up.post(f"/v1/{path}", **body)
+        assert answer.status_code == 400
+        error = answer.json()["error"]
+        assert says in error["message"]
+        assert error["param"] in {*body, "max_tokens"}
+        assert up.post(template="a [[3-5]]").status_code == 200
+        assert up.post("/v1/edit/completions", text="a fox").status_code == 200
+
+
 def test_openais_client_knows_the_errors(up: Up) -> None:
     with pytest.raises(openai.BadRequestError, match="top_p"):
         up.client().completions.create(model="twin", prompt="a", top_p=7)
@@ -416,6 +511,45 @@ def test_other_sites_are_let_in_only_when_named(generators: dict[str, Generator]
         assert answer.headers[allow] == "https://a.example"
         answer = open_.http.get("/v1/models", headers=headers)
         assert (answer.status_code, answer.headers[allow]) == (401, "https://a.example")
+
+
+def test_a_server_on_loopback_answers_to_its_own_names_alone(
+    generators: dict[str, Generator],
+) -> None:
+    def status(up: Up, host: str) -> int:
+        return up.http.post(
+            "/v1/completions", json={"prompt": "a"}, headers={"Host": host}
+        ).status_code
+
+    names = own_names(ServeSettings(host="Box"), "127.0.1.1")
+    with serving(generators, hosts=names) as up:
+        for host in ("localhost", "LOCALHOST:80", "127.0.0.1:8000", "[::1]", "[::1]:9", "box:8"):
+            assert status(up, host) == 200, host
+        for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "::1", ""):
+            assert status(up, host) == 403, host
+        answer = up.http.get("/", headers={"Host": "evil.example"})
+        assert "The header Host is not localhost" in answer.json()["error"]["message"]
+    assert own_names(ServeSettings(), "::1") == (*LOOPBACK, "127.0.0.1")
+    assert own_names(ServeSettings(host="0.0.0.0"), "0.0.0.0") is None
+    assert own_names(ServeSettings(api_key=KEY), "127.0.0.1") is None, "a proxy may be before it"
+    with serving(generators) as up:
+        assert status(up, "evil.example") == 200
+
+
+def test_the_queue_counts_every_text_and_all_of_its_tokens(
+    generators: dict[str, Generator],
+) -> None:
+    with serving(generators, queue=4) as up:
+        assert up.post(prompt="a", max_tokens=4, best_of=5).status_code == 429
+        assert up.post(prompt="a", max_tokens=4, best_of=4).status_code == 200
+
+        def cost(**fields: Any) -> float:
+            return up.service.batcher._cost("twin", Request(steps=8, **fields))
+
+    assert cost(template="[[40]]") == cost(length=40) == 8 * 40
+    assert cost(template="[[20]] aaaaaa [[3-18]]") == cost(length=20 + 18 + 3)
+    assert cost(template="[[1-9999]]") == cost(length=64), "the context"
+    assert cost(text="a" * 39, best_of=2) == 2 * cost(length=10)
 
 
 def test_a_full_queue_sends_away_and_loses_nothing(
@@ -519,6 +653,55 @@ def test_a_request_that_fails_takes_no_other_with_it(
         assert {p: a.status_code for p, a in answers.items()} == {"the": 200, "a": 200, "zzz": 500}
         assert answers["the"].json()["choices"][0]["text"] == wanted
         assert "kernel" not in answers["zzz"].text
+
+
+def test_a_mistake_that_shows_late_is_its_clients_and_memory_is_ours(
+    generators: dict[str, Generator], slow: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late(job: Job, *_: Any) -> Any:
+        if job.request.prompt == "zzz":
+            raise ConfigError("ban leaves no token to write.", "ban")
+        return iter(())
+
+    monkeypatch.setattr(Job, "_repair", late)
+    with serving(generators) as up:
+        answers: dict[str, httpx.Response] = {}
+
+        def ask(prompt: str) -> None:
+            with httpx.Client(base_url=up.url, timeout=30) as http:
+                body = {"prompt": prompt, "length": 12, "seed": 4}
+                answers[prompt] = http.post("/v1/completions", json=body)
+
+        threads = [threading.Thread(target=ask, args=(p,)) for p in ("the", "zzz")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {p: a.status_code for p, a in answers.items()} == {"the": 200, "zzz": 400}
+        assert answers["zzz"].json()["error"]["param"] == "ban"
+
+        def full(*_: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(generators["twin"].engine, "hidden", full)
+        answer = up.post(prompt="a", max_tokens=4)
+        assert (answer.status_code, "has not enough memory" in answer.text) == (503, True)
+
+
+def test_who_leaves_within_the_body_is_no_bug(
+    generators: dict[str, Generator], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+    head += b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+    with serving(generators) as up:
+        address = up.url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1]))) as client:
+            client.sendall(head + b'{"prompt": ')
+            time.sleep(0.1)
+        wait_for(lambda: 'status="499"' in up.http.get("/metrics").text)
+        assert 'status="500"' not in up.http.get("/metrics").text
+    assert "failed" not in caplog.text
 
 
 def test_the_pages_bring_everything_with_them(up: Up) -> None:

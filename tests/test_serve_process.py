@@ -50,6 +50,8 @@ def test_sigterm_finishes_what_was_taken_on(run: Run, model: Path) -> None:
             assert answer.status_code == 200
             found[stream] = "".join(answer.iter_text())
 
+    other = httpx.get(f"{url}/health", headers={"Host": "evil.example"}, timeout=60)
+    assert other.status_code == 403
     threads = [threading.Thread(target=ask, args=(stream,)) for stream in (False, True)]
     for thread in threads:
         thread.start()

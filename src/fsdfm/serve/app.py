@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from fsdfm.core.errors import FsdfmError
 from fsdfm.generate.generator import Generator
@@ -129,7 +130,7 @@ class Service:
             response = plain(asking.answer.whole(asking.waited))
             self._count(asking, 200)
             return response
-        except Gone:
+        except (Gone, ClientDisconnect):
             status = GONE
             response = Response(status_code=GONE)
         except Exception as error:
@@ -286,12 +287,18 @@ class Service:
         )
 
 
-def create_app(models: Mapping[str, Generator], settings: ServeSettings | None = None) -> FastAPI:
+def create_app(
+    models: Mapping[str, Generator],
+    settings: ServeSettings | None = None,
+    *,
+    hosts: Collection[str] | None = None,
+) -> FastAPI:
     """The server as an ASGI application; its thread ends with its lifespan.
 
     Args:
         models: by name; the first is for requests that name none.
         settings: where it listens is not read here.
+        hosts: names that it answers to, see `Guard`.
     """
     settings = settings or ServeSettings()
     service = Service(models, settings)
@@ -308,7 +315,7 @@ def create_app(models: Mapping[str, Generator], settings: ServeSettings | None =
         app.add_exception_handler(kind, told)
     _write_routes(app, service)
     _look_routes(app, service)
-    app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body)
+    app.add_middleware(Guard, api_key=settings.api_key, max_body=settings.max_body, hosts=hosts)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,

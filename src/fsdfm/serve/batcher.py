@@ -16,17 +16,18 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fsdfm.core.errors import ConfigError, FsdfmError
 from fsdfm.generate.generator import Generator
-from fsdfm.generate.layout import LONGEST_DEFAULT, Composed
+from fsdfm.generate.job import Job
+from fsdfm.generate.layout import LONGEST_DEFAULT, Composed, Layout
 from fsdfm.generate.request import Request, Result
 from fsdfm.generate.results import Snapshot
 from fsdfm.generate.running import Event, Running
-from fsdfm.generate.template import Fixed
+from fsdfm.generate.template import Fixed, Gap, parse
 from fsdfm.generate.watch import snapshot
 from fsdfm.serve.bugs import note_bug
 
@@ -86,6 +87,8 @@ class Done:
     result: Result
     draws: int
     """Groups of a call."""
+    layout: Layout
+    """Of the text; every gap has its length."""
 
 
 Update = Begun | Moved | Done | FsdfmError | Refused
@@ -119,6 +122,8 @@ class _Work:
     request: Request
     cost: float
     """Tokens times steps."""
+    job: Job | None = None
+    """Once it is taken on."""
     told: bool = False
     """Whether it was said that it begins."""
 
@@ -138,7 +143,7 @@ class Batcher:
     Args:
         models: by name.
         batch_size: sequences that share a call, at most.
-        queue: texts that wait or are written, at most.
+        queue: texts that wait or are written, at most; each of best_of is one.
         on_call: told of every call: seconds, and its texts.
     """
 
@@ -164,13 +169,13 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Texts that have not begun."""
-        return len(self._waiting)
+        """Texts that have not begun; each of best_of is one."""
+        return _texts(self._waiting)
 
     @property
     def running(self) -> int:
-        """Texts that are being written."""
-        return sum(len(lane.works) for lane in self._lanes())
+        """Texts that are being written; each of best_of is one."""
+        return sum(_texts(lane.works.values()) for lane in self._lanes())
 
     @property
     def alive(self) -> bool:
@@ -190,7 +195,7 @@ class Batcher:
         with self._condition:
             if self._stopping:
                 raise Refused(503, "The server is stopping: try another one.", LONGEST_RETRY)
-            if self.waiting + self.running + len(found) > self.queue:
+            if self.waiting + self.running + _texts(found) > self.queue:
                 raise Refused(429, "Too many requests wait already: come again.", self._retry())
             self._waiting += found
             self._condition.notify()
@@ -209,10 +214,15 @@ class Batcher:
         self._thread.join(timeout)
 
     def _cost(self, model: str, request: Request) -> float:
-        generator, given = self.models[model], request.template or request.text
-        length = request.length or min(LONGEST_DEFAULT, generator.config.context_length)
-        if given is not None:
-            length = 1 + len(given) // CHARACTERS
+        generator = self.models[model]
+        context = generator.config.context_length
+        length = request.length or min(LONGEST_DEFAULT, context)
+        if given := request.template or request.text:
+            pieces = parse(given) if request.template else [Fixed(given)]
+            sizes = (
+                p.high if isinstance(p, Gap) else 1 + len(p.text) // CHARACTERS for p in pieces
+            )
+            length = min(context, sum(sizes))
         steps = request.steps if isinstance(request.steps, int) else generator.defaults["steps"]
         return float(request.best_of * length * steps)
 
@@ -293,9 +303,9 @@ class Batcher:
             note_bug("A request could not be begun:", error)
             self._fail(work.of, _bug())
             return
-        lane.works[ticket] = work
+        lane.works[ticket], work.job = work, lane.running.job(ticket)
         if not work.told:
-            layout = lane.running.job(ticket).layout
+            layout = work.job.layout
             pairs = zip(layout.pieces, layout.ids, strict=True)
             given = sum(len(ids) for piece, ids in pairs if isinstance(piece, Fixed))
             work.told = True
@@ -327,8 +337,9 @@ class Batcher:
     def _tell(self, lane: _Lane, work: _Work, event: Event) -> None:
         if event.result is not None:
             del lane.works[event.ticket]
-            draws = work.request.sampling(lane.generator.defaults).draws
-            work.of.tell(Done(work.index, event.result, draws))
+            assert work.job is not None
+            draws, layout = work.job.sampling.draws, work.job.attempts[0].layout
+            work.of.tell(Done(work.index, event.result, draws, layout))
         elif work.of.watch != "result":
             job = lane.running.job(event.ticket)
             settled, seen = job.settled(), work.of.watch != "settled" and bool(job.attempts)
@@ -343,10 +354,7 @@ class Batcher:
         lane.works = {}
         lane.running = Running(lane.generator, batch_size=self.batch_size, fair=True)
         if len(works) == 1:
-            known = isinstance(error, ConfigError)
-            if not known:
-                note_bug("A call failed:", error)
-            self._fail(works[0].of, Refused(503, str(error)) if known else _bug())
+            self._fail(works[0].of, _told(error))
             return
         log.warning("A call of %d texts failed: each begins again on its own.", len(works))
         for work in works:
@@ -358,6 +366,21 @@ class Batcher:
         if not submission.gone:
             submission.gone = True
             submission.tell(error)
+
+
+def _texts(works: Iterable[_Work]) -> int:
+    # A copy: the thread may change them meanwhile.
+    return sum(work.request.best_of for work in list(works))
+
+
+def _told(error: Exception) -> FsdfmError | Refused:
+    """What is said of a call of one text that failed."""
+    if isinstance(error, ConfigError) and "batch_size" in error.fields:
+        return Refused(503, str(error))  # of memory: no client can set it
+    if isinstance(error, FsdfmError):
+        return error
+    note_bug("A call failed:", error)
+    return _bug()
 
 
 def _bug() -> Refused:

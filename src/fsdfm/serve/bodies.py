@@ -15,7 +15,9 @@ from typing import Any
 from fsdfm.core.errors import ConfigError
 from fsdfm.core.options import AT_LEAST_1, Option, Range, check, option, options
 from fsdfm.generate.generator import Generator
+from fsdfm.generate.layout import lay_out
 from fsdfm.generate.request import LARGEST_SEED, Request
+from fsdfm.generate.template import Gap
 from fsdfm.serve.settings import Limits
 
 DEFAULT_TOKENS = 128
@@ -187,6 +189,8 @@ def understood(
     best_of = Request(**{k: v for k, v in steering.items() if k == "best_of"}).best_of
     if (texts := len(given) * body.n * best_of) > limits.max_texts:
         raise ConfigError(f"{texts} texts are more than {limits.max_texts}: ask for fewer.", "n")
+    for each in given:
+        _check_length("The text has", "max_tokens", each.get("length") or 0, limits)
     stops = _strings(body.stop, "stop") + (("\nUser:",) if isinstance(body, Chat) else ())
     shared = {**steering, "stop": stops} if stops else steering
     requests = [
@@ -194,8 +198,10 @@ def understood(
         for each in given
         for k in range(body.n)
     ]
-    for request in requests:
+    for request in requests[:: body.n]:  # the others of a prompt differ in their seeds alone
         _check_limits(request, limits)
+        if request.length is None:
+            _check_longest(body, request, models[name], limits)
     return Asked(body, name, requests, view)
 
 
@@ -342,12 +348,24 @@ def _banned(bias: Any) -> list[int]:
         ) from None
 
 
-def _check_limits(request: Request, limits: Limits) -> None:
-    if (request.length or 0) > limits.max_length:
+def _check_longest(body: Common, request: Request, generator: Generator, limits: Limits) -> None:
+    """Refuse a template, a draft or an edit that may become longer than is allowed."""
+    name = next(n for n in ("template", "initial", "text") if getattr(body, n, None) is not None)
+    layout = lay_out(request, generator)
+    pairs = zip(layout.pieces, layout.sizes, strict=True)
+    tokens = sum(piece.high if isinstance(piece, Gap) else size for piece, size in pairs)
+    tokens = min(tokens, generator.config.context_length)
+    _check_length(f"{name} may have", name, tokens, limits)
+
+
+def _check_length(says: str, name: str, tokens: int, limits: Limits) -> None:
+    if tokens > limits.max_length:
         raise ConfigError(
-            f"The text has {request.length} tokens, more than {limits.max_length}: ask for fewer.",
-            "max_tokens",
+            f"{says} {tokens} tokens, more than {limits.max_length}: ask for fewer.", name
         )
+
+
+def _check_limits(request: Request, limits: Limits) -> None:
     for name in ("stop", "ban", "require"):
         if (count := len(getattr(request, name))) > limits.max_words:
             raise ConfigError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Awaitable, Callable, MutableMapping
+import re
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from fastapi import Request as Http
@@ -128,10 +129,14 @@ class Guard:
         app: what is guarded.
         api_key: that is asked for; None: none.
         max_body: bytes.
+        hosts: what it may be called in the header Host, with any port; None: anything. A page of
+            another site, whose name leads here all of a sudden, says that name.
     """
 
-    def __init__(self, app: App, *, api_key: str | None, max_body: int) -> None:
-        self.app, self.max_body = app, max_body
+    def __init__(
+        self, app: App, *, api_key: str | None, max_body: int, hosts: Collection[str] | None = None
+    ) -> None:
+        self.app, self.max_body, self.hosts = app, max_body, hosts
         self._key = None if api_key is None else api_key.encode()
 
     async def __call__(
@@ -145,6 +150,13 @@ class Guard:
             await self.app(scope, receive, send)
             return
         headers = {name.lower(): value for name, value in scope["headers"]}
+        if not self._meant(headers):
+            refusal = Problem(
+                403,
+                "The header Host is not localhost: use that name, or give the server an api_key.",
+            )
+            await refusal.response()(scope, receive, send)
+            return
         if not self._let_in(scope, headers):
             refusal = Problem(401, "The API key is missing or wrong.", code="invalid_api_key")
             await refusal.response()(scope, receive, send)
@@ -153,6 +165,14 @@ class Guard:
             await self.app(scope, self._bounded(headers, receive), send)
         except Problem as error:  # raised while the body was read, before anything was sent
             await error.response()(scope, receive, send)
+
+    def _meant(self, headers: dict[bytes, bytes]) -> bool:
+        """Whether it is for this server, by the name that the client knows it by."""
+        host = headers.get(b"host")  # browsers always send it
+        if self.hosts is None or host is None:
+            return True
+        name = re.sub(r":\d*$", "", host.decode("latin-1"))
+        return name.removeprefix("[").removesuffix("]").lower() in self.hosts
 
     def _let_in(self, scope: Message, headers: dict[bytes, bytes]) -> bool:
         preflight = scope["method"] == "OPTIONS"  # has no key, and does nothing

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import signal
 import socket
 import threading
@@ -14,7 +15,7 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import one_line
 from fsdfm.generate.generator import Generator
 from fsdfm.serve.app import create_app
-from fsdfm.serve.settings import ServeSettings
+from fsdfm.serve.settings import LOOPBACK, ServeSettings
 
 KEEP_ALIVE = 75
 """Seconds that an idle connection is kept: longer than clients and balancers keep theirs, for who
@@ -56,7 +57,7 @@ def serve(
     """
     sock = _listen(settings)
     config = uvicorn.Config(
-        create_app(models, settings),
+        create_app(models, settings, hosts=own_names(settings, sock.getsockname()[0])),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -68,6 +69,21 @@ def serve(
         listening(f"http://{host}:{sock.getsockname()[1]}")
     with sock:
         Server(config).run(sockets=[sock])
+
+
+def own_names(settings: ServeSettings, address: str) -> tuple[str, ...] | None:
+    """What clients may call the server; None: anything.
+
+    A browser lets a page of another site in here if the name of that site leads to this machine.
+    What listens on loopback without a key must see to that itself.
+
+    Args:
+        settings: of the server.
+        address: that it listens on.
+    """
+    if settings.api_key is not None or not ipaddress.ip_address(address).is_loopback:
+        return None
+    return (*LOOPBACK, settings.host.lower())
 
 
 def _listen(settings: ServeSettings) -> socket.socket:

@@ -78,6 +78,7 @@ def operation(kind: type[Common], *, stream: bool = True) -> dict[str, Any]:
     told = {
         400: "The request cannot be done.",
         401: "No key, or a wrong one.",
+        403: "The header Host has another name.",
         404: "No such model.",
         413: "The body is too large.",
         415: "The body is not sent as JSON.",

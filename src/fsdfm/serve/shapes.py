@@ -13,6 +13,7 @@ from fsdfm.generate.layout import Composed
 from fsdfm.generate.request import Result
 from fsdfm.serve.batcher import Done, Moved
 from fsdfm.serve.bodies import Asked, Chat
+from fsdfm.serve.logprobs import begins, token_bytes
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "cancelled": "stop"}
 
@@ -147,7 +148,7 @@ class Answer:
         found: dict[str, Any] = {
             "index": done.index,
             "finish_reason": FINISH[result.finish],
-            "logprobs": self._logprobs(result),
+            "logprobs": self._logprobs(done),
             "seed": result.seed,
         }
         if whole:
@@ -156,25 +157,31 @@ class Answer:
             return found | {"message": {"role": "assistant", "content": text, "refusal": None}}
         return found | {"text": text}
 
-    def _logprobs(self, result: Result) -> dict[str, Any] | None:
+    def _logprobs(self, done: Done) -> dict[str, Any] | None:
         wanted = self.asked.body.logprobs  # type: ignore[attr-defined]  # every endpoint's own
         if wanted is None or wanted is False:
             return None
-        pairs = zip(result.token_ids, result.logprobs, strict=True)
-        found = [(self.generator.piece(i), x) for i, x in pairs if x is not None]
+        result, generator = done.result, self.generator
+        pairs = enumerate(zip(result.token_ids, result.logprobs, strict=True))
+        found = [(place, i, x) for place, (i, x) in pairs if x is not None]
         if self.chat:
-            return {
-                "content": [
-                    {"token": t, "logprob": x, "bytes": list(t.encode()), "top_logprobs": []}
-                    for t, x in found
-                ],
-                "refusal": None,
-            }
+            content = [
+                {
+                    "token": generator.piece(i),
+                    "logprob": x,
+                    "bytes": list(token_bytes(generator, i)),
+                    "top_logprobs": [],
+                }
+                for _, i, x in found
+            ]
+            return {"content": content, "refusal": None}
+        at = begins(result, done.layout, generator)
+        start = 0 if self.asked.view == "whole" or not result.spans else result.spans[0][0]
         return {
-            "tokens": [t for t, _ in found],
-            "token_logprobs": [x for _, x in found],
+            "tokens": [generator.piece(i) for _, i, _ in found],
+            "token_logprobs": [x for _, _, x in found],
             "top_logprobs": None,
-            "text_offset": _offsets([t for t, _ in found]),
+            "text_offset": [at[place] - start for place, _, _ in found],
         }
 
 
@@ -185,12 +192,3 @@ def _view(view: str, text: str, spans: Sequence[tuple[int, int]]) -> str:
         return ""
     written = text[slice(*spans[0])]
     return written.lstrip() if view == "turn" else written
-
-
-def _offsets(tokens: Sequence[str]) -> list[int]:
-    """Where each token begins, in characters of all of them."""
-    found, at = [], 0
-    for token in tokens:
-        found.append(at)
-        at += len(token)
-    return found

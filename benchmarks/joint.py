@@ -5,7 +5,8 @@
 trains joint heads on one teacher of the known law and draws with each at every budget, on the even
 grid and on late ones. Beside them: true samples (the floor of the figures), the teacher, and exact
 conditionals drawn in as many groups (the cost of the groups themselves). Run the same command again
-to go on; several at once with other --heads or --seed, once the teacher is there.
+to go on; several at once with other --heads or --seed, once the teacher is there; give other
+settings another --out.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from fsdfm.study.limits import (
     limits_table,
     marginals_table,
 )
-from fsdfm.study.training import Watch, known_law, task_of, trained
+from fsdfm.study.training import Watch, known_law, task_of, trained, weights_sha256
 from fsdfm.train.checkpoint import load_average
 from fsdfm.train.objective import Joint
 
@@ -59,7 +60,8 @@ def head(name: str, args: argparse.Namespace, language: KnownLaw) -> Drawer:
     )
     objective = Joint(language.source, Polynomial(), seams=seams)
     task = task_of(objective, language.source, language, args.seed)
-    trained(run, settings, task, Watch(name, run, model))
+    facts = {"seams": seams, "teacher": weights_sha256(language.teacher)}
+    trained(run, settings, task, Watch(name, run, model), facts)
     load_average(run / "checkpoint.safetensors", model)
     return drawer(language, model.eval(), GROUPS, seams)
 

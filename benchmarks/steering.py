@@ -4,8 +4,9 @@
 
 Each part prints its figures and keeps them in the JSON file. What was measured of each text is kept
 at once in steering.json.rows: after a kill the same command goes on, and with a larger --texts it
-measures the others only. The judge is asked by `auto`, `prompts`, `infill` and `seam`; `infill` has
-a causal language model fill the same gaps from the left.
+measures the others only; another model, text or setting is measured anew. The judge is asked by
+`auto`, `prompts`, `infill` and `seam`; `infill` has a causal language model fill the same gaps from
+the left.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from typing import Any
 
 import torch
 
+import fsdfm
+from fsdfm.core.files import digest, file_digest
 from fsdfm.eval.heldout import HeldOut
 from fsdfm.eval.judge import CausalJudge, load_judge
 from fsdfm.generate.generator import Generator
@@ -39,9 +42,21 @@ from fsdfm.text.vocabulary import tokens_within
 WORDS = ("river", "morning", "captain", "green")
 BANNED = ("the", "and", "of")
 HIDDEN = (0.1, 0.25, 0.5)
-"""Shares of the tokens of an infill, in spans of SPAN."""
+"""Shares of the tokens of an infill, in spans of SPAN: as near as whole spans come."""
 SPAN, INFILL, PROMPT, CONTINUATION = 8, 128, 64, 64
 """Tokens: of a hidden span, of a text to fill, of a prompt, of what follows it."""
+
+BUNDLED = Path(fsdfm.__file__).parent / "assets" / "bundled"
+READ = (".json", ".safetensors", ".bin", ".gguf")
+"""Ends of the files that a model is read from."""
+
+
+def content(name: str | None) -> str:
+    """Digest of what a model's path holds, None the bundled one; empty where it is no path."""
+    place = BUNDLED if name is None else Path(name)
+    inside = sorted(each for each in place.rglob("*") if each.suffix in READ)
+    files = [place] if place.is_file() else inside
+    return digest(map(file_digest, files))[:16] if files else ""
 
 
 @dataclass
@@ -78,6 +93,15 @@ class Bench:
             found[name] = row
         return found
 
+    @cached_property
+    def asked(self) -> str:
+        """What rows depend on besides their part and key."""
+        args = self.args
+        models = (args.model, args.judge, args.left)
+        names = " ".join(f"{name or 'bundled'} {content(name)}" for name in models)
+        text = digest(["\0".join(self.held_out)])[:16]
+        return f"{names} text {text} windows {args.windows} seam steps {args.seam_steps}"
+
     @property
     def rows(self) -> Path:
         return Path(f"{self.args.out}.rows")
@@ -85,9 +109,8 @@ class Bench:
     def each(self, part: str, keys: Iterable[Any], work: Callable[[Any], Any]) -> list[Any]:
         """What `work` finds of each key, measured once; says how far it is."""
         keys, found, began, done = list(keys), [], time.perf_counter(), 0
-        asked = f"{self.args.model or 'bundled'} {self.args.judge} {self.args.left}"
         for number, key in enumerate(keys, start=1):
-            name = f"{part} {key} {asked}"
+            name = f"{part} {key} {self.asked}"
             if name not in self.kept:
                 row, done = json.loads(json.dumps(work(key))), done + 1
                 self.kept[name] = row
@@ -110,11 +133,14 @@ class Bench:
 
     def piece(self, size: int, number: int) -> list[int]:
         """A held-out piece of `size` tokens; the same number gives the same one."""
+        encode = self.generator.tokenizer.encode
+        if size not in self.draws and all(len(encode(t[:4000])) <= size for t in self.held_out):
+            sys.exit(f"No held-out document has more than {size} tokens: give --text longer ones.")
         draw, found = self.draws.setdefault(size, (random.Random(0), []))
         while len(found) <= number:
             text = draw.choice(self.held_out)
             begin = draw.randrange(max(1, len(text) - 4000))
-            ids = self.generator.tokenizer.encode(text[begin : begin + 4000])
+            ids = encode(text[begin : begin + 4000])
             if len(ids) > size:
                 first = draw.randrange(len(ids) - size)
                 found.append(ids[first : first + size])
@@ -352,7 +378,7 @@ def infill(bench: Bench) -> dict[str, Any]:
     result = {}
     for share in HIDDEN:
         rows = bench.each("infill", ((share, i) for i in range(bench.args.texts)), work)
-        result[f"{share:.0%}"] = {
+        result[f"{100 * sum(spans(share, 0)) / INFILL:g}%"] = {
             name: {
                 "accuracy": mean(row[name]["hits"] for row in rows),
                 "judged_above_truth": per_byte(row[name]["judged"] for row in rows),

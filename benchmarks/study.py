@@ -8,7 +8,8 @@ Without --teacher the language is a Markov chain whose law is known, with a teac
 Every recipe gets the same search (learning rate, average, grid) on its own seeds; then the table's
 seeds, with the start, the last weights and the average as rows (src/fsdfm/study/protocol.py).
 References are texts of plain language models (fsdfm baseline). Run the same command again to go on;
-several at once with other --recipes; give other settings another --out.
+several at once with other --recipes once the teacher is there, and a last time for the tables of
+all; give other settings another --out.
 """
 
 from __future__ import annotations

@@ -28,11 +28,12 @@ from fsdfm.eval.judge import CausalJudge, load_judge
 from fsdfm.eval.metrics import ngram_js_bits
 from fsdfm.eval.report import Report, Row, load_report
 from fsdfm.eval.settings import JudgeSettings
-from fsdfm.eval.tables import section
+from fsdfm.eval.tables import markdown, section
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import UniformSource
 from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load, load_with_network
+from fsdfm.generate.options import DEFAULTS
 from fsdfm.generate.source import load_source
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.text.packing import prepare
@@ -133,6 +134,54 @@ def test_the_grid_is_the_one_asked_for_else_the_models_own(
     assert tuple(cells.models[name]["grid"] for name in ("teacher", "student")) == grids
     cell = next(c for c in cells.all() if (c.name, c.steps) == ("student", 3))
     assert cell.facts["grid"] == grids[1]
+
+
+OWN = {
+    **{"step": "euler", "movers": "independent", "grid": "late", "draws": 3, "seams": "random"},
+    **{"top_p": 0.8, "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.2},
+}
+"""Sampling options of a model, none of which is the usual one but movers."""
+
+
+def test_all_sampling_options_of_a_model_are_facts_and_keys_of_its_texts(
+    place: Path, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "joint", neighbours=2, step_embedding="none")
+    held = HeldOut.open(place / "heldout.jsonl")
+
+    def cells(own: dict[str, Any], **changes: Any) -> Cells:
+        (model / "generation.json").write_text(json.dumps(own))
+        args = arguments(place, tmp_path / "out", length=48, **changes).resolved()
+        return Cells(args, {"joint": load_source(str(model), CPU)}, held)
+
+    def file(found: Cells) -> Path:
+        cell = next(each for each in found.all() if (each.kind, each.steps) == ("model", 3))
+        return Parts(tmp_path, {}).texts_file(cell, range(2))
+
+    options = set(DEFAULTS) - {"steps", "temperature"}
+    # euler cannot draw in groups, so each option but it goes with draws.
+    own = {**OWN, "step": "exact"}
+    assert set(own) == options
+    assert cells(own).drawing("joint") == own
+    assert cells(own).models["joint"].items() >= own.items()
+    keys = [file(cells({}))] + [file(cells({n: v})) for n, v in OWN.items() if v != DEFAULTS[n]]
+    assert len(set(keys)) == len(keys) == len(options)
+    paper = cells(own, preset="paper").drawing("joint")
+    plain = {name: DEFAULTS[name] for name in options}
+    assert paper == {**plain, "step": "published", "seams": "random"}
+
+
+def test_a_report_tells_of_sampling_options_that_are_not_the_usual_ones(
+    report: Report, place: Path
+) -> None:
+    assert "top_k" not in markdown(report)
+    values = json.loads((place / "whole" / "report.json").read_text())
+    teacher, student = (values["facts"]["models"][name] for name in ("teacher", "student"))
+    teacher["top_k"] = 5
+    for name in ("top_k", "min_p", "repetition_penalty"):
+        del student[name]  # as reports were before
+    found = markdown(Report(values["facts"], report.rows))
+    assert found.count(", top_k 5\n") == 1 and "min_p" not in found
 
 
 def test_a_rule_that_cannot_draw_in_groups_is_refused_before_any_row_is_made(
@@ -681,8 +730,8 @@ def test_a_later_judge_that_cannot_load_is_refused_before_anything_is_made(
         (("--num-samples", "0"), "--num-samples must be a whole number >= 1"),
         (("--length", "0"), "--length must be a whole number >= 1"),
         (("--seed", "-1"), "--seed must be a whole number from 0"),
-        (("--temperatures", "nan"), "--temperatures must be a finite number >= 0"),
-        (("--temperatures", "-1"), "--temperatures must be a finite number >= 0"),
+        (("--temperatures", "nan"), "--temperatures must be in [0, 1000]"),
+        (("--temperatures", "-1"), "--temperatures must be in [0, 1000]"),
         (("--out", "/dev/null/x"), "Cannot write /dev/null/x"),
         (("--length", "49"), "more than a model's context of 48"),
         (("--heldout", "nothing.txt"), "nothing.txt"),

@@ -83,6 +83,51 @@ def test_every_part_runs_and_measures_nothing_twice(steering: ModuleType, tmp_pa
     assert len(bench(steering, out).kept) == len(rows.splitlines()) + 1
 
 
+def test_rows_of_another_model_text_or_setting_are_not_taken(
+    steering: ModuleType, tmp_path: Path
+) -> None:
+    out, model = tmp_path / "steering.json", tmp_path / "model"
+    model.mkdir()
+    weights, generation = model / "model.safetensors", model / "generation.json"
+    weights.write_bytes(b"some")
+    generation.write_text("{}")
+
+    def judged(text: str = WORDS * 20, **changes: Any) -> int:
+        """How often the judge is asked."""
+        found = bench(steering, out)
+        vars(found.args).update({"model": str(model), **changes})
+        found.__dict__["held_out"] = [text]
+        steering.PARTS["prompts"](found)
+        return int(found.judge.asked)
+
+    assert judged() == 8 and judged() == 0
+    for changes in ({"text": WORDS * 21}, {"windows": 3}, {"seam_steps": 4}, {"model": None}):
+        assert judged(**changes) == 8 and judged(**changes) == 0
+    for file, held in ((weights, b"others"), (generation, b'{"top_k": 5}')):
+        file.write_bytes(held)
+        assert judged() == 8
+    assert judged(judge=str(weights)) == 8  # a judge's or a filler's path may be a file
+    weights.write_bytes(b"again others")
+    assert judged(judge=str(weights), model=None) == 8
+
+
+def test_held_out_documents_that_are_too_short_are_refused(
+    steering: ModuleType, tmp_path: Path
+) -> None:
+    found = bench(steering, tmp_path / "steering.json")
+    size = len(found.generator.tokenizer.encode(WORDS))
+    found.__dict__["held_out"] = [WORDS, "short"]
+    with pytest.raises(SystemExit, match=f"No held-out document has more than {size} tokens: "):
+        found.piece(size, 0)
+    assert len(found.piece(size - 1, 0)) == size - 1
+
+
+def test_the_hidden_share_is_told_as_it_is(steering: ModuleType, tmp_path: Path) -> None:
+    found = steering.PARTS["infill"](bench(steering, tmp_path / "steering.json", texts=1))
+    shares = [100 * sum(steering.spans(share, 0)) / steering.INFILL for share in steering.HIDDEN]
+    assert list(found) == [f"{share:g}%" for share in shares] == ["12.5%", "25%", "50%"]
+
+
 @pytest.mark.parametrize("share", [0.1, 0.25, 0.5])
 def test_spans_hide_a_share_and_touch_neither_each_other_nor_the_ends(
     steering: ModuleType, share: float

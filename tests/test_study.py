@@ -21,11 +21,11 @@ from fsdfm.study import curve
 from fsdfm.study import protocol as protocols
 from fsdfm.study.chain import ExactConditionals
 from fsdfm.study.languages import KnownLaw, Prose, at_entropy, standard_error
-from fsdfm.study.limits import drawer, kept_marginals
+from fsdfm.study.limits import Drawer, drawer, kept_marginals, limits
 from fsdfm.study.protocol import Protocol, Study, append, read
 from fsdfm.study.recipes import RECIPES, Recipe
 from fsdfm.study.tables import tables
-from fsdfm.study.training import Choice, known_law
+from fsdfm.study.training import Choice, known_law, student
 from fsdfm.text.packing import prepare
 from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer
@@ -89,6 +89,17 @@ def test_nats_are_read_off_the_line_at_the_goal() -> None:
     assert at_entropy(rows[:1], 5.0, "j") == (6.0, False)
 
 
+def test_nats_at_the_goal_are_those_between_its_neighbours_of_distinct_entropies() -> None:
+    rows = [{"entropy": e, "j": j} for e, j in ((5.1, 4.2), (6.0, 8.0), (5.0, 4.0))]
+    # The two nearest, 5.0 and 5.1, give 4.4.
+    assert at_entropy(rows, 5.2, "j") == (pytest.approx(4.2 + 3.8 / 9), True)
+    assert at_entropy(rows, 6.0, "j") == (8.0, True)
+    assert at_entropy(rows, 4.9, "j") == (pytest.approx(3.8), False)
+    assert at_entropy(rows, 6.9, "j") == (pytest.approx(11.8), False)
+    assert at_entropy([rows[2], rows[1], rows[2]], 5.25, "j") == (pytest.approx(5.0), True)
+    assert at_entropy([rows[2], rows[2]], 5.25, "j") == (4.0, False)
+
+
 def test_a_cell_of_prose_is_a_ratio_at_the_goals_entropy() -> None:
     def row(entropy: float, perplexity: float) -> dict[str, float]:
         return {"entropy": entropy, "j": math.log(perplexity), "j_se": 0.01}
@@ -114,6 +125,77 @@ def test_a_row_that_was_cut_short_costs_itself_alone(tmp_path: Path) -> None:
     path.write_text(path.read_text() + '{"a": 2, "b"')
     append(path, {"a": 3})
     assert read(path) == [{"a": 1}, {"a": 3}]
+
+
+def test_rows_that_two_processes_drew_count_once(tmp_path: Path, teacher: Path) -> None:
+    language, few = known_law(teacher), {**FEW, "samples": 16, "search_samples": 8}
+    studies = [Study(tmp_path, language, Protocol(**few)) for _ in range(2)]
+    for study in studies:
+        study.teacher([1.0, 2.0])
+    assert len(read(tmp_path / "results.jsonl")) == 2 * 5
+    again = Study(tmp_path, language, Protocol(**few))
+    assert again.rows == studies[0].rows and len(again.rows) == 5
+    assert "| teacher | 0 |" in tables(again)
+
+
+def test_a_run_of_other_settings_is_refused(
+    tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    language, recipe = known_law(teacher), RECIPES["joint head"]
+    run = tmp_path / "joint head 0"
+
+    def last(choice: Choice, updates: int, recipe: Recipe = recipe) -> Tensor:
+        weights = student(recipe, choice, language, run, updates, 0)("last").state_dict()
+        return torch.cat([each.flatten() for each in weights.values()])
+
+    first = last(Choice(3e-3, 0.1), 6)
+    others = [
+        (Choice(1e-5, 0.1), 3, recipe),
+        (Choice(3e-3, 0.1), 3, recipe),
+        (Choice(3e-3, 0.5), 6, recipe),
+        (Choice(3e-3, 0.1), 6, replace(recipe, neighbours=2)),
+    ]
+    refused = "joint head 0 has a run of other or unknown settings: give another out"
+    for other in others:
+        with pytest.raises(ConfigError, match=refused):
+            last(*other)
+    # The grid is no part of a run.
+    assert torch.equal(last(Choice(3e-3, 0.1, power=8.0), 6), first)
+    kept = (run / "settings.json").read_text()
+    (run / "settings.json").unlink()  # as runs were before
+    with pytest.raises(ConfigError, match=refused):
+        last(Choice(3e-3, 0.1), 6)
+    (run / "settings.json").write_text(kept)
+    with torch.no_grad():
+        language.teacher.vocab_embed.weight.mul_(1.1)
+    with pytest.raises(ConfigError, match=refused):
+        last(Choice(3e-3, 0.1), 6)
+    command = f"joint --out {tmp_path} --teacher-run {teacher} --calls 1 --samples 8 --powers 1"
+    for updates in (2, 1):
+        words = f"{command} --updates {updates} --heads".split()
+        monkeypatch.setattr(sys, "argv", [*words, "fixed seams"])
+        if updates == 2:
+            benchmark("joint").main()
+        else:
+            with pytest.raises(SystemExit, match="other or unknown settings"):
+                benchmark("joint").main()
+
+
+def test_a_row_of_another_teacher_is_not_taken(tmp_path: Path, teacher: Path) -> None:
+    language = known_law(teacher)
+    made: list[str] = []
+
+    def draws() -> Drawer:
+        made.append("")
+        return drawer(language, language.teacher)
+
+    for _ in range(2):
+        limits(tmp_path, language, {"teacher": draws}, [(1, 1.0)], 8)
+    assert len(made) == 1
+    with torch.no_grad():
+        language.teacher.vocab_embed.weight.mul_(1.1)
+    limits(tmp_path, language, {"teacher": draws}, [(1, 1.0)], 8)
+    assert len(made) == 2
 
 
 def test_every_recipe_gets_the_same_search_and_shows_its_start(
@@ -179,9 +261,10 @@ def test_a_curve_judges_the_start_and_what_a_run_left_behind(
     assert all(torch.equal(checkpoint[f"ema.{name}"], each) for name, each in average.items())
     assert all(torch.equal(checkpoint[f"model.{name}"], each) for name, each in last.items())
     assert not torch.equal(average["vocab_embed.weight"], last["vocab_embed.weight"])
-    monkeypatch.setattr(sys, "argv", f"{command} --updates 3".split())
-    with pytest.raises(SystemExit, match="multiples of 2"):
-        benchmark("published").main()
+    for words, says in (("3", "multiples of 2"), ("2", "other or unknown settings")):
+        monkeypatch.setattr(sys, "argv", f"{command} --updates {words}".split())
+        with pytest.raises(SystemExit, match=says):
+            benchmark("published").main()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from fsdfm.core.errors import ConfigError
 from fsdfm.core.files import digest
 from fsdfm.eval.heldout import Blocks, HeldOut, read_texts
 from fsdfm.eval.report import Record
-from fsdfm.eval.settings import JudgeSettings
+from fsdfm.eval.settings import PLAIN, JudgeSettings
 from fsdfm.eval.source import Sample, TextSource
 from fsdfm.text.tokenizer import HALF
 
@@ -29,6 +29,8 @@ GROUP = 4
 HUMAN, SHUFFLED, RANDOM = "human text", "human text, words shuffled", "random tokens"
 OTHERS = "other human text"
 """What fidelity is measured against; no row of the report."""
+VARIED = ("steps", "temperature")
+"""Sampling options that differ between the rows of a model."""
 SHARES = {"quarter": 0.25, "half": 0.5}
 
 
@@ -118,8 +120,8 @@ class Cells:
             taken.append(name)
         self.given = {name: read_texts(Path(file)) for name, file in args.references()}
         self.models = {name: self._model_facts(name) for name in sources}
-        for name, facts in self.models.items() if args.tasks else ():  # refused before other rows
-            sources[name].check(step=facts["step"], draws=facts["draws"], length=self.length)
+        for name, source in sources.items() if args.tasks else ():  # refused before other rows
+            source.check(**self.drawing(name), length=self.length)
         self.shared = {
             "length": self.length,
             "seed": args.seed,
@@ -213,22 +215,17 @@ class Cells:
     # -- models
 
     def _model_facts(self, name: str) -> dict[str, Any]:
-        source, paper = self.sources[name], self.args.preset == "paper"
-        defaults = source.defaults
-        draws = self.args.draws or (1 if paper else defaults["draws"])
-        return source.facts | {
-            "step": self.args.step or defaults["step"],
-            "movers": "independent" if paper else defaults["movers"],
-            "grid": self.args.grid or ("even" if paper else defaults["grid"]),
-            "draws": draws if source.joint else 1,
-            "seams": defaults["seams"],
-            "top_p": 1.0 if paper else defaults["top_p"],
-        }
+        source, args = self.sources[name], self.args
+        own = {k: v for k, v in source.defaults.items() if k not in VARIED}
+        plain = dict(PLAIN) if args.preset == "paper" else {}
+        asked = {"step": args.step, "grid": args.grid, "draws": args.draws}
+        given = {k: v for k, v in asked.items() if v is not None}
+        alone = {} if source.joint else {"draws": 1}
+        return source.facts | own | plain | given | alone
 
     def drawing(self, name: str) -> dict[str, Any]:
         """How a model's texts are drawn at every budget and temperature."""
-        names = ("step", "movers", "grid", "draws", "seams", "top_p")
-        return {k: self.models[name][k] for k in names}
+        return {k: self.models[name][k] for k in self.sources[name].defaults if k not in VARIED}
 
     def _generated(self, name: str, task: str, share: str) -> Iterator[Cell]:
         make = {

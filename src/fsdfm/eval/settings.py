@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.options import AT_LEAST_1, NOT_NEGATIVE, Range, check, option
+from fsdfm.core.options import AT_LEAST_1, Range, check, option
 
 TaskName = Literal["unconditional", "continuation", "infilling"]
 
@@ -21,6 +21,16 @@ PAPER: Mapping[str, Any] = {
     "temperatures": (1.0,),
 }
 """The FS-DFM paper's protocol (arXiv 2509.20624): ppl_mean and entropy_bits are its figures."""
+PLAIN: Mapping[str, Any] = {
+    "movers": "independent",
+    "grid": "even",
+    "draws": 1,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+}
+"""Sampling options of the paper's protocol, whatever a model's own are."""
 USUAL: Mapping[str, Any] = {
     **PAPER,
     "steps": ("1", "2", "4", "8", "16"),
@@ -63,7 +73,7 @@ class JudgeSettings:
     tasks: tuple[TaskName, ...] | None = option(None, unset="unconditional")
     """What to generate: whole texts; continuations of held-out text from a quarter and a half of
     the length; held-out text with a quarter and a half of its tokens hidden."""
-    temperatures: tuple[float, ...] | None = option(None, within=NOT_NEGATIVE, unset="1")
+    temperatures: tuple[float, ...] | None = option(None, within=Range(0, 1000), unset="1")
     """Temperatures; several draw the frontier of quality against entropy."""
     step: str | None = option(None, unset=OWN)
     """Step rule of the sampler."""

@@ -42,7 +42,7 @@ class TextSource(Protocol):
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """Its own sampling options: step, movers, grid, draws, seams, top_p."""
+        """All sampling options, with its own values where it has some."""
         ...
 
     @property

@@ -7,10 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fsdfm.eval.report import METRICS, OF_JUDGE, POOLED, Report, Row
+from fsdfm.eval.settings import PLAIN
 from fsdfm.eval.several import flattered, views
 
 WITH_INTERVAL = ("ppl_pooled", "elbo_nats_per_token", "token_accuracy")
 """Figures whose interval a table has room for; report.json has them all."""
+
+RARE = ("top_k", "min_p", "repetition_penalty")
+"""Sampling options that are told where a model has some."""
 
 
 def markdown(report: Report) -> str:
@@ -125,6 +129,7 @@ def _facts(report: Report) -> list[str]:
             f"rule, {model['movers']} movers, {model.get('grid', 'even')} grid, "
             f"{model.get('draws', 1)} draws a call, {model.get('seams', 'fixed')} seams, "
             f"top-p {model['top_p']:g}"
+            + "".join(f", {n} {model[n]:g}" for n in RARE if model.get(n, PLAIN[n]) != PLAIN[n])
             + (f", from {', '.join(model['ancestors'])}" if model.get("ancestors") else "")
         )
     lines.append("- intervals: 95 %, bootstrap over samples; too short for very few of them")

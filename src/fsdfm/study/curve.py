@@ -12,7 +12,7 @@ from fsdfm.model.transformer import FlowNetwork
 from fsdfm.study.languages import KnownLaw, Row, Setting
 from fsdfm.study.protocol import append, read
 from fsdfm.study.recipes import TEACHER, Recipe
-from fsdfm.study.training import Watch, at_snapshot, snapshot, started, task_of, trained
+from fsdfm.study.training import Watch, at_snapshot, origin, snapshot, started, task_of, trained
 
 SAVED_EVERY = 40
 """Updates between two checkpoints; snapshots lie on its multiples."""
@@ -43,12 +43,17 @@ class Curve:
         self.language, self.recipe, self.run, self.updates = language, recipe, run, updates
 
     def train(self) -> None:
-        """Leave a snapshot after each of the updates; goes on where it stopped."""
+        """Leave a snapshot after each of the updates; goes on where it stopped.
+
+        Raises:
+            Stopped: it was interrupted.
+            ConfigError: the directory has a run of other settings, recipe or teacher.
+        """
         language, seed = self.language, self.language.settings.seed
         model = started(self.recipe, language, seed)
         task = task_of(self.recipe.objective(language.source), language.source, language, seed)
         watch = Watch(self.run.name, self.run, model, self.updates)
-        trained(self.run, language.settings, task, watch)
+        trained(self.run, language.settings, task, watch, origin(self.recipe, language))
 
     def rows(self, calls: Sequence[int], samples: int) -> list[Row]:
         """Of the teacher by both step rules, the start and the snapshots so far; kept as they come.

@@ -5,6 +5,7 @@ Shapes: B or count sequences, L positions.
 
 from __future__ import annotations
 
+import bisect
 import math
 import time
 from collections.abc import Sequence
@@ -221,7 +222,7 @@ class Prose:
     """Packed text, and judges of several families.
 
     A cell of a judge is the perplexity over that of the teacher's many calls, at their entropy: ln
-    perplexity is linear in entropy between two temperatures; beyond them the line is drawn on.
+    perplexity is linear in entropy between two temperatures; beyond all the line is drawn on.
 
     Args:
         teacher: model directory.
@@ -324,13 +325,16 @@ def standard_error(nats: Sequence[float], tokens: Sequence[int]) -> float:
 
 
 def at_entropy(swept: Sequence[Row], entropy: float, measure: str) -> tuple[float, bool]:
-    """A figure at an entropy, on the line through the two nearest rows; whether it lies between."""
-    if len(swept) == 1:
-        return float(swept[0][measure]), False
-    near = sorted(swept, key=lambda row: abs(float(row["entropy"]) - entropy))[:2]
-    low, high = sorted(near, key=lambda row: float(row["entropy"]))
-    span = high["entropy"] - low["entropy"]
-    if span <= 0.0:
-        return float(low[measure]), False
-    w = (entropy - low["entropy"]) / span
-    return float((1 - w) * low[measure] + w * high[measure]), 0.0 <= w <= 1.0
+    """A figure at an entropy, on the line through its neighbours; whether it lies between them.
+
+    Beyond all rows it is the line through the two nearest. Of rows that share an entropy the lowest
+    figure counts.
+    """
+    pairs = sorted(((row["entropy"], row[measure]) for row in swept), reverse=True)
+    points = sorted(dict(pairs).items())
+    if len(points) == 1:
+        return float(points[0][1]), False
+    above = bisect.bisect_left(points, entropy, 1, len(points) - 1, key=lambda point: point[0])
+    (low, first), (high, second) = points[above - 1 : above + 1]
+    w = (entropy - low) / (high - low)
+    return float((1 - w) * first + w * second), 0.0 <= w <= 1.0

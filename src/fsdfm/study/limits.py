@@ -21,6 +21,7 @@ from fsdfm.study.curve import both, budget
 from fsdfm.study.divergence import figures
 from fsdfm.study.languages import KnownLaw, Row
 from fsdfm.study.protocol import append, read
+from fsdfm.study.training import weights_sha256
 
 LOG = logging.getLogger(__name__)
 
@@ -65,7 +66,9 @@ def limits(
     settings: Sequence[tuple[int, float]],
     samples: int,
 ) -> list[Row]:
-    """A row for every way of drawing and setting; those in out/results.jsonl are kept.
+    """A row for every way of drawing and setting.
+
+    Those in out/results.jsonl that are of this teacher are kept.
 
     Args:
         out: directory.
@@ -77,10 +80,12 @@ def limits(
     out.mkdir(parents=True, exist_ok=True)
     path = out / "results.jsonl"
     rows, wanted = read(path), []
+    teacher = weights_sha256(language.teacher)
     for name, make in drawers.items():
         made: list[Drawer] = []
         for calls, power in settings:
             facts = {"name": name, "calls": calls, "power": power, "samples": samples}
+            facts["teacher"] = teacher
             known = [row for row in rows if facts.items() <= row.items()]
             if not known:
                 made = made or [make()]

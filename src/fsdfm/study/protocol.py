@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,6 +31,11 @@ MANY = 1024
 WINDOWS = (0.1, 0.03, 1 / 3)
 """Of the average; the first one while learning rates are compared."""
 POWERS = (1.0, 2.0, 4.0, 8.0)
+FACTS = (
+    *("recipe", "seed", "weights", "updates", "cost", "learning_rate", "window", "power"),
+    *("calls", "temperature", "samples", "first_sample"),
+)
+"""What a row is of; the rest is figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +74,8 @@ class Study:
     def __init__(self, out: Path, language: Language, protocol: Protocol) -> None:
         self.out, self.language, self.protocol = out, language, protocol
         out.mkdir(parents=True, exist_ok=True)
-        self.searched, self.rows = read(out / "search.jsonl"), read(out / "results.jsonl")
+        files = (out / "search.jsonl", out / "results.jsonl")
+        self.searched, self.rows = (distinct(read(file)) for file in files)
 
     def choice(self, name: str) -> Choice:
         """What the search settles for a recipe."""
@@ -204,6 +211,14 @@ def once(
         return made[0]
 
     return get
+
+
+def distinct(rows: Sequence[Row]) -> list[Row]:
+    """The first row of all FACTS: processes side by side may have drawn the same one."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in FACTS), row)
+    return list(found.values())
 
 
 def append(path: Path, row: Row) -> None:

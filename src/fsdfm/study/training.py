@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fsdfm.core.errors import FsdfmError
-from fsdfm.core.files import replacing
+from fsdfm.core.errors import ConfigError, FsdfmError
+from fsdfm.core.files import digest, replacing, tensor_bytes, write_whole
 from fsdfm.flow.loss import cross_entropy
 from fsdfm.flow.path import Source
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.transformer import FlowNetwork, Transformer
-from fsdfm.study.languages import KnownLaw, Language
+from fsdfm.study.languages import KnownLaw, Language, Row
 from fsdfm.study.recipes import Recipe
 from fsdfm.train.checkpoint import load_average, load_last
 from fsdfm.train.loop import Run, Task
@@ -108,6 +109,7 @@ def known_law(run: Path, source: str = "uniform", steps: int | None = None) -> K
 
     Raises:
         Stopped: the training was interrupted.
+        ConfigError: the directory has a run of other settings.
     """
     config = ModelConfig.from_dict(
         {
@@ -133,7 +135,7 @@ def known_law(run: Path, source: str = "uniform", steps: int | None = None) -> K
         )
         objective = Pretrain(language.source, Polynomial(), cross_entropy)
         task = task_of(objective, language.source, language, seed=0)
-        trained(run, settings, task, Watch("teacher", run, model))
+        trained(run, settings, task, Watch("teacher", run, model), {"source": source})
     load_average(run / "checkpoint.safetensors", model)
     return language
 
@@ -148,13 +150,27 @@ def task_of(objective: Objective, source: Source, language: Language, seed: int)
     return Task(objective, source, Polynomial(), batch, language.validation(), cpu, language.dtype)
 
 
-def trained(run: Path, settings: TrainSettings, task: Task, watch: Watch) -> None:
+def trained(run: Path, settings: TrainSettings, task: Task, watch: Watch, facts: Row) -> None:
     """Train the watched network to the end of its run, or go on with it.
+
+    Args:
+        run: directory.
+        settings: the numbers.
+        task: what is trained on what.
+        watch: with the network.
+        facts: what else tells the run from others; kept with the settings in its directory.
 
     Raises:
         Stopped: it was interrupted.
+        ConfigError: the directory has a run of other settings or facts.
     """
+    kept = run / "settings.json"
+    asked = json.dumps({"settings": asdict(settings), **facts}, indent=1) + "\n"
+    known = kept.read_text() if kept.exists() else None
+    if known != asked and (run / "checkpoint.safetensors").exists():
+        raise ConfigError(f"{run} has a run of other or unknown settings: give another out.", "out")
     run.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, asked)
     if not Run(run, settings, task, watch).train(watch.model):
         raise Stopped
 
@@ -181,6 +197,7 @@ def student(
 
     Raises:
         Stopped: the training was interrupted.
+        ConfigError: the directory has a run of other settings, recipe or teacher.
     """
     settings = replace(
         language.settings,
@@ -192,7 +209,7 @@ def student(
     )
     task = task_of(recipe.objective(language.source), language.source, language, seed)
     model = started(recipe, language, seed)
-    trained(run, settings, task, Watch(run.name, run, model))
+    trained(run, settings, task, Watch(run.name, run, model), origin(recipe, language))
 
     def weights(kind: str) -> FlowNetwork:
         fresh = started(recipe, language, seed)
@@ -202,6 +219,16 @@ def student(
         return fresh.eval()
 
     return weights
+
+
+def origin(recipe: Recipe, language: Language) -> Row:
+    """How a student is made, and of which teacher."""
+    return {"recipe": asdict(recipe), "teacher": weights_sha256(language.teacher)}
+
+
+def weights_sha256(model: FlowNetwork) -> str:
+    """Of a network's weights."""
+    return digest(tensor_bytes(model.parameters()))
 
 
 def started(recipe: Recipe, language: Language, seed: int) -> FlowNetwork:

@@ -110,7 +110,7 @@ def bound(run: Path, data: Path) -> dict[str, float]:
         fsdfm("merge", str(run / "base"), str(run), str(whole))
         run = whole
     command = [sys.executable, str(Path(__file__).with_name("bound.py")), str(run)]
-    command += ["--text", str(data), "--sequences", "64", "--times", "8"]
+    command += ["--text", str(data)]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     row: dict[str, float] = json.loads(printed)
     return row

@@ -29,6 +29,7 @@ import torch
 from bound import held_out, nats_by_sequence
 from torch import Tensor
 
+from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.loss import LATEST_TIME, hidden_rows
 from fsdfm.flow.path import Batch, make_source, on_the_path
@@ -37,8 +38,15 @@ from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load_with_network
 from fsdfm.model.io.pretrained import Pretrained
 from fsdfm.recipes.quantizing import quantize
+from fsdfm.text.tokenizer import Tokenizer
 
 Loaded = tuple[Generator, Pretrained]
+
+
+def held_out(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:
+    """Token ids of the sequences to judge by."""
+    blocks = Blocks.cut(HeldOut.open(args.text), tokenizer, args.length, seed=0)
+    return (blocks.human + blocks.others)[: args.sequences]
 
 
 def main() -> None:

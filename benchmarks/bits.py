@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bound import held_out, nats_by_sequence
 from torch import Tensor
 
 from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.flow.grid import SMALLEST_STEP
-from fsdfm.flow.loss import LATEST_TIME, hidden_rows
+from fsdfm.flow.loss import LATEST_TIME, elbo_nats_per_token, hidden_rows
 from fsdfm.flow.path import Batch, make_source, on_the_path
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.generator import Generator
@@ -41,6 +40,31 @@ from fsdfm.recipes.quantizing import quantize
 from fsdfm.text.tokenizer import Tokenizer
 
 Loaded = tuple[Generator, Pretrained]
+
+
+def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], list[int]]:
+    """The bound of every sequence in nats a token (of a causal network exact), and its UTF-8 bytes.
+
+    Args:
+        name: of a model directory, or `bundled`.
+        args: text, length, sequences, times.
+    """
+    generator, found = load_with_network(None if name == "bundled" else name, device="cpu")
+    config, chosen = generator.config, held_out(generator.tokenizer, args)
+    source = make_source(config.source, config.vocab_size)
+    schedule, nats = Polynomial(config.schedule_power), []
+    for number, ids in enumerate(chosen):
+        with generator.autocast():
+            bounds = elbo_nats_per_token(
+                found.model,
+                torch.tensor([ids]),
+                source,
+                schedule,
+                times=args.times,
+                first=number,
+            )
+            nats.append(statistics.fmean(bounds))
+    return nats, [len(generator.decode(ids).encode()) for ids in chosen]
 
 
 def held_out(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:

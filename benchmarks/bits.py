@@ -26,45 +26,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bound import Loaded, nats_per_token
 from torch import Tensor
 
 from fsdfm.eval.heldout import Blocks, HeldOut
 from fsdfm.flow.grid import SMALLEST_STEP
-from fsdfm.flow.loss import LATEST_TIME, elbo_nats_per_token, hidden_rows
+from fsdfm.flow.loss import LATEST_TIME, hidden_rows
 from fsdfm.flow.path import Batch, make_source, on_the_path
 from fsdfm.flow.schedule import Polynomial
-from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load_with_network
-from fsdfm.model.io.pretrained import Pretrained
 from fsdfm.recipes.quantizing import quantize
 from fsdfm.text.tokenizer import Tokenizer
 
-Loaded = tuple[Generator, Pretrained]
 
-
-def nats_by_sequence(name: str, args: argparse.Namespace) -> tuple[list[float], list[int]]:
-    """The bound of every sequence in nats a token (of a causal network exact), and its UTF-8 bytes.
-
-    Args:
-        name: of a model directory, or `bundled`.
-        args: text, length, sequences, times.
-    """
-    generator, found = load_with_network(None if name == "bundled" else name, device="cpu")
-    config, chosen = generator.config, held_out(generator.tokenizer, args)
-    source = make_source(config.source, config.vocab_size)
-    schedule, nats = Polynomial(config.schedule_power), []
-    for number, ids in enumerate(chosen):
-        with generator.autocast():
-            bounds = elbo_nats_per_token(
-                found.model,
-                torch.tensor([ids]),
-                source,
-                schedule,
-                times=args.times,
-                first=number,
-            )
-            nats.append(statistics.fmean(bounds))
-    return nats, [len(generator.decode(ids).encode()) for ids in chosen]
+def nats_by_sequence(loaded: Loaded, args: argparse.Namespace) -> list[float]:
+    """The bound of every sequence, in nats a token."""
+    chosen = held_out(loaded[0].tokenizer, args)
+    return [nats_per_token(loaded, ids, args.times, number) for number, ids in enumerate(chosen)]
 
 
 def held_out(tokenizer: Tokenizer, args: argparse.Namespace) -> list[list[int]]:
@@ -84,8 +62,8 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=24)
     parser.add_argument("--times", type=int, default=8)
     args = parser.parse_args()
-    exact, _ = nats_by_sequence(str(args.model), args)
     as_it_is = load_with_network(args.model, device="cpu")
+    exact = nats_by_sequence(as_it_is, args)
     for rule in args.rules:
         for data in dict.fromkeys((None, args.data)):
             with tempfile.TemporaryDirectory() as folder:
@@ -110,8 +88,8 @@ def tell(
     said: dict[str, Any],
 ) -> None:
     """What another model loses, as a line."""
-    nats, _ = nats_by_sequence(str(other), args)
-    apart = divergences(as_it_is, load_with_network(other, device="cpu"), args)
+    rounded = load_with_network(other, device="cpu")
+    nats, apart = nats_by_sequence(rounded, args), divergences(as_it_is, rounded, args)
     lost = [b - a for a, b in zip(exact, nats, strict=True)]
     row = {
         **said,

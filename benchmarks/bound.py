@@ -23,8 +23,9 @@ import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ from fsdfm.eval.statistics import Ratio, student_quantile
 from fsdfm.flow.loss import elbo_nats_per_token
 from fsdfm.flow.path import make_source
 from fsdfm.flow.schedule import Polynomial
+from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load_with_network
 from fsdfm.model.io.directory import resolve
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained, read_config
@@ -46,6 +48,7 @@ from fsdfm.study.ngram import NgramModel
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
+Loaded = tuple[Generator, Pretrained]
 Judge = Callable[[int, str], tuple[float, int]]
 """(number of a passage, its text) -> nats of it, and its tokens."""
 
@@ -63,7 +66,8 @@ def passages(documents: list[str], characters: int, count: int) -> list[Passage]
 
     Args:
         documents: the texts.
-        characters: of a passage, at most; at least half of it.
+        characters: of a passage, at most; the end of a document is left out if it has fewer than
+            half as many.
         count: passages, at most.
     """
     rng = np.random.default_rng(0)
@@ -91,27 +95,37 @@ def judge(name: str, times: int) -> Judge:
     """How a model judges a passage.
 
     Args:
-        name: of a model directory, or `bundled`.
+        name: of a model directory; `bundled` is the package's model.
         times: at which the bound of a flow model is looked at.
     """
     if name != "bundled" and read_config(resolve(name))[0].left_to_right:
         return _causal(load_pretrained(name))
-    generator, found = load_with_network(None if name == "bundled" else name, device="cpu")
-    config = generator.config
-    source, schedule = (
-        make_source(config.source, config.vocab_size),
-        Polynomial(config.schedule_power),
-    )
+    loaded = load_with_network(None if name == "bundled" else name, device="cpu")
 
     def nats(number: int, text: str) -> tuple[float, int]:
-        ids = torch.tensor([generator.tokenizer.encode(text)])
-        with generator.autocast():
-            bounds = elbo_nats_per_token(
-                found.model, ids, source, schedule, times=times, first=number
-            )
-        return statistics.fmean(bounds) * ids.numel(), ids.numel()
+        ids = loaded[0].tokenizer.encode(text)
+        return nats_per_token(loaded, ids, times, number) * len(ids), len(ids)
 
     return nats
+
+
+def nats_per_token(loaded: Loaded, ids: Sequence[int], times: int, number: int) -> float:
+    """The bound of a flow model.
+
+    Args:
+        loaded: the model.
+        ids: tokens of a sequence.
+        times: that are looked at.
+        number: of the sequence, which its noise depends on.
+    """
+    generator, found = loaded
+    config = generator.config
+    source = make_source(config.source, config.vocab_size)
+    schedule, x_1 = Polynomial(config.schedule_power), torch.tensor([ids])
+    with generator.autocast():
+        return statistics.fmean(
+            elbo_nats_per_token(found.model, x_1, source, schedule, times=times, first=number)
+        )
 
 
 def _causal(found: Pretrained) -> Judge:
@@ -162,7 +176,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", help="model directories, or `bundled`")
+    parser.add_argument("models", nargs="*", help="directories; `bundled`: the package's model")
     parser.add_argument("--text", type=Path)
     parser.add_argument("--characters", type=int, default=1024)
     parser.add_argument("--passages", type=int, default=88)
@@ -174,11 +188,9 @@ def main() -> None:
         chosen = passages(heldout.documents, args.characters, args.passages)
         if not chosen:
             parser.error(f"the text has no passage of {args.characters // 2} characters.")
-        named: list[tuple[str, Callable[[], Judge]]] = [
-            (Path(name).name, lambda name=name: judge(name, args.times)) for name in args.models
-        ]
+        named = [(Path(name).name, partial(judge, name, args.times)) for name in args.models]
         if args.ngram:
-            named.append((f"ngram4 of {args.ngram.name}", lambda: _ngram(args.ngram)))
+            named.append((f"ngram4 of {args.ngram.name}", partial(_ngram, args.ngram)))
         for name, made in named:
             row = {"model": name, "text": heldout.name, "passages": len(chosen)}
             row |= {"characters": args.characters, "times": args.times, **bound(made(), chosen)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -12,6 +11,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from scripts import ROOT, script
 from test_generator import WORDS
 
 from fsdfm.cli.main import main
@@ -19,17 +19,10 @@ from fsdfm.study.ngram import NgramModel
 from fsdfm.text.store import TokenStore
 from fsdfm.text.tokenizer import Tokenizer
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bound.py"
-
 
 @pytest.fixture(scope="module")
 def bound() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bound", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bound"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/bound.py")
 
 
 def test_passages_are_whole_words_of_the_documents_in_turn(bound: ModuleType) -> None:
@@ -70,7 +63,10 @@ def test_an_ngram_model_is_judged_by_the_same_passages(bound: ModuleType, tmp_pa
     assert main([*map(str, argv)]) == 0
     asked = ["--ngram", data, "--text", text, "--characters", 64, "--passages", 3]
     told = subprocess.run(
-        [sys.executable, SCRIPT, *map(str, asked)], capture_output=True, text=True, check=False
+        [sys.executable, ROOT / "benchmarks/bound.py", *map(str, asked)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert told.returncode == 0, told.stderr
     row = json.loads(told.stdout)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from language_models import save_lm
+from scripts import script
 from steering_fixtures import make_generators
 from test_generator import WORDS
 
@@ -27,13 +26,7 @@ PARTS = ("cost", "words", "lengths", "auto", "prompts", "infill", "seam")
 
 @pytest.fixture(scope="module")
 def steering() -> ModuleType:
-    path = Path(__file__).parents[1] / "benchmarks" / "steering.py"
-    spec = importlib.util.spec_from_file_location("steering", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["steering"] = module
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/steering.py")
 
 
 class Counting:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from evaluation_fixtures import save_heldout, save_judge, save_model
 from safetensors.torch import load_file
+from scripts import script
 from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
@@ -31,7 +30,6 @@ from fsdfm.text.settings import PrepareSettings
 from fsdfm.text.tokenizer import Tokenizer
 from fsdfm.train import loop
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FEW = {"budget": 12, "search_budget": 6, "calls": (1, 2), "many": 4}
 
 
@@ -39,15 +37,6 @@ FEW = {"budget": 12, "search_budget": 6, "calls": (1, 2), "many": 4}
 def _brief_validation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which every run does one in the end."""
     monkeypatch.setattr(loop, "VALIDATION_TIMES", 1)
-
-
-def benchmark(name: str) -> ModuleType:
-    """A script of benchmarks/."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +164,10 @@ def test_a_run_of_other_settings_is_refused(
         words = f"{command} --updates {updates} --heads".split()
         monkeypatch.setattr(sys, "argv", [*words, "fixed seams"])
         if updates == 2:
-            benchmark("joint").main()
+            script("benchmarks/joint.py").main()
         else:
             with pytest.raises(SystemExit, match="other or unknown settings"):
-                benchmark("joint").main()
+                script("benchmarks/joint.py").main()
 
 
 def test_a_row_of_another_teacher_is_not_taken(tmp_path: Path, teacher: Path) -> None:
@@ -244,7 +233,7 @@ def test_a_curve_judges_the_start_and_what_a_run_left_behind(
     command = f"published --out {tmp_path} --teacher-run {teacher} --calls 1 2 --samples 16"
     monkeypatch.setattr(curve, "SAVED_EVERY", 2)
     monkeypatch.setattr(sys, "argv", f"{command} --updates 2 4".split())
-    benchmark("published").main()
+    script("benchmarks/published.py").main()
     table = capsys.readouterr().out
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:-1]] == [
         "teacher, exact rule",
@@ -264,7 +253,7 @@ def test_a_curve_judges_the_start_and_what_a_run_left_behind(
     for words, says in (("3", "multiples of 2"), ("2", "other or unknown settings")):
         monkeypatch.setattr(sys, "argv", f"{command} --updates {words}".split())
         with pytest.raises(SystemExit, match=says):
-            benchmark("published").main()
+            script("benchmarks/published.py").main()
 
 
 @pytest.mark.parametrize(
@@ -298,7 +287,7 @@ def test_scripts_of_the_known_law_give_a_row_for_every_way_of_drawing(
 ) -> None:
     command = f"{name} --out {tmp_path} --teacher-run {teacher} --calls 1 2 --samples 16 {flags}"
     monkeypatch.setattr(sys, "argv", command.split())
-    benchmark(name).main()
+    script(f"benchmarks/{name}.py").main()
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     tables = [each.splitlines()[2:] for each in table.split("\n\n") if each.startswith("|")]
@@ -340,7 +329,7 @@ def test_prose_is_judged_by_several_beside_references(
     command += f" --judges {' '.join(judges)} --reference ngram={heldout} --budget 6 --calls 2"
     command += " --search-budget 3 --samples 2 --search-samples 2 --seeds 0"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--recipes", "step-aware"])
-    benchmark("study").main()
+    script("benchmarks/study.py").main()
     table = (tmp_path / "out" / "tables.md").read_text()
     assert table.count("| step-aware | 0 | average |") == 3  # two judges and the 4-grams
     assert table.count("ngram: ") == table.count("human text: ") == 3
@@ -363,7 +352,7 @@ def test_a_study_of_the_mask_source_trains_its_own_teacher(
     command = f"study --out {tmp_path} --source mask --teacher-steps 2 --budget 6 --samples 8"
     command += " --search-budget 3 --calls 2 --many 4 --search-samples 8 --seeds 0"
     monkeypatch.setattr(sys, "argv", [*command.split(), "--recipes", "joint head"])
-    benchmark("study").main()
+    script("benchmarks/study.py").main()
     tensors = load_file(tmp_path / "teacher" / "checkpoint.safetensors")
     assert tensors["ema.vocab_embed.weight"].shape == (5, 64)
     assert (tmp_path / "figure.png").read_bytes()[1:4] == b"PNG"

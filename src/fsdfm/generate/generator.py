@@ -104,7 +104,6 @@ class Generator:
         Raises:
             ConfigError: an option that there is not, a value out of range, or a prompt that does
                 not fit.
-            DataError: a prompt that is not Unicode.
         """
         return Generation([sample for batch in self.batches(**options) for sample in batch])
 
@@ -163,7 +162,6 @@ class Generator:
 
         Raises:
             ConfigError: a request that this model cannot do; nothing was begun.
-            DataError: a text that is not Unicode.
         """
         return answer(self, requests, batch_size=batch_size, on_step=on_step, cancelled=cancelled)
 

@@ -56,7 +56,6 @@ class Job:
 
     Raises:
         ConfigError: it cannot be done by this model.
-        DataError: a text of it that is not Unicode.
     """
 
     def __init__(self, generator: Generator, request: Request) -> None:

@@ -94,7 +94,6 @@ def lay_out(request: Request, generator: Generator) -> Layout:
 
     Raises:
         ConfigError: what is given does not fit the length or the model's context.
-        DataError: a text that is not Unicode.
     """
     tokenizer, context = generator.tokenizer, generator.config.context_length
     if request.text is not None:

@@ -73,7 +73,6 @@ class Running:
 
         Raises:
             ConfigError: this model cannot do it.
-            DataError: a text of it that is not Unicode.
         """
         job = Job(self.generator, request)
         ticket = next(self._tickets)

@@ -175,7 +175,6 @@ def understood(
     Raises:
         ConfigError: a body that is none, a value that cannot be, or more than is allowed.
         LookupError: no such model.
-        DataError: a text that is not Unicode.
     """
     own, steering = _parts(kind, values)
     body = kind(**own)

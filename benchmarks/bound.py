@@ -95,12 +95,12 @@ def judge(name: str, times: int) -> Judge:
     """How a model judges a passage.
 
     Args:
-        name: of a model directory; `bundled` is the package's model.
+        name: of a model directory, or `bundled`.
         times: at which the bound of a flow model is looked at.
     """
-    if name != "bundled" and read_config(resolve(name))[0].left_to_right:
+    if read_config(resolve(name))[0].left_to_right:
         return _causal(load_pretrained(name))
-    loaded = load_with_network(None if name == "bundled" else name, device="cpu")
+    loaded = load_with_network(name, device="cpu")
 
     def nats(number: int, text: str) -> tuple[float, int]:
         ids = loaded[0].tokenizer.encode(text)

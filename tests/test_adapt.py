@@ -34,6 +34,7 @@ from fsdfm.generate.loading import load, load_with_network
 from fsdfm.generate.source import BOUND_TIMES
 from fsdfm.model.causal import CausalNetwork
 from fsdfm.model.io.causal_lm import load_causal_lm
+from fsdfm.model.io.directory import bundled
 from fsdfm.model.io.pretrained import load_pretrained
 from fsdfm.recipes.settings import AdaptSettings
 from fsdfm.recipes.training import adapt, objective_parts
@@ -152,6 +153,14 @@ def test_data_has_the_models_tokenizer_whole_or_cut(place: Path) -> None:
 def test_more_than_there_is_cuts_nothing(run: Run, place: Path, tmp_path: Path) -> None:
     out = prepared(run, place / "text.jsonl", tmp_path / "d", place / "lm", "--vocab-size", 5000)
     assert contents(out)["tokenizer.json"] == contents(place / "data")["tokenizer.json"]
+
+
+def test_data_for_a_model_of_ours_has_its_tokenizer_as_it_is(
+    run: Run, place: Path, twin: Path, tmp_path: Path
+) -> None:
+    for name, model in ((twin, twin), (Path("bundled"), bundled())):
+        data = prepared(run, place / "text.jsonl", tmp_path / model.name, name)
+        assert (data / "tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["bytes missing", "byte fallback"])

@@ -20,7 +20,7 @@ from fsdfm.core.errors import CheckpointError, ConfigError
 from fsdfm.model.config import ModelConfig
 from fsdfm.model.io import directory as directory_of_files
 from fsdfm.model.io import pretrained
-from fsdfm.model.io.directory import FILES
+from fsdfm.model.io.directory import FILES, bundled, resolve
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.transformer import Transformer
 
@@ -475,3 +475,14 @@ def test_local_directory_wins_over_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_
     save(tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
     assert load_pretrained("org/name").generation == GENERATION
+
+
+def test_bundled_is_the_packages_model_unless_there_is_such_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert resolve("bundled") == resolve(Path("bundled")) == bundled()
+    with pytest.raises(CheckpointError, match="no model directory"):
+        resolve("./bundled")
+    Path("bundled").mkdir()
+    assert resolve("bundled") == Path("bundled")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from fsdfm.bench.settings import SHAPES
 from fsdfm.core.errors import ConfigError
 from fsdfm.model.causal import CausalConfig
 from fsdfm.model.config import PRESETS, ModelConfig
+from fsdfm.model.io.directory import bundled, resolve
 from fsdfm.model.io.pretrained import read_config, read_generation
 from fsdfm.model.networks import build_network
 from fsdfm.model.transformer import FlowNetwork
@@ -83,8 +83,6 @@ ADAPTED = CausalConfig(
 )
 """12 layers of SmolLM2-135M with a vocabulary that was cut; it draws as the bundled model does."""
 
-BUNDLED = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
-
 
 def shape(name: str) -> ModelConfig:
     """The network to measure, without a joint head and told of h.
@@ -106,7 +104,7 @@ def shape(name: str) -> ModelConfig:
         raise ConfigError(
             f"The shape must be one of {', '.join(SHAPES)}, or a model directory, got {name}."
         )
-    config, _ = read_config(BUNDLED if name == "bundled" else Path(name))
+    config, _ = read_config(resolve(name))
     return replace(config, step_embedding="log2", neighbours=0)
 
 
@@ -126,7 +124,7 @@ def sampling(name: str) -> dict[str, Any] | None:
     """
     if name in PRESETS:
         return None
-    return read_generation(BUNDLED if name in ("adapted", "bundled") else Path(name))
+    return read_generation(bundled() if name == "adapted" else resolve(name))
 
 
 def random_model(config: ModelConfig) -> FlowNetwork:

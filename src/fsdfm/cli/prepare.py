@@ -27,8 +27,8 @@ class _Own:
     out: Path = option()
     """Directory to write."""
     tokenizer: str | None = option(None, form="FILE|MODEL", unset="train one")
-    """A tokenizer.json to use, or a language model whose tokenizer to use: whatever fsdfm adapt
-    takes."""
+    """A tokenizer.json to use, or a model whose tokenizer to use: a model directory, bundled for
+    that of the package, or a language model as fsdfm adapt takes it."""
     workers: int = option(1, within=AT_LEAST_1)
     """Processes that tokenize; 1 is this one, with threads. The result is the same."""
 
@@ -62,6 +62,11 @@ def _tokenizer(name: str) -> Tokenizer:
     """That of a file, or of a language model."""
     if name.endswith(".json") or (Path(name).is_file() and not name.endswith(".gguf")):
         return Tokenizer.from_file(name)
+    from fsdfm.model.io.directory import BUNDLED, TOKENIZER, find, resolve
+    from fsdfm.model.io.pretrained import is_own
+
+    if name == BUNDLED or is_own(Path(name)):  # as it is: a model goes on from data of the same
+        return Tokenizer.from_file(find(resolve(name), TOKENIZER))
     from fsdfm.model.io.causal_lm import load_tokenizer_json
     from fsdfm.text.vocabulary import completed
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 
 import torch
 
 from fsdfm.core.device import give_back_memory, pick_device
-from fsdfm.core.errors import CheckpointError, ConfigError
+from fsdfm.core.errors import ConfigError
 from fsdfm.generate.generator import Generator
 from fsdfm.model.io.adapter import add_adapter
+from fsdfm.model.io.directory import bundled
 from fsdfm.model.io.pretrained import Pretrained, load_pretrained
 from fsdfm.text.tokenizer import Tokenizer
 
@@ -26,7 +26,8 @@ def load(
 
     Args:
         model: a model directory, a run directory of `pretrain` or `distill`, or `org/name` on the
-            Hugging Face Hub; None takes the model that comes with the package.
+            Hugging Face Hub. None, or `bundled` where there is no such directory, takes the model
+            that comes with the package.
         adapter: a run directory of a training with `lora`, whose weights are added.
         device: where to run; cuda if there is one, else mps, else cpu.
         precision: of the matrix products: float32, bfloat16 or int8. None: int8 for adapted models
@@ -51,7 +52,7 @@ def load_with_network(
 ) -> tuple[Generator, Pretrained]:
     """As `load`, and what the directory holds: the network in float32, which a generator drops."""
     place = pick_device(device)
-    found = load_pretrained(_bundled() if model is None else model, device=place)
+    found = load_pretrained(bundled() if model is None else model, device=place)
     if found.model.config.left_to_right:
         raise ConfigError(
             f"{model} predicts the next token alone (attention=causal) and writes in no few calls: "
@@ -68,13 +69,3 @@ def load_with_network(
         ancestors=found.ancestors,
     )
     return generator, found
-
-
-def _bundled() -> Path:
-    directory = Path(str(resources.files("fsdfm") / "assets" / "bundled"))
-    if not directory.is_dir():
-        raise CheckpointError(
-            "This installation came without its bundled model: reinstall fsdfm, or name the "
-            "directory of a model."
-        )
-    return directory

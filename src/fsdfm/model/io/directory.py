@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ TOKENIZER, GENERATION = "tokenizer.json", "generation.json"
 FILES = (WEIGHTS, CONFIG, TOKENIZER, GENERATION)
 
 STAGED, COMMITTED = ".saving", ".saved"
+BUNDLED = "bundled"
 
 
 def commit(
@@ -68,7 +70,7 @@ def commit(
 
 
 def resolve(name: str | Path) -> Path:
-    """A local directory, or the local copy of a model on the Hub.
+    """A local directory, else the package's own model (`bundled`), else a copy from the Hub.
 
     Raises:
         CheckpointError: there is neither.
@@ -76,6 +78,8 @@ def resolve(name: str | Path) -> Path:
     path = Path(name)
     if path.is_dir():
         return path
+    if str(name) == BUNDLED and not path.exists():
+        return bundled()
     if path.exists():
         raise CheckpointError(f"{path} is a file: give the directory of a model.")
     # A first part that exists here makes it a mistyped path, not a name on the Hub.
@@ -91,6 +95,21 @@ def resolve(name: str | Path) -> Path:
             f"There is no directory {path}, and the Hugging Face Hub does not give it: "
             f"{one_line(error)}."
         ) from error
+
+
+def bundled() -> Path:
+    """The directory of the model that comes with the package.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    directory = Path(str(resources.files("fsdfm") / "assets" / BUNDLED))
+    if not directory.is_dir():
+        raise CheckpointError(
+            "This installation came without its bundled model: reinstall fsdfm, or name the "
+            "directory of a model."
+        )
+    return directory
 
 
 def find(directory: Path, name: str) -> Path:

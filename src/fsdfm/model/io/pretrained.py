@@ -265,6 +265,16 @@ def read_config(directory: Path) -> tuple[ModelConfig, tuple[str, ...]]:
     return _parse_config(read_object(path), path)
 
 
+def is_own(directory: Path) -> bool:
+    """Whether the config of a directory says that fsdfm wrote it.
+
+    Raises:
+        CheckpointError: a config that is no JSON object.
+    """
+    path = find(directory, CONFIG)
+    return path.is_file() and read_object(path).get("format") == FORMAT
+
+
 def read_generation(directory: Path) -> dict[str, Any]:
     """What a model directory says of generating; nothing if it has no such file.
 

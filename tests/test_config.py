@@ -179,6 +179,38 @@ def test_a_run_may_cool_down_at_any_time_as_its_config_repeats_it(
             training.pretrain(replace(ends, **changes))
 
 
+def test_updates_that_are_done_are_neither_forgotten_nor_told_otherwise(
+    data: Path, tmp_path: Path
+) -> None:
+    args = pretrain_args(data, tmp_path / "a", steps=6)
+    assert training.pretrain(args)
+    with pytest.raises(ConfigError, match="has 6 updates: give steps of 6 or more"):
+        training.pretrain(replace(args, steps=5))
+    late = replace(args, steps=8, cooldown_steps=4)
+    with pytest.raises(ConfigError, match=r"cool down after 4: give steps of 10 or more, or fewer"):
+        training.pretrain(late)
+    kept = tomllib.loads((tmp_path / "a/config.toml").read_text())
+    assert (kept["steps"], kept["cooldown_steps"]) == (6, 0)
+    assert training.pretrain(replace(args, steps=8, cooldown_steps=2))
+
+
+def test_a_run_that_has_only_warmed_up_takes_the_cosine_of_its_new_length(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    short = pretrain_args(data, tmp_path / "a", steps=3, warmup_steps=4)
+    assert training.pretrain(short)
+    assert training.pretrain(replace(short, steps=4))
+    long = replace(short, steps=8)
+    assert training.pretrain(long)
+    assert not caplog.messages
+    assert training.pretrain(replace(long, out=tmp_path / "b"))
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    # From here on there is a cosine to keep, and its last rate is said.
+    assert training.pretrain(replace(long, steps=9))
+    rate = replace(long, steps=9, decay_steps=8).learning_rate_at(8)
+    assert 0 < rate < long.learning_rate and f"and is {rate:g} after them" in caplog.text
+
+
 def test_what_has_not_begun_to_cool_down_may_do_so_elsewhere(data: Path, tmp_path: Path) -> None:
     planned = pretrain_args(data, tmp_path / "a", steps=9, cooldown_steps=5, checkpoint_every=2)
     stopped_after(4, planned)
@@ -189,6 +221,17 @@ def test_the_learning_rate_falls_linearly_over_the_last_updates() -> None:
     cooled = replace(SETTINGS, cooldown_steps=4)
     found = [cooled.learning_rate_at(step) / SETTINGS.learning_rate_at(step) for step in range(10)]
     assert found == pytest.approx([1.0] * 6 + [0.8, 0.6, 0.4, 0.2])
+
+
+def test_names_that_are_not_utf8_are_told(
+    run: Run, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / os.fsdecode(b"d\xe9")).symlink_to(data)
+    with pytest.raises(ConfigError, match=r"is not UTF-8, so config.toml cannot say it"):
+        training.pretrain(pretrain_args(tmp_path / os.fsdecode(b"d\xe9"), tmp_path / "a", steps=1))
+    assert "run.json" not in os.listdir(tmp_path / "a")
+    code, _, err = run("prepare", "a" * 300, "--tokenizer", "a" * 300, "--out", tmp_path / "b")
+    assert code == 2 and "File name too long" in err
 
 
 def test_a_run_of_an_older_fsdfm_goes_on_longer(data: Path, tmp_path: Path) -> None:

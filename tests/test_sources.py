@@ -175,6 +175,37 @@ def test_what_cannot_be_read_is_told_in_a_line(tmp_path: Path) -> None:
         PrepareSettings(weights=(1.0, 0.0))
 
 
+def test_a_directory_that_may_not_be_read_is_told_and_what_is_hidden_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = jsonl(tmp_path / "source")
+    as_jsonl(source / "sub" / "c.jsonl", ["c"])
+    as_jsonl(source / ".git" / "d.jsonl", ["d"])
+    assert [f.name for f in find_sources([source])[0].files] == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    walk = os.walk
+
+    def refusing(top: Any, onerror: Any) -> Any:
+        onerror(PermissionError(13, "Permission denied", "sub"))
+        return walk(top)
+
+    monkeypatch.setattr(os, "walk", refusing)
+    with pytest.raises(DataError, match=r"Cannot read .*source \(.*Permission denied"):
+        find_sources([source])
+    with pytest.raises(DataError, match=r"Cannot read a+"):
+        find_sources(["a" * 300])
+
+
+def test_saved_data_sets_are_read_without_their_caches_one_split_at_a_time(tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": TEXTS})
+    rows.save_to_disk(tmp_path / "one")
+    (tmp_path / "one" / "cache-0.arrow").write_bytes(b"rows of another order")
+    (found,) = find_sources([tmp_path / "one"])
+    assert [file.name for file in found.files] == ["data-00000-of-00001.arrow"]
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    with pytest.raises(DataError, match=r"is a data set with the splits test, train: name one of"):
+        find_sources([tmp_path / "two"])
+
+
 def test_short_documents_and_those_that_came_before_are_dropped_and_counted(
     tmp_path: Path,
 ) -> None:
@@ -209,6 +240,33 @@ def test_a_weight_says_how_often_documents_are_seen_and_what_is_held_out_comes_o
     # A half of them, by chance: 3 standard errors of 0.5 / 6, and a fifth of the others held out.
     assert abs(often[0] - 2.5) < 0.25
     assert abs(often[1] - 0.4) < 0.22
+
+
+def test_what_is_held_out_does_not_depend_on_the_weight_or_the_order_of_the_sources(
+    tmp_path: Path,
+) -> None:
+    """In the first source, too, what is chosen and what is held out are drawn apart."""
+    texts = [f"Line {i} of {name}." for name in "ab" for i in range(2000)]
+    a = as_jsonl(tmp_path / "a.jsonl", texts[:2000])
+    b = as_jsonl(tmp_path / "b.jsonl", texts[2000:])
+    settings = PrepareSettings(validation_fraction=0.1, seed=0, weights=(0.5, 0.5))
+    prepare([a, b], out := tmp_path / "out", settings=settings, tokenizer=TOKENIZER)
+    for name in "ab":
+        counts = [
+            sum(f"of {name}." in text for text in documents(out, split))
+            for split in ("train", "validation")
+        ]
+        share = counts[1] / sum(counts)
+        assert abs(share - 0.1) < 4 * (0.09 / 1000) ** 0.5
+        assert abs(sum(counts) - 1000) < 4 * 500**0.5
+
+
+def test_a_text_is_no_duplicate_of_one_that_a_weight_leaves_out(tmp_path: Path) -> None:
+    half = as_jsonl(tmp_path / "half.jsonl", TEXTS)
+    whole = as_jsonl(tmp_path / "whole.jsonl", TEXTS)
+    settings = replace(SETTINGS, weights=(0.5, 1.0), duplicates="drop")
+    prepare([half, whole], out := tmp_path / "out", settings=settings, tokenizer=TOKENIZER)
+    assert len(documents(out)) + len(documents(out, "validation")) == len(set(TEXTS))
 
 
 def test_too_few_documents_to_weigh_are_refused(tmp_path: Path) -> None:
@@ -281,6 +339,30 @@ def test_a_killed_run_goes_on_where_it_was_and_writes_the_same_bytes(tmp_path: P
     assert packed(out) == packed(again)
     assert (out / "manifest.json").read_bytes() == (again / "manifest.json").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again", "jsonl", "out"]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left"), DataError("The network.")])
+def test_a_failure_leaves_what_was_packed_to_go_on_with(
+    failure: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = jsonl(tmp_path / "jsonl"), tmp_path / "out"
+    prepare([source], whole := tmp_path / "whole", settings=SETTINGS, tokenizer=TOKENIZER)
+    monkeypatch.setattr(shards_module, "BATCH_CHARACTERS", 600)
+    write, done = shards_module.Shards.write, []
+
+    def failing(self: Any, *what: Any) -> None:
+        if len(done) == 4:
+            raise failure
+        done.append(write(self, *what))
+
+    monkeypatch.setattr(shards_module.Shards, "write", failing)
+    with pytest.raises(DataError):
+        prepare([source], out, settings=SETTINGS, tokenizer=TOKENIZER)
+    journal = json.loads((tmp_path / ".out.partial" / "journal.json").read_text())
+    assert journal["pieces"] > 0 and not out.exists()
+    monkeypatch.setattr(shards_module.Shards, "write", write)
+    prepare([source], out, settings=SETTINGS, tokenizer=TOKENIZER)
+    assert packed(out) == packed(whole)
 
 
 def test_another_job_does_not_go_on_with_what_was_left(tmp_path: Path) -> None:

@@ -42,6 +42,17 @@ def test_tensorboard_has_the_lines_of_a_run(data: Path, tmp_path: Path) -> None:
     assert training.pretrain(args)  # finished: nothing is told again
 
 
+def test_what_was_told_after_the_checkpoint_of_a_killed_run_is_told_once(tmp_path: Path) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for steps in ((2, 4, 6), (4, 6, 8)):
+        with tracked("tensorboard", tmp_path, {}) as tell:
+            for step in steps:
+                tell({"step": step, "loss": 1.0})
+    found = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    found.Reload()
+    assert [event.step for event in found.Scalars("loss")] == [2, 4, 6, 8]
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_the_others_are_told_by_their_own_names(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -305,6 +305,9 @@ def test_a_student_gets_a_joint_head_and_keeps_its_teachers_body(
     assert (
         code == 2 and not printed and said.count("\n") == 1 and "cannot go with --draws 8" in said
     )
+    # Trained on, it keeps its head, and how it draws.
+    assert pretrain(pretrain_args(data, tmp_path / "on", init=out, source=source, steps=1))
+    assert load_pretrained(tmp_path / "on").generation == drawn
 
 
 @pytest.mark.parametrize(("target", "warms_up"), [("joint", True), ("rk4", False)])
@@ -618,7 +621,7 @@ def finished(
     data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PretrainSettings, DistillSettings]:
     place = tmp_path_factory.mktemp("finished")
-    args = pretrain_args(data, place / "p", init=teacher, steps=1)
+    args = pretrain_args(data, place / "p", init=teacher, steps=1, warmup_steps=0)
     student = distill_args(data, place / "d", teacher, steps=1)
     assert pretrain(args) and distill(student)
     return args, student

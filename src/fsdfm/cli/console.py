@@ -128,7 +128,7 @@ def use_utf8(stream: Any) -> None:
     if stream.isatty():
         stream.reconfigure(errors="replace")
     else:
-        stream.reconfigure(encoding="utf-8")
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")  # names that are not UTF-8
 
 
 def discard_stdout() -> None:

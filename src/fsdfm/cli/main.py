@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from fsdfm.cli.console import Stopped, discard_stdout, use_utf8, write
 from fsdfm.core.errors import ConfigError, FsdfmError
+from fsdfm.core.files import one_line
 from fsdfm.core.waiting import wait_briefly
 
 BAD_INPUT, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
@@ -94,6 +95,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         discard_stdout()
         return BROKEN_PIPE
+    except OSError as error:  # of a name that no file can have, say
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return BAD_INPUT
 
 
 def _run(argv: list[str]) -> int:

@@ -18,6 +18,7 @@ import types
 import typing
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import MISSING, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from fsdfm.core.errors import ConfigError
@@ -170,6 +171,8 @@ class Option:
                 self._refuse(self.rule.within.words(whole=True) + word, repr(value))
             return number
         elif self.item is float:
+            if isinstance(value, bool | str):
+                self._refuse("a number", repr(value))
             try:
                 real = float(value)
             except (TypeError, ValueError, OverflowError):
@@ -177,6 +180,10 @@ class Option:
             if real not in self.rule.within:
                 self._refuse(self.rule.within.words(whole=False), repr(real).removesuffix(".0"))
             return real
+        elif self.item is Path:
+            if not isinstance(value, str | Path):
+                self._refuse("a path", repr(value))
+            return Path(value)
         return value
 
     def _refuse(self, wanted: str, got: Any) -> typing.NoReturn:

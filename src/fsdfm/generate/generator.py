@@ -146,9 +146,10 @@ class Generator:
     ) -> list[Result]:
         """Answer requests of any kind, length and number of steps.
 
-        What can shares a call: sequences of one length at one time. A result does not depend on
-        what it shared a call with, but for the rounding of products of another size, which may
-        change a text (with batch_size 1 there is none).
+        Texts share calls, whatever their lengths and times; another step rule, number of draws or
+        seams needs a call of its own. A result does not depend on what it shared a call with, but
+        for the rounding of products of another size, which may change a text (with batch_size 1
+        there is none).
 
         Args:
             requests: what is wanted.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ Settings = TypeVar("Settings", bound=TrainSettings)
 def settled(out: Path, name: str) -> Any:
     """What a setting is in the run that a directory holds; None where there is no run."""
     try:
-        return json.loads((out / "run.json").read_text())["settings"][name]
+        return _read(out)["settings"][name]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -54,19 +54,30 @@ def going_on(settings: Settings, speaks: bool = True) -> Settings:
     """
     decay = settings.decay_steps
     try:
-        old = json.loads((settings.out / "run.json").read_text())["settings"]  # type: ignore[attr-defined]
+        old = _read(settings.out)["settings"]  # type: ignore[attr-defined]
         began, before = old.get("decay_steps") or old["steps"], old["steps"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return settings  # no run yet; what is no run is refused when it is claimed
-    if decay is None and began != settings.steps:
+    if decay is None and began != settings.steps and not _only_warmed_up(old):
+        kept = replace(settings, decay_steps=began)
         if before != settings.steps and speaks:
-            rate = settings.final_fraction * settings.learning_rate
+            rate = replace(kept, steps=began + 1, cooldown_steps=0).learning_rate_at(began)
             LOG.warning(
                 f"steps {before} -> {settings.steps}: the learning rate keeps its cosine over "
                 f"{began} updates, and is {rate:g} after them; cooldown_steps lets it fall."
             )
-        return replace(settings, decay_steps=began)
+        return kept
     return settings
+
+
+def _read(out: Path) -> Any:
+    """What run.json says."""
+    return json.loads((out / "run.json").read_text("utf-8"))
+
+
+def _only_warmed_up(settings: Mapping[str, Any]) -> bool:
+    """Whether a run has seen nothing of its cosine, whatever length that was to have."""
+    return not settings.get("decay_steps") and bool(settings["steps"] <= settings["warmup_steps"])
 
 
 def refuse_taken(out: Path) -> None:
@@ -126,11 +137,10 @@ def _claim(out: Path, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
         ConfigError: it holds another run.
         CheckpointError: it cannot be written, or holds something else.
     """
-    path = out / "run.json"
     facts, defaults = (json.loads(json.dumps(each, default=str)) for each in (facts, defaults))
     try:
-        if path.exists():
-            _same_run(out, json.loads(path.read_text()), facts, defaults)
+        if (out / "run.json").exists():
+            _refuse_another(out, facts, defaults)
         refuse_taken(out)
         settings = facts["settings"] | facts.pop("places", {})
         for name, text in (
@@ -138,18 +148,28 @@ def _claim(out: Path, facts: dict[str, Any], defaults: dict[str, Any]) -> None:
             ("run.json", json.dumps(facts, indent=2) + "\n"),
         ):
             file = out / name
-            if not file.exists() or file.read_text() != text:
+            if not file.exists() or file.read_bytes() != text.encode():
                 write_whole(file, text, error=CheckpointError)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write run directory {out} ({one_line(error)}): choose another out.",
             "out",
         ) from None
+    except UnicodeEncodeError:
+        raise ConfigError(
+            "The name of a file or directory is not UTF-8, so config.toml cannot say it: rename it."
+        ) from None
+
+
+def _refuse_another(out: Path, new: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raises ConfigError where a directory holds another run, CheckpointError where it has none."""
+    try:
+        _same_run(out, _read(out), new, defaults)
     except ConfigError:
         raise
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(
-            f"{path} is not a run's settings: choose another out.", "out"
+            f"{out / 'run.json'} is not a run's settings: choose another out.", "out"
         ) from None
 
 
@@ -161,6 +181,8 @@ def _same_run(out: Path, old: Any, new: dict[str, Any], defaults: dict[str, Any]
     came = {name: defaults[name] for name in new["settings"].keys() & defaults.keys()}
     was = came | old["settings"]
     before, after = map(_without_free, (was, new["settings"]))
+    if _only_warmed_up(was):
+        before["decay_steps"] = after["decay_steps"]
     differences = {
         key: f"{key} {one.get(key)} -> {other.get(key)}"
         for one, other in ((dict(old["model"]), new["model"]), (before, after))
@@ -181,18 +203,32 @@ def _same_run(out: Path, old: Any, new: dict[str, Any], defaults: dict[str, Any]
             "out",
         )
 
-    _refuse_to_warm_up(out, was, new["settings"])
+    _refuse_another_past(out, was, new["settings"])
 
 
-def _refuse_to_warm_up(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """Raises ConfigError where a run whose rate has begun to fall is to end elsewhere."""
-    end, length = (old[name] for name in ("steps", "cooldown_steps"))
-    if (end, length) == tuple(new[name] for name in ("steps", "cooldown_steps")):
+def _refuse_another_past(out: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """Raises ConfigError where updates that are done would have been others, or not be."""
+    (end, length), (other_end, other_length) = (
+        (each["steps"], each["cooldown_steps"]) for each in (old, new)
+    )
+    if (end, length) == (other_end, other_length):
         return
-    if length and steps_done(out / "checkpoint.safetensors") > end - length:
+    done = steps_done(out / "checkpoint.safetensors")
+    if length and done > end - length:
         raise ConfigError(
             f"out={out} has begun to cool down: go on with steps={end} and "
             f"cooldown_steps={length}, or start another run from its model.",
+            "out",
+            "steps",
+            "cooldown_steps",
+        )
+    if other_end < done:
+        raise ConfigError(f"out={out} has {done} updates: give steps of {done} or more.", "steps")
+    if other_length and done > other_end - other_length:
+        raise ConfigError(
+            f"out={out} has {done} updates, and should have begun to cool down after "
+            f"{other_end - other_length}: give steps of {done + other_length} or more, or fewer "
+            "cooldown_steps.",
             "out",
             "steps",
             "cooldown_steps",

@@ -91,9 +91,12 @@ def pretrain(settings: PretrainSettings, watch: Watch = unwatched) -> bool:
     store = TokenStore.open(settings.data)
     torch.manual_seed(settings.seed)
     ancestors: tuple[str, ...] = ()
+    drawn = PLAIN
     if settings.init is not None:
         start = _start(settings, settings.init, store)
         model, ancestors = start.model, start.ancestors
+        if model.config.neighbours:  # a joint head stays, and so does how it draws
+            drawn = start.generation
         length = settings.context_length or model.config.context_length
     else:
         length = settings.context_length or 1024
@@ -104,7 +107,7 @@ def pretrain(settings: PretrainSettings, watch: Watch = unwatched) -> bool:
     source, schedule = objective_parts(model.config)
     loss = POSITION_LOSSES[settings.loss]
     objective = Pretrain(source, schedule, loss, settings.frozen_share)
-    return _train(settings, store, model, objective, length, PLAIN, ancestors, watch)
+    return _train(settings, store, model, objective, length, drawn, ancestors, watch)
 
 
 def _fresh(settings: PretrainSettings, store: TokenStore, length: int) -> FlowNetwork:

@@ -69,7 +69,7 @@ def read_claims(path: Path) -> dict[str, Claim]:
         DataError: not the list of claims that it should be; the message names the claim.
     """
     try:
-        listed = json.loads(path.read_text())
+        listed = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"Cannot read {path}: {error}.") from None
     claims: dict[str, Claim] = {}

@@ -234,7 +234,7 @@ def read(path: Path) -> list[Row]:
 
 
 def _lines(path: Path) -> Iterator[Row]:
-    for line in path.read_text().splitlines():
+    for line in path.read_text("utf-8").splitlines():
         try:
             yield json.loads(line)
         except ValueError:

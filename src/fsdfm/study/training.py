@@ -166,7 +166,7 @@ def trained(run: Path, settings: TrainSettings, task: Task, watch: Watch, facts:
     """
     kept = run / "settings.json"
     asked = json.dumps({"settings": asdict(settings), **facts}, indent=1) + "\n"
-    known = kept.read_text() if kept.exists() else None
+    known = kept.read_text("utf-8") if kept.exists() else None
     if known != asked and (run / "checkpoint.safetensors").exists():
         raise ConfigError(f"{run} has a run of other or unknown settings: give another out.", "out")
     run.mkdir(parents=True, exist_ok=True)

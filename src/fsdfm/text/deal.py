@@ -143,23 +143,25 @@ class Deal:
         chance, sieve = np.random.default_rng(settings.seed), _Sieve(settings, dropped)
         for number, source in enumerate(self.sources):
             # Later turns deal as the first did: what was held out or dropped stays so.
-            before, share = (
-                chance.bit_generator.state,
-                np.random.default_rng([settings.seed, number]),
-            )
+            # No zero at the end of the words: it would add nothing, and make this `chance` again.
+            share = np.random.default_rng([settings.seed, number, 1])
+            before = chance.bit_generator.state
             turns, kept = math.ceil(source.weight), bytearray()
             for turn in range(turns):
                 chance.bit_generator.state = before
                 often = source.weight - turn
                 for place, document in enumerate(source.documents(advance, settings.field)):
                     held_out = bool(chance.random() < settings.validation_fraction)
+                    # Chosen before it is sieved: a text is no duplicate of one that is left out.
+                    chosen = often >= 1.0 or share.random() < often
                     if turn == 0:
-                        good = sieve.passed(document)
+                        good = sieve.passed(document) if chosen else None
                         if turns > 1:
                             kept.append(good is not None)
                     else:
-                        good = document if kept[place] and not held_out else None
-                    if good is not None and (often >= 1.0 or share.random() < often):
+                        again = chosen and kept[place] and not held_out
+                        good = document if again else None
+                    if good is not None:
                         yield good, held_out
 
 

@@ -133,24 +133,25 @@ def _job(sources: Sequence[Source], settings: PrepareSettings, tokenizer: str | 
 def _forget_another(staged: Path, job: str) -> None:
     """Empty the directory unless it holds this very job."""
     staged_job = staged / "job"
-    if staged_job.exists() and staged_job.read_text() == job:
+    if staged_job.exists() and staged_job.read_text("utf-8") == job:
         return
     shutil.rmtree(staged)
     staged.mkdir()
-    staged_job.write_text(job)
+    staged_job.write_text(job, "utf-8")
 
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A sibling directory that becomes `out` if the block succeeds, and goes if it fails.
 
-    It stays where the block is interrupted (or killed) after something was written for good.
+    It stays where the block fails, or is interrupted or killed, after something was written for
+    good: the same job goes on with it, and another one begins anew.
     """
-    final = out.resolve()  # `.` has no name, and a link to a directory is not to be replaced
-    staged = final.with_name(f".{final.name}.partial")
     try:
+        final = out.resolve()  # `.` has no name, and a link to a directory is not to be replaced
         if is_taken(final):
             raise DataError(f"{out} exists already: choose another out, or delete it.", "out")
+        staged = final.with_name(f".{final.name}.partial")
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(final.with_name(f".{final.name}.lock"), out), _removed_if_in_vain(staged):
             staged.mkdir(exist_ok=True)
@@ -169,13 +170,10 @@ def _staging(out: Path) -> Iterator[Path]:
 
 @contextmanager
 def _removed_if_in_vain(directory: Path) -> Iterator[None]:
-    """A directory of ours, gone afterwards unless somebody can go on with it."""
+    """A directory of ours, gone after a failure unless somebody can go on with it."""
     try:
         yield
-    except KeyboardInterrupt:
+    except BaseException:
         if not (directory / JOURNAL).exists():
             shutil.rmtree(directory, ignore_errors=True)
-        raise
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -171,7 +172,7 @@ class Shards:
 
         shards = fresh()
         try:
-            told = json.loads((directory / JOURNAL).read_text())
+            told = json.loads((directory / JOURNAL).read_text("utf-8"))
             if told["job"] != job:
                 return shards
             for writer in shards.writers:
@@ -291,6 +292,7 @@ _ENCODER: Encoder | None = None
 
 def _start_worker(tokenizer_json: str) -> None:
     global _ENCODER
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process hears it, and ends the others
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the threads
     _ENCODER = Encoder.of(Tokenizer.from_json(tokenizer_json))
 

@@ -5,6 +5,7 @@ All kinds give documents as `read_documents` does, so that the same texts give t
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -72,7 +73,12 @@ def find_sources(places: Sequence[str | Path], weights: Sequence[float] = ()) ->
             f"weights must be as many as the sources ({len(places)}), got {len(weights)}.",
             "weights",
         )
-    found = [_find(place) for place in places]
+    found = []
+    for place in places:
+        try:
+            found.append(_find(place))
+        except OSError as error:
+            raise DataError(f"Cannot read {place} ({one_line(error)}).") from None
     if not found:
         check_files([])
     chosen = weights or [1.0] * len(found)
@@ -93,16 +99,41 @@ def _find(place: str | Path) -> Source:
         elif not path.is_file():
             raise DataError(f"{path} does not exist.")
         return Source(str(path), (path,))
-    files = tuple(
-        file
-        for file in sorted(path.rglob("*"))
-        if file.name.endswith(KINDS) and file.is_file() and not file.name.startswith(".")
-    )
+    files = tuple(_files(path))
     if not files:
         raise DataError(f"{path} holds no file that can be read; those are {', '.join(KINDS)}.")
     if texts := [file for file in files if file.suffix not in TABLES]:
         check_files(texts)
     return Source(str(path), files)
+
+
+def _files(directory: Path) -> Iterator[Path]:
+    """Files of known kinds in a directory and below, by name; what is hidden is left out.
+
+    Raises:
+        DataError: a data set with several splits.
+        OSError: a directory that may not be read.
+    """
+    found = []
+    for place, below, names in os.walk(directory, onerror=_raise):
+        if "dataset_dict.json" in names:
+            raise DataError(
+                f"{place} is a data set with the splits {', '.join(sorted(below))}: name one of "
+                "these directories."
+            )
+        below[:] = [name for name in below if not name.startswith(".")]
+        if "state.json" in names:  # saved by `datasets`, whose caches repeat rows, or number them
+            names = [name for name in names if not name.startswith("cache-")]
+        found += [
+            Path(place, name)
+            for name in names
+            if name.endswith(KINDS) and not name.startswith(".") and Path(place, name).is_file()
+        ]
+    yield from sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _read(path: Path, advance: Advance | None, field: str) -> Iterator[Iterator[str]]:

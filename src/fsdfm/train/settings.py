@@ -57,7 +57,7 @@ class TrainSettings:
     """Decay of the moving average of the weights, which is what is evaluated, saved as the model
     and, in distillation, followed."""
     ema_warmup: bool = True
-    """Whether the average forgets the start sooner: right for random weights, not for trained."""
+    """The average forgets its start sooner: right for random weights, not for trained ones."""
     seed: int = option(0, within=SEED)
     """Of weights, batches and noise: the same seed, data and settings give the same model."""
     log_every: int = option(10, within=AT_LEAST_1)

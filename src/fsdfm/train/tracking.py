@@ -19,14 +19,20 @@ Tracker = tuple[Callable[[dict[str, float], int], None], Callable[[], None]]
 def _tensorboard(directory: Path, settings: Record) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer: Any = SummaryWriter(str(directory / "tensorboard"))
+    writers: list[Any] = []
 
     def tell(figures: dict[str, float], step: int) -> None:
+        if not writers:  # what a run that was killed told after its checkpoint is told again
+            writers.append(SummaryWriter(str(directory / "tensorboard"), purge_step=step))
         for name, value in figures.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+            writers[0].add_scalar(name, value, step)
+        writers[0].flush()
 
-    return tell, writer.close
+    def end() -> None:
+        for writer in writers:
+            writer.close()
+
+    return tell, end
 
 
 def _hosted(module: str) -> Callable[[Path, Record], Tracker]:

@@ -11,8 +11,8 @@ of its training can lose less than nothing; the divergence tells what rounding c
 
 With --data, every rule is measured once more, rounded with a view to the training text of DATA, as
 `fsdfm quantize` does it. The models of --beside are measured against MODEL as they are, such as one
-that was trained on after it was rounded. Neither figure asks a joint head: what its bits cost is in
-none.
+that was trained on after it was rounded. The loss asks a joint head, where there is one, so it has
+what the head's bits cost; the divergence does not.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from fsdfm.flow.path import make_source, mixture_state
 from fsdfm.flow.schedule import Polynomial
 from fsdfm.generate.generator import Generator
 from fsdfm.generate.loading import load_with_network
-from fsdfm.model import transformer
+from fsdfm.model import causal, transformer
 from fsdfm.model.attention import attend
 from fsdfm.model.engine import Engine
 from fsdfm.model.int8 import has_int8
@@ -34,9 +34,11 @@ TIMES, H = (0.0, 0.25, 0.5, 0.75, 0.875), 0.125
 SCALES = (1.0, 10.0, 30.0)
 
 
-def usual(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def usual(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """PyTorch's attention, in the shape of ours."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    shared = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=shared)
+    return y.transpose(1, 2).flatten(2)
 
 
 class Bound:
@@ -101,7 +103,10 @@ def bound(model: FlowNetwork, x_1: Tensor) -> None:
         ("bfloat16, PyTorch's attention", True, usual),
         ("bfloat16, ours", True, attend),
     ):
-        with mock.patch.object(transformer, "attend", attention):
+        with (
+            mock.patch.object(transformer, "attend", attention),
+            mock.patch.object(causal, "attend", attention),
+        ):
             nats = list(elbo_nats_per_token(Bound(model, autocast), x_1, source, schedule))
         print(f"bound  {name:30} {sum(nats) / len(nats):.5f} nats")
 

@@ -63,6 +63,8 @@ def repeats_of(words: list[str], sides: list[str]) -> dict[str, int]:
     found = dict.fromkeys(sides, 3)
     for word in sorted(words, key=lambda word: "=" in word):
         side, _, count = word.rpartition("=")
+        if side and side not in sides:
+            raise SystemExit(f"error: no side {side!r}: {', '.join(sides)}.")
         found.update(dict.fromkeys([side] if side else sides, int(count)))
     return {side: found[side] for side in sides}
 

@@ -247,6 +247,19 @@ def test_what_a_block_cannot_hold_is_named(
     assert said in refusal(ConfigError, tmp_path)
 
 
+def test_a_window_that_is_shorter_than_the_context_is_refused(tmp_path: Path) -> None:
+    def read(kind: str, **changes: Any) -> CausalLm:
+        return load_causal_lm(str(save_lm(tmp_path / str(changes), kind, **changes)))
+
+    lm = read("mistral", sliding_window=4)
+    with pytest.raises(ConfigError, match="see the last 4 tokens: context_length must be 4 or les"):
+        whole(lm, context_length=5)
+    assert whole(lm, context_length=4)
+    with pytest.raises(ConfigError, match="see the last 4 tokens"):
+        whole(read("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=0))
+    assert whole(read("qwen3", use_sliding_window=False, sliding_window=4))
+
+
 def test_a_place_that_holds_no_model_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.gguf").write_text("no model")

@@ -224,6 +224,8 @@ def test_extra_and_misshaped_tensors_are_named_together(tmp_path: Path) -> None:
         ("rotary_emb.inv_freq", 5e5 ** (-torch.arange(8) / 8), "another base than 10,000"),
         ("blocks.0.qw.weight", torch.full((64, 64), torch.nan), "not finite in blocks.0.qw"),
         ("blocks.0.qw.weight", 3, "no tensors: blocks.0.qw.weight"),
+        ("blocks.0.qw.weight", torch.eye(12).to_sparse(), "qw.weight is no plain tensor of"),
+        ("blocks.0.qw.weight", torch.eye(12).bool(), "qw.weight is no plain tensor of floating"),
     ],
 )
 def test_tensor_that_cannot_be_is_named(tmp_path: Path, name: str, tensor: Any, said: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Run
 from language_models import save_lm
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from steering_fixtures import twin_network
 from test_generator import WORDS, network
 from test_training_commands import SMALL, TINY, make_data, make_model, metrics
@@ -239,11 +239,21 @@ def test_what_does_not_fit_is_refused_in_one_line(
     assert "is not an adapter" in refusal(lambda: load(base, adapter=base))
     assert "is not an adapter" in refusal(lambda: load(base, adapter=tmp_path / "none"))
     assert "is the base itself" in refusal(lambda: merge_adapter(base, good, base))
+    assert "is the adapter itself" in refusal(lambda: merge_adapter(base, good, good))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    assert "directory of a run" in refusal(lambda: merge_adapter(base, good, tmp_path / "run"))
     (good / "adapter.safetensors").write_bytes(b"x" * 30)
     assert "is a damaged adapter" in refusal(lambda: load(base, adapter=good))
     save_adapter(good, model, sha)
     facts = json.loads((good / "adapter.json").read_text())
     (good / "adapter.json").write_text(json.dumps({**facts, "base_sha256": "0" * 64}))
+    assert "with its own pairs" in refusal(lambda: load(base, adapter=good))
+    (good / "adapter.json").write_text("[" * 10_000 + "]" * 10_000)
+    assert "is a damaged adapter" in refusal(lambda: load(base, adapter=good))
+    del facts["base_sha256"]
+    (good / "adapter.json").write_text(json.dumps(facts))
+    save_file(load_file(good / "adapter.safetensors"), good / "adapter.safetensors")
     assert "with its own pairs" in refusal(lambda: load(base, adapter=good))
     with pytest.raises(ConfigError, match="lora changes a model that there is: give init too"):
         PretrainSettings(data=data, out=tmp_path / "o", lora=2)

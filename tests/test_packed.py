@@ -161,3 +161,12 @@ def test_bits_out_of_range_and_damaged_files_are_one_line(tmp_path: Path) -> Non
     save_file({n: t for n, t in tensors.items() if n != name}, path, metadata)
     with pytest.raises(CheckpointError, match="truncated or corrupt"):
         load_pretrained(tmp_path)
+    facts = {"bits": 4, "shape": [8, 8]}
+    for wrong in ({"bits": 60}, {"bits": 1e9}, {"shape": [-64, -64]}, {"shape": "x"}):
+        packed = {n.removesuffix(".codes"): facts | wrong for n in tensors if n.endswith(".codes")}
+        save_file(tensors, path, metadata | {"packed": json.dumps(packed)})
+        with pytest.raises(CheckpointError, match="truncated or corrupt"):
+            load_pretrained(tmp_path)
+    save_file(tensors, path, metadata | {"levels": "[" * 10_000})
+    with pytest.raises(CheckpointError, match="truncated or corrupt"):
+        load_pretrained(tmp_path)

@@ -338,6 +338,14 @@ def test_config_field_errors_name_the_file(saved: Path) -> None:
     refused(saved, "config.json", "unknown fields dropout")
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("network", ["x"]), ("network", {}), ("schedule_power", float("inf"))]
+)
+def test_config_values_of_another_kind_are_named(saved: Path, field: str, value: Any) -> None:
+    edit_config(saved, **{field: value})
+    refused(saved, "config.json", f"{field} must be")
+
+
 def test_config_of_another_model_is_refused(saved: Path) -> None:
     """Same shapes, so that only the record in the weights can tell."""
     edit_config(saved, schedule_power=2.0)

@@ -242,6 +242,7 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
         ((model, out, "--bits", "blocks"), "--bits must be like blocks=4, from 3 to 8"),
         ((model, out, "--bits", "blocks=9"), "got 'blocks=9'"),
         ((model, out, "--bits", "bricks=4"), "names begin with vocab_embed, "),
+        ((model, out, "--bits", "blocks=4", "vocab_emebd=6"), "vocab_emebd=6 means no matrix"),
         ((model, out, "--data", tmp_path / "none"), "manifest.json is missing"),
         ((other, out, "--data", data), "have different tokenizers"),
         ((model, going, "--data", data), "is the directory of a run"),

@@ -181,12 +181,17 @@ def test_the_command_writes_the_page_and_the_picture(run: Run, model: Path, tmp_
     argv = "--length", 20, "--steps", 3, "--trace", tmp_path  # which is a directory
     code, text, err = run("generate", "--model", model, *argv)
     assert (code, text) == (2, plain) and err.startswith(f"error: Cannot write {tmp_path}")
+    argv = "--length", 20, "--steps", 3, "--out", "/proc/none/text"
+    for more in ((), ("--trace", tmp_path / "again.html")):
+        code, text, err = run("generate", "--model", model, *argv, *more)
+        assert (code, text) == (2, plain) and err.startswith("error: Cannot write /proc/none")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         ("--trace TRACE --num-samples 2", "--trace is of one text: leave --num-samples out."),
+        ("--trace TRACE --out TRACE", "--out, --trace and --gif are one file: name another."),
         ("--gif TRACE --requests IN --out OUT", "--gif is of one text: leave --requests out."),
         ("--gif TRACE", "A GIF needs Pillow: pip install 'fsdfm[gif]' brings it."),
     ],

@@ -337,6 +337,11 @@ def test_a_joint_head_needs_neighbours_and_draws_need_a_joint_head(
 ) -> None:
     with pytest.raises(ConfigError, match="neighbours must be a whole number >= 1, got 0"):
         distill(distill_args(data, tmp_path / "run", teacher, neighbours=0))
+    with pytest.raises(ConfigError, match="target=joint does not read step_embedding: leave it"):
+        distill_args(data, tmp_path / "run", teacher, step_embedding="raw")
+    with pytest.raises(ConfigError, match="target=rk4 does not read neighbours: leave it out"):
+        distill_args(data, tmp_path / "run", teacher, target="rk4", neighbours=2)
+    assert distill_args(data, tmp_path / "run", teacher, step_embedding="log2")  # as it is
     with pytest.raises(ConfigError, match=r"no joint head.*leave draws=4 out"):
         load(teacher).generate(draws=4)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import deque
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -119,6 +120,9 @@ def _watched(wanted: list[tuple[int, Request]], own: Own) -> None:
     Raises:
         ConfigError: several texts, or no Pillow for a GIF.
     """
+    places = [Path(each).resolve() for each in (own.out, own.trace, own.gif) if each is not None]
+    if len(set(places)) < len(places):
+        raise ConfigError("out, trace and gif are one file: name another.", "out", "trace", "gif")
     if len(wanted) > 1:
         name = "trace" if own.trace is not None else "gif"
         raise ConfigError(f"{name} is of one text: leave num_samples out.", name, "num_samples")
@@ -135,7 +139,7 @@ def _watched(wanted: list[tuple[int, Request]], own: Own) -> None:
     trace = recorder.trace(done[0])
     text = _shown(done[0], 0, own)
     if own.out is not None:
-        write_whole(own.out, text)
+        _keep(text, own.out)
     else:
         write(printable(text) if terminal.is_terminal and not own.json else text)
     if own.trace is not None:
@@ -148,7 +152,16 @@ def _into(generator: Generator, wanted: list[tuple[int, Request]], own: Own) -> 
     """Texts into a file, whole."""
     found = in_order(generator, wanted, batch_size=own.batch_size, refused=_fail)
     assert own.out is not None
-    write_whole(own.out, "".join(_shown(result, number, own) for number, result in found))
+    _keep("".join(_shown(result, number, own) for number, result in found), own.out)
+
+
+def _keep(text: str, out: str) -> None:
+    """Into a file; if it cannot be written, to stdout, and then the error."""
+    try:
+        write_whole(out, text)
+    except FsdfmError:
+        write(text)
+        raise
 
 
 def _on_terminal(

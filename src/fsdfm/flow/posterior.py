@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fsdfm.core.errors import ConfigError
+from fsdfm.flow.grid import SMALLEST_STEP
 from fsdfm.flow.host import send
 from fsdfm.flow.step import StepRule
 
@@ -69,7 +70,8 @@ class Sequences:
         rows = rows.to(self.device)
         wanted, place = torch.unique_consecutive(rows // x.shape[1], return_inverse=True)
         times, steps = (
-            torch.full((len(wanted),), v, dtype=torch.float32, device=self.device) for v in (t, h)
+            torch.full((len(wanted),), v, dtype=torch.float32, device=self.device)
+            for v in (t, max(h, SMALLEST_STEP))
         )
         return self.model.body(x.to(self.device)[wanted], times, steps)[place, rows % x.shape[1]]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -61,7 +62,10 @@ class ModelConfig:
                 f"Model config: step_embedding must be none, raw or log2, "
                 f"got {self.step_embedding!r}."
             )
-        if not isinstance(self.schedule_power, int | float) or not self.schedule_power >= 1.0:
+        if (
+            not isinstance(self.schedule_power, int | float)
+            or not 1.0 <= self.schedule_power < math.inf
+        ):
             raise ConfigError(
                 f"Model config: schedule_power must be >= 1, got {self.schedule_power!r}."
             )

@@ -30,7 +30,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         ConfigError: an unknown network, or a field that is missing, unknown or out of range.
     """
     name = values.get("network", PUBLISHED)
-    if name not in NETWORKS:
+    if not isinstance(name, str) or name not in NETWORKS:
         raise ConfigError(
             f"Model config: network must be one of {', '.join(NETWORKS)}, got {name!r}."
         )

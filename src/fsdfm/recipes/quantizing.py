@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from fsdfm.core.device import preferred_dtype
 from fsdfm.core.errors import ConfigError
-from fsdfm.core.packed import bits_of
+from fsdfm.core.packed import packable
 from fsdfm.core.progress import Work, untold
 from fsdfm.model.io.pretrained import load_pretrained, save_pretrained
 from fsdfm.model.rounding import calibrated
@@ -52,14 +52,7 @@ def quantize(
     counts = parsed_bits(bits)
     whole = load_pretrained(model)
     network = whole.model
-    named = network.named_parameters()
-    if all(bits_of(name, weight, counts) is None for name, weight in named):
-        rooms = dict.fromkeys(name.partition(".")[0] for name in network.state_dict())
-        raise ConfigError(
-            f"bits={' '.join(bits)} means no matrix of {model}: names begin with "
-            f"{', '.join(rooms)}.",
-            "bits",
-        )
+    _refuse_unknown(counts, network, model)
     packed = batches = None
     if data is not None:
         store = TokenStore.open(data)
@@ -80,6 +73,21 @@ def quantize(
         ancestors=whole.ancestors,
     )
     return network
+
+
+def _refuse_unknown(counts: Mapping[str, int], network: FlowNetwork, model: str | Path) -> None:
+    """Raises ConfigError where bits name no matrix: one that is mistyped would stay as it is."""
+    tensors = network.state_dict()
+    for prefix, count in counts.items():
+        if prefix == "joint":  # which a student has, and a teacher has not
+            continue
+        if not any(packable(each) for name, each in tensors.items() if name.startswith(prefix)):
+            rooms = dict.fromkeys(name.partition(".")[0] for name in tensors)
+            raise ConfigError(
+                f"bits={prefix}={count} means no matrix of {model}: names begin with "
+                f"{', '.join(rooms)}.",
+                "bits",
+            )
 
 
 def parsed_bits(bits: Sequence[str]) -> dict[str, int]:

@@ -283,6 +283,8 @@ RECIPES: dict[str, Recipe] = {
         draws=1,
     ),
 }
+UNREAD = {True: ("step_embedding", "step_weights", "target_rule"), False: ("neighbours",)}
+"""What a joint head (True), or a consistency target, has no use for."""
 OF_TARGET = ("learning_rate", "ema_warmup", "grid", "draws")
 """What a joint head and a consistency target may not have from each other's recipe."""
 
@@ -297,7 +299,7 @@ def distill_settings(recipe: str = "default", **given: Any) -> DistillSettings:
             (OF_TARGET) comes from that kind's own recipe.
 
     Raises:
-        ConfigError: no such recipe, or a value that cannot be.
+        ConfigError: no such recipe, a value that cannot be, or one that the target does not read.
     """
     if recipe not in RECIPES:
         raise ConfigError(f"recipe must be one of {', '.join(RECIPES)}, got {recipe!r}.", "recipe")
@@ -306,4 +308,11 @@ def distill_settings(recipe: str = "default", **given: Any) -> DistillSettings:
     if (target == JOINT) != (values["target"] == JOINT):
         own = asdict(RECIPES["default" if target == JOINT else "consistency"])
         values |= {name: own[name] for name in OF_TARGET}
+    for name in UNREAD[target == JOINT]:
+        if given.get(name, values[name]) != values[name]:
+            raise ConfigError(
+                f"target={target} does not read {name}: leave it out, or choose another target.",
+                "target",
+                name,
+            )
     return DistillSettings(**values | given)

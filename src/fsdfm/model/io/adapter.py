@@ -74,9 +74,10 @@ def add_adapter(model: FlowNetwork, directory: str | Path) -> None:
         with safe_open(place / TENSORS, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             of = (file.metadata() or {}).get("base_sha256")
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
         raise CheckpointError(f"{place} is a damaged adapter: {one_line(error)}.") from None
-    if kind != FORMAT or version != FORMAT_VERSION or of != wanted:
+    known = kind == FORMAT and version == FORMAT_VERSION
+    if not known or not isinstance(wanted, str) or of != wanted:
         raise CheckpointError(
             f"{place} is not an adapter of version {FORMAT_VERSION} with its own pairs."
         )
@@ -89,14 +90,17 @@ def add_adapter(model: FlowNetwork, directory: str | Path) -> None:
 
 
 def merge_adapter(base: str | Path, adapter: str | Path, out: str | Path) -> Pretrained:
-    """Write a model directory of a base and an adapter; the base is left as it is.
+    """Write a model directory of a base and an adapter; both are left as they are.
 
     Raises:
         CheckpointError: one of them is missing or damaged, they do not go together, or `out` is
-            the base or cannot be written.
+            one of them, a run's directory, or cannot be written.
     """
-    if Path(out).resolve() == Path(base).resolve():
-        raise CheckpointError(f"{out} is the base itself: choose another place.")
+    for place, what in ((base, "base"), (adapter, "adapter")):
+        if Path(out).resolve() == Path(place).resolve():
+            raise CheckpointError(f"{out} is the {what} itself: choose another place.")
+    if (Path(out) / "run.json").exists():
+        raise CheckpointError(f"{out} is the directory of a run: choose another place.")
     loaded = load_pretrained(base)
     add_adapter(loaded.model, adapter)
     save_pretrained(

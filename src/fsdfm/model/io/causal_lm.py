@@ -145,6 +145,7 @@ def adapt(
         attention: `causal` keeps the language model as it is.
         schedule_power: n in kappa_t = t ** n.
     """
+    _check_window(lm.model.config, context_length)
     parts = lm.model.model
     config = CausalConfig(
         vocab_size=len(token_ids),
@@ -168,6 +169,19 @@ def adapt(
             assert isinstance(block, CausalBlock)
             _fill_block(block, parts.layers[number])
     return network.eval()
+
+
+def _check_window(theirs: Any, context_length: int) -> None:
+    """Raises ConfigError where some layers of a model see less than a sequence: ours see all."""
+    window = getattr(theirs, "sliding_window", None)
+    kinds = getattr(theirs, "layer_types", None)
+    in_use = "sliding_attention" in kinds if kinds else window is not None
+    if in_use and window is not None and window < context_length:
+        raise ConfigError(
+            f"This model's layers see the last {window} tokens: context_length must be {window} or "
+            f"less, got {context_length}.",
+            "context_length",
+        )
 
 
 def _shape(theirs: Any, attention: Any) -> dict[str, Any]:

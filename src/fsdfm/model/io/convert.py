@@ -84,6 +84,10 @@ def convert_published(
     vocabulary = vocabulary_size(tokenizer_json, "The tokenizer")
     name, state = _choose(_read(path), weights, path)
     where = f"{path} ({name})" if name else str(path)
+    for key, tensor in state.items():
+        plain = tensor.layout == torch.strided and not (tensor.is_quantized or tensor.is_meta)
+        if not plain or not tensor.is_floating_point():
+            raise CheckpointError(f"{where}: {key} is no plain tensor of floating-point numbers.")
     config = infer_config(state, vocabulary, where, heads=heads, context_length=context_length)
     if INV_FREQ in state:
         _check_frequencies(state[INV_FREQ], where)

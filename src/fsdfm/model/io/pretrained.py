@@ -35,6 +35,17 @@ from fsdfm.model.io.directory import (
 from fsdfm.model.networks import build_network, config_from_dict, config_to_dict
 from fsdfm.model.transformer import FlowNetwork
 
+CORRUPT = (
+    OSError,
+    SafetensorError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What reading a file that is not what it says may raise."""
 FORMAT = "fsdfm"
 FORMAT_VERSION = 3
 PLAIN_VERSION = 1
@@ -244,7 +255,7 @@ def _check_metadata(
         raise CheckpointError(f"{directory / WEIGHTS} was not saved by fsdfm.")
     try:
         saved = _parse_config(json.loads(metadata.get("config", "")), directory / WEIGHTS)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{directory / WEIGHTS} names no readable config.") from error
     if saved != config:
         raise CheckpointError(
@@ -326,7 +337,7 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
         return _unpacked(tensors, metadata), metadata
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except CORRUPT as error:
         raise CheckpointError(f"{path} is truncated or corrupt: {one_line(error)}.") from error
 
 
@@ -357,7 +368,9 @@ def _unpacked(tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> dict[s
     }
     for name, facts in json.loads(metadata.get("packed", "{}")).items():
         bits, shape = int(facts["bits"]), tuple(facts["shape"])
-        own = levels.get(bits, even_levels(bits))
+        if bits not in range(3, 9):
+            raise ValueError(f"bits of {name}")
+        own = levels[bits] if bits in levels else even_levels(bits)
         packed = Packed(tensors.pop(f"{name}.codes"), tensors.pop(f"{name}.scales"), own)
         tensors[name] = unpack(packed, bits, shape)
     return tensors

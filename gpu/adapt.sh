@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
 # Train a model on: at 256 tokens, then at 1,024, then its joint head, then pack it. Resumable: call it again on the
-# same machine until it says it is done. START is the model, by default the bundled one; best is what `fsdfm prune` wrote in
-# recipes/pruned.sh, or what was trained from it since. Needs data prepared with its tokenizer in runs/gpu/data. Where
-# both are too large to be carried, save START in few bits first (`fsdfm quantize`) and leave the bundled model behind.
+# same machine until it says it is done. START is the model, by default the bundled one. Needs data prepared with its tokenizer in
+# runs/gpu/data: what recipes/bundled.sh calls data.
 #
-#     OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh
-#     DEVICE=cpu STEPS=2 BATCH=2 OUT=/tmp/out START=runs/gpu/small gpu/adapt.sh      # rehearsal
+#     OUT=/tmp/out gpu/adapt.sh
+#     DEVICE=cpu STEPS=2 BATCH=2 OUT=/tmp/out gpu/adapt.sh      # rehearsal
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:?set OUT to a folder for the results}

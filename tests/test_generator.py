@@ -341,7 +341,7 @@ def test_load_gives_back_what_was_saved(tokenizer: Tokenizer, tmp_path: Path) ->
 def test_an_installation_without_its_model_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsdfm.generate.loading.resources.files", lambda package: tmp_path)
+    monkeypatch.setattr("fsdfm.model.io.directory.resources.files", lambda package: tmp_path)
     with pytest.raises(CheckpointError, match="came without its bundled model"):
         fsdfm.load()
 

@@ -34,7 +34,7 @@ run distill --data "$work/data" --teacher "$work/on1024" --out "$work/student" \
   --context-length 256 --batch-size "$batch" --steps $((steps / 8 + 1)) \
   --warmup-steps $((steps / 100)) --ema-decay 0.99
 python3 -m fsdfm quantize "$work/student" "$work/packed" --bits blocks="$blocks" vocab_embed=6 joint=4 --data "$work/data"
-sed -i 's/"draws": 8/&, "temperature": 0.7/' "$work/packed/generation.json"
+sed -i 's/"draws": 8,/&\n  "temperature": 0.7,/' "$work/packed/generation.json"
 cp -r "$work/packed" "$out"
 for name in on256 on1024 student; do cp "$work/$name/metrics.jsonl" "$out/$name.jsonl"; done
 echo "Done."

@@ -33,4 +33,4 @@ fsdfm pretrain --init small --frozen-share 0.33 --data data --out teacher --seed
 fsdfm distill --teacher teacher --data data --out student --context-length 256 --batch-size 8 --steps 480 \
   --learning-rate 1e-3 --warmup-steps 20 --ema-decay 0.97 --evaluate-every 480 --sample-every 0 --checkpoint-every 50
 [ -d bundled ] || fsdfm quantize student bundled --data data
-grep -q temperature bundled/generation.json || sed -i 's/"draws": 8/&, "temperature": 0.7/' bundled/generation.json
+grep -q temperature bundled/generation.json || sed -i 's/"draws": 8,/&\n  "temperature": 0.7,/' bundled/generation.json

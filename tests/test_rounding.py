@@ -235,6 +235,8 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
     other = tmp_path / "other"
     text = train_bpe(["other words"], 290).to_json()
     save_pretrained(other, network(replace(TWIN, vocab_size=290)), tokenizer_json=text)
+    plain = tmp_path / "plain"  # without a joint head
+    save_pretrained(plain, network(replace(TWIN, neighbours=0)), tokenizer_json=text)
     (going := tmp_path / "run").mkdir()
     (going / "run.json").write_text("{}")
     for argv, what in (
@@ -242,6 +244,7 @@ def test_the_command_refuses_in_one_line(data: Path, tmp_path: Path, run: Run) -
         ((model, out, "--bits", "blocks"), "--bits must be like blocks=4, from 3 to 8"),
         ((model, out, "--bits", "blocks=9"), "got 'blocks=9'"),
         ((model, out, "--bits", "bricks=4"), "names begin with vocab_embed, "),
+        ((plain, out, "--bits", "joint=4"), "joint=4 means no matrix"),
         ((model, out, "--bits", "blocks=4", "vocab_emebd=6"), "vocab_emebd=6 means no matrix"),
         ((model, out, "--data", tmp_path / "none"), "manifest.json is missing"),
         ((other, out, "--data", data), "have different tokenizers"),

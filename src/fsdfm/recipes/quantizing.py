@@ -79,7 +79,7 @@ def _refuse_unknown(counts: Mapping[str, int], network: FlowNetwork, model: str 
     """Raises ConfigError where bits name no matrix: one that is mistyped would stay as it is."""
     tensors = network.state_dict()
     for prefix, count in counts.items():
-        if prefix == "joint":  # which a student has, and a teacher has not
+        if prefix == "joint" and len(counts) > 1:  # which a student has, and a teacher has not
             continue
         if not any(packable(each) for name, each in tensors.items() if name.startswith(prefix)):
             rooms = dict.fromkeys(name.partition(".")[0] for name in tensors)
